@@ -1,0 +1,54 @@
+"""Merge many LoRA adapters into large base models, as a batch job on Ray.
+
+The public names; everything else is private. They are imported on first use, so that `import ray_merge` costs
+nothing and a driver that only plans never loads torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray_merge.algebra.delta import Delta
+    from ray_merge.api import methods, plan, run
+    from ray_merge.errors import RayMergeError, Refusal, RunFailed
+    from ray_merge.heads import load_head
+    from ray_merge.methods.merge_factors import merge_factors
+    from ray_merge.spec import Factor
+    from ray_merge.verify import verify
+
+_HOME = {
+    "Delta": "ray_merge.algebra.delta",
+    "Factor": "ray_merge.spec",
+    "RayMergeError": "ray_merge.errors",
+    "Refusal": "ray_merge.errors",
+    "RunFailed": "ray_merge.errors",
+    "load_head": "ray_merge.heads",
+    "merge_factors": "ray_merge.methods.merge_factors",
+    "methods": "ray_merge.api",
+    "plan": "ray_merge.api",
+    "run": "ray_merge.api",
+    "verify": "ray_merge.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ray_merge' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+__all__ = [
+    "Delta",
+    "Factor",
+    "RayMergeError",
+    "Refusal",
+    "RunFailed",
+    "load_head",
+    "merge_factors",
+    "methods",
+    "plan",
+    "run",
+    "verify",
+]

@@ -1,0 +1,93 @@
+"""Common bases of several deltas, from their factors: KnOTS and Core Space.
+
+Owns: the decompositions, float64, by QR of tall factors and an SVD of an (R, R) matrix. The stacked dense
+deltas are never formed. Formulas: KnOTS (arXiv 2410.19735) takes the SVD of [tau_1 .. tau_T]; Core Space
+(arXiv 2509.17786) takes left singular vectors of [B_1 .. B_T] and right ones of the stacked A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SMALLEST_SINGULAR_VALUE = 1e-5
+"""Directions at or below it are dropped. Absolute, not relative to the largest, as the KnOTS authors have it:
+an update whose every singular value is below it merges to zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnotsBasis:
+    """[tau_1 .. tau_T] = U S [V_1 .. V_T]; R is the number of directions kept.
+
+    Args:
+        U_OR: orthonormal columns.
+        S_R: singular values, descending.
+        coordinates: per adapter the factors (R, q_i) and (q_i, I) of S V_i.
+    """
+
+    U_OR: Tensor
+    S_R: Tensor
+    coordinates: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CoreBasis:
+    """M_i = U^T tau_i V, so that tau_i = U M_i V^T exactly.
+
+    Args:
+        U_OP: orthonormal columns, P = min(O, R).
+        Vt_QI: orthonormal rows, Q = min(I, R).
+        coordinates: per adapter the factors (P, R_i) and (R_i, Q) of M_i.
+    """
+
+    U_OP: Tensor
+    Vt_QI: Tensor
+    coordinates: tuple[tuple[Tensor, Tensor], ...]
+
+
+def knots_basis(pairs: Sequence[tuple[Tensor, Tensor]]) -> KnotsBasis:
+    """The KnOTS basis of the deltas B_i A_i.
+
+    Args:
+        pairs: per adapter B_i (O, R_i) and A_i (R_i, I), scale folded in; R_i may be 0.
+    """
+    lefts, rights = [], []
+    for B_OR, A_RI in pairs:
+        # B A = (B T^T) Q^T with A^T = Q T. Q^T has orthonormal rows: the stack has the lefts' SVD.
+        Q_Iq, T_qR = torch.linalg.qr(A_RI.double().T)
+        lefts.append(B_OR.double() @ T_qR.T)
+        rights.append(Q_Iq.T)
+    Q_OP, T_PS = torch.linalg.qr(torch.cat(lefts, dim=1))
+    U_PK, s_K, Vt_KS = torch.linalg.svd(T_PS, full_matrices=False)
+    keep = int((s_K > SMALLEST_SINGULAR_VALUE).sum())
+    s_R = s_K[:keep]
+    blocks = torch.split(s_R[:, None] * Vt_KS[:keep], [left.shape[1] for left in lefts], dim=1)
+    return KnotsBasis(Q_OP @ U_PK[:, :keep], s_R, tuple(zip(blocks, rights, strict=True)))
+
+
+def core_basis(B: Sequence[Tensor], A: Sequence[Tensor], scales: Sequence[float]) -> CoreBasis:
+    """The Core Space of several adapters.
+
+    Args:
+        B: per adapter (O, R_i); R_i may be 0.
+        A: per adapter (R_i, I).
+        scales: per adapter; they enter M_i, not the bases, as in the paper.
+    """
+    B64 = [B_OR.double() for B_OR in B]
+    A64 = [A_RI.double() for A_RI in A]
+    U_OP = _left_vectors(torch.cat(B64, dim=1))
+    V_IQ = _left_vectors(torch.cat(A64, dim=0).T)
+    coordinates = tuple(
+        (U_OP.T @ B_OR * scale, A_RI @ V_IQ) for B_OR, A_RI, scale in zip(B64, A64, scales, strict=True)
+    )
+    return CoreBasis(U_OP, V_IQ.T.contiguous(), coordinates)
+
+
+def _left_vectors(M_OR: Tensor) -> Tensor:
+    Q_OP, T_PR = torch.linalg.qr(M_OR)
+    left_PP: Tensor = torch.linalg.svd(T_PR, full_matrices=False).U
+    U_OP: Tensor = Q_OP @ left_PP
+    return U_OP

@@ -1,0 +1,83 @@
+"""The factors of all adapters of a merge at one site, and the decompositions that several merges share.
+
+Owns: upcasting, and one computation of each basis. Never knows a method. An adapter that does not touch the
+site is a factor of rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ray_merge.algebra.bases import CoreBasis, KnotsBasis, core_basis, knots_basis
+from ray_merge.algebra.dtypes import to_work, work_dtype
+from ray_merge.algebra.spaces import CoreSpace, DenseSpace, KnotsSpace, Space
+from ray_merge.spec import Factor
+
+
+class SiteFactors:
+    """Factors of T adapters at one site, in adapter order.
+
+    Args:
+        factors: one per adapter, B (O, R_i) and A (R_i, I) of any floating dtype. R_i may be 0.
+
+    Raises:
+        ValueError: no factors, or shapes that do not fit together.
+    """
+
+    def __init__(self, factors: Sequence[Factor]) -> None:
+        if not factors:
+            raise ValueError("a site needs the factors of at least one adapter")
+        shapes = {(factor.B.shape[0], factor.A.shape[1]) for factor in factors}
+        if len(shapes) > 1 or any(factor.B.shape[1] != factor.A.shape[0] for factor in factors):
+            listed = ", ".join(f"B {tuple(f.B.shape)} A {tuple(f.A.shape)}" for f in factors)
+            raise ValueError(f"factors of one site do not fit together: {listed}")
+        self.shape: tuple[int, int] = shapes.pop()
+        self.dtype = work_dtype([tensor for factor in factors for tensor in (factor.B, factor.A)])
+        self.device = factors[0].B.device
+        self.B: tuple[Tensor, ...] = tuple(to_work(factor.B, self.dtype) for factor in factors)
+        self.A: tuple[Tensor, ...] = tuple(to_work(factor.A, self.dtype) for factor in factors)
+        self.scales: tuple[float, ...] = tuple(float(factor.scale) for factor in factors)
+
+    def __len__(self) -> int:
+        return len(self.B)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """R_i of each adapter."""
+        return tuple(B_OR.shape[1] for B_OR in self.B)
+
+    @cached_property
+    def pairs(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(B_i, s_i A_i) of each adapter: their products are the deltas tau_i."""
+        return tuple(
+            (B_OR, A_RI if scale == 1.0 else A_RI * scale)
+            for B_OR, A_RI, scale in zip(self.B, self.A, self.scales, strict=True)
+        )
+
+    def weighted_sum(self, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Factors B (O, R) and A (R, I), R the sum of ranks, of sum_i weights[i] * tau_i; exact."""
+        B_OR = torch.cat(self.B, dim=1)
+        A_RI = torch.cat([A * (w * s) for A, w, s in zip(self.A, weights, self.scales, strict=True)], dim=0)
+        return B_OR, A_RI
+
+    @cached_property
+    def knots(self) -> KnotsBasis:
+        """The KnOTS basis of all deltas, float64, computed once."""
+        return knots_basis(self.pairs)
+
+    @cached_property
+    def core(self) -> CoreBasis:
+        """The Core Space bases of all factors, float64, computed once."""
+        return core_basis(self.B, self.A, self.scales)
+
+    def space(self, name: str) -> Space:
+        """The coordinates of every delta in the space called `name`: dense, core or knots."""
+        if name == "core":
+            return CoreSpace(self.core, self.dtype)
+        if name == "knots":
+            return KnotsSpace(self.knots, self.dtype)
+        return DenseSpace(self.pairs, self.shape, self.dtype)

@@ -1,0 +1,109 @@
+"""Where entries of several deltas are compared, and the way back: dense, Core Space, KnOTS basis.
+
+Owns: coordinates by chunk of rows, and lifting merged coordinates to a `Delta`. In every space the
+coordinates of an adapter are a product of two thin factors, so one rule (trim, drop, elect, average) serves
+all three and never holds the coordinates of all adapters at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ray_merge.algebra.bases import CoreBasis, KnotsBasis
+from ray_merge.algebra.delta import BlockDelta, Delta, LowRankDelta
+from ray_merge.algebra.grid import chunk_rows, chunk_spans
+
+Rule = Callable[[int], Tensor]
+"""Chunk index -> merged coordinates of that chunk, in the dtype of the coordinates."""
+
+
+class Space(ABC):
+    """Coordinates of T adapters at one site.
+
+    Args:
+        pairs: per adapter the two factors of its coordinates, (P, q_i) and (q_i, Q).
+        shape: (P, Q) of the coordinates.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, int]) -> None:
+        self.pairs = tuple(pairs)
+        self.shape = shape
+
+    @property
+    def n_entries(self) -> int:
+        """P * Q."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks of the row grid."""
+        return len(chunk_spans(self.shape))
+
+    def chunk(self, adapter: int, index: int) -> Tensor:
+        """Rows of chunk `index` of one adapter's coordinates."""
+        left_PR, right_RQ = self.pairs[adapter]
+        step = chunk_rows(self.shape[1])
+        return left_PR[index * step : (index + 1) * step] @ right_RQ
+
+    def chunks(self, adapter: int) -> Iterator[Tensor]:
+        """All chunks of one adapter's coordinates, in order."""
+        return (self.chunk(adapter, index) for index in range(self.n_chunks))
+
+    @abstractmethod
+    def lift(self, rule: Rule) -> Delta:
+        """The update whose coordinates `rule` gives."""
+
+    def collect(self, rule: Rule) -> Tensor:
+        """All merged coordinates, (P, Q)."""
+        left_PR, _ = self.pairs[0]
+        if not self.n_entries:
+            return left_PR.new_zeros(self.shape)
+        return torch.cat([rule(index) for index in range(self.n_chunks)])
+
+
+class DenseSpace(Space):
+    """The entries of the deltas themselves, in the work dtype; the merged update stays a rule."""
+
+    def __init__(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        super().__init__(pairs, shape)
+        self._dtype = dtype
+
+    def lift(self, rule: Rule) -> Delta:
+        """A delta that runs the rule for the rows it is asked for."""
+        return BlockDelta(self.shape, self._dtype, self.pairs[0][0].device, rule)
+
+
+class KnotsSpace(Space):
+    """S V_i, (R, I), float64."""
+
+    def __init__(self, basis: KnotsBasis, dtype: torch.dtype) -> None:
+        super().__init__(basis.coordinates, (basis.U_OR.shape[1], basis.coordinates[0][1].shape[1]))
+        self._basis = basis
+        self._dtype = dtype
+
+    def lift(self, rule: Rule) -> LowRankDelta:
+        """U times the merged coordinates."""
+        return LowRankDelta(self._basis.U_OR.to(self._dtype), self.collect(rule).to(self._dtype))
+
+
+class CoreSpace(Space):
+    """M_i, (P, Q), float64."""
+
+    def __init__(self, basis: CoreBasis, dtype: torch.dtype) -> None:
+        super().__init__(basis.coordinates, (basis.U_OP.shape[1], basis.Vt_QI.shape[0]))
+        self._basis = basis
+        self._dtype = dtype
+
+    def lift(self, rule: Rule) -> LowRankDelta:
+        """U M V^T, M multiplied into the side that leaves the smaller rank."""
+        M_PQ = self.collect(rule)
+        U_OP, Vt_QI = self._basis.U_OP, self._basis.Vt_QI
+        if M_PQ.shape[0] <= M_PQ.shape[1]:
+            return LowRankDelta(U_OP.to(self._dtype), (M_PQ @ Vt_QI).to(self._dtype))
+        return LowRankDelta((U_OP @ M_PQ).to(self._dtype), Vt_QI.to(self._dtype))

@@ -1,0 +1,169 @@
+"""`ray-merge`: the command line. Options in, one library call, text out; exit codes 0, 1 and 2.
+
+0: complete. 2: refused before anything was written (usage errors too). 1: failed later. The last line on
+stderr says why, in one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from click.exceptions import ClickException, Exit
+
+from ray_merge import show
+from ray_merge.errors import RayMergeError, RunFailed
+
+app = typer.Typer(
+    name="ray-merge",
+    help="Merge many LoRA adapters into large base models, as a batch job on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe: YAML file, local or by URL.")
+]
+OutputOption = Annotated[str | None, typer.Option(help="Where results go, in place of the recipe's output.")]
+OnlyOption = Annotated[list[str] | None, typer.Option(help="Name or glob of merges; may be repeated.")]
+MemoryOption = Annotated[str | None, typer.Option(metavar="SIZE", help="Ceiling per worker, such as 640MB.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+CacheOption = Annotated[Path | None, typer.Option(help="Node-local folder for adapters and digests.")]
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    output: OutputOption = None,
+    only: OnlyOption = None,
+    memory: MemoryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What would be read, merged and written; peak memory; refusals. Reads headers only."""
+    from ray_merge import api
+
+    planned = api.plan(recipe, output=output, only=only or [], memory=memory)
+    if as_json:
+        typer.echo(json.dumps(show.plan_json(planned), indent=1))
+    else:
+        show.plan_table(planned)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    output: OutputOption = None,
+    address: Annotated[str, typer.Option(help="local (embedded Ray), auto, or HOST:PORT.")] = "local",
+    only: OnlyOption = None,
+    engine: Annotated[
+        Literal["ray", "local"], typer.Option(help="local: everything in this process.")
+    ] = "ray",
+    workers: Annotated[int | None, typer.Option(min=1, help="How many; default: one per CPU.")] = None,
+    memory: MemoryOption = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    cache_dir: CacheOption = None,
+    date: Annotated[str | None, typer.Option(help="Day for {date} in output; default: today (UTC).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe: every merge is published once; what is complete is left alone."""
+    from ray_merge import api
+
+    with show.Progress() as progress:
+        result = api.run(
+            recipe,
+            output=output,
+            only=only or [],
+            engine=engine,
+            address=address,
+            workers=workers,
+            memory=memory,
+            device=device,
+            cache_dir=cache_dir,
+            date=date,
+            progress=progress,
+        )
+    show.run_result(result, as_json=as_json)
+
+
+@app.command()
+def verify(
+    output: Annotated[
+        str, typer.Argument(metavar="OUTPUT", help="A recipe's output, or one merge's folder.")
+    ],
+    probe: Annotated[bool, typer.Option(help="Also compare y = (W + dW) x with the factors.")] = True,
+    cache_dir: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Re-hash every published file and probe merged weights against base and factors."""
+    from ray_merge.verify import verify as check
+
+    show.verified(check(output, cache_dir=cache_dir, probe=probe), as_json=as_json)
+
+
+@app.command()
+def methods(as_json: JsonOption = False) -> None:
+    """Every merge method: family, spaces, parameters, reference."""
+    from ray_merge import api
+
+    if as_json:
+        typer.echo(json.dumps(api.methods(), indent=1))
+    else:
+        show.methods_table(api.methods())
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the results; default: in the cache.")
+    ] = None,
+    cache_dir: CacheOption = None,
+    engine: Annotated[
+        Literal["ray", "local"], typer.Option(help="local: everything in this process.")
+    ] = "ray",
+) -> None:
+    """Everything offline: a real small model, real adapters, several merges, scores."""
+    from ray_merge.demo.command import run_demo
+
+    run_demo(output=output, cache_dir=cache_dir, engine=engine)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(_exit_code(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise RunFailed("stopped by SIGTERM; run the recipe again to finish it")
+
+
+def _exit_code(arguments: list[str]) -> int:
+    try:
+        code: Any = app(arguments, standalone_mode=False)
+    except RayMergeError as error:
+        return _fail(str(error), error.exit_code)
+    except Exit as error:
+        return error.exit_code
+    except ClickException as error:
+        return _fail(error.format_message(), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("stopped by Ctrl-C; run the recipe again to finish it", 1)
+    except Exception as error:  # noqa: BLE001  (the last resort: a bug, or a library's error that nobody expected)
+        import traceback
+
+        traceback.print_exc()
+        return _fail(f"internal error: {type(error).__name__}: {error}", 1)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    sentence = " ".join(message.split())
+    typer.echo(f"ray-merge: {sentence}", err=True)
+    return code

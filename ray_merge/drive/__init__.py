@@ -1,0 +1,1 @@
+"""From a plan to published results: what is missing -> pool -> receipts -> manifest."""

@@ -1,0 +1,71 @@
+"""README.md of a result: what was merged, how, and what rounding took. Deterministic: no times, no hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import yaml
+
+from ray_merge.methods.registry import get
+from ray_merge.plan import Plan
+from ray_merge.spec import Merge, SiteReport
+
+WARN_LOST_SHARE = 0.05
+"""More than 5 % of an update lost to rounding is worth a sentence to whoever uses the model."""
+
+
+def model_card(plan: Plan, merge: Merge, merge_id: str, reports: Mapping[str, Sequence[SiteReport]]) -> bytes:
+    """A Hugging Face model card with front matter."""
+    method = get(merge.method)
+    front = {
+        "base_model": plan.base.config.get("_name_or_path") or plan.recipe.base_model,
+        "library_name": "peft" if merge.export == "adapter" else "transformers",
+        "tags": ["merge", "lora", "ray-merge"],
+    }
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=True).strip(),
+        "---",
+        f"# {merge.name}",
+        "",
+        f"{len(merge.adapters)} LoRA adapter(s) merged into `{plan.recipe.base_model}` by `{merge.method}` with "
+        "ray-merge.",
+        "",
+        f"Method: {method.summary} ({method.reference}).",
+        "",
+        "| parameter | value |",
+        "|---|---|",
+        *[f"| {key} | `{value}` |" for key, value in sorted(merge.parameters.items())],
+        f"| arithmetic | `{plan.recipe.dtype}` |",
+        f"| stored as | `{plan.recipe.out_dtype or 'as the base'}` |",
+        "",
+        "| adapter | from | sites | ranks | heads |",
+        "|---|---|---|---|---|",
+        *[_adapter_row(plan, name) for name in merge.adapters],
+        "",
+        *_rounding(reports.get("checkpoint", ())),
+        f"Merge id `{merge_id}`. What went in and every file that came out: `ray_merge/MANIFEST.json`; per site: "
+        "`ray_merge/sites.parquet`.",
+        "",
+    ]
+    return "\n".join(lines).encode()
+
+
+def _adapter_row(plan: Plan, name: str) -> str:
+    adapter = plan.adapters[name]
+    ranks = sorted({factor.rank for factor in adapter.factors.values()})
+    shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    head = f"`heads/{name}.safetensors`" if adapter.heads else ""
+    return f"| {name} | `{adapter.url}` | {len(adapter.factors)} | {shown} | {head} |"
+
+
+def _rounding(reports: Sequence[SiteReport]) -> list[str]:
+    if not reports:
+        return []
+    worst = max(reports, key=lambda report: report.lost_share)
+    text = (
+        f"Rounding to the stored dtype took at most {worst.lost_share:.2%} of an update (at `{worst.site}`)."
+    )
+    if worst.lost_share > WARN_LOST_SHARE:
+        text += " Use `out_dtype: float32` or `export: adapter` to keep it."
+    return [text, ""]

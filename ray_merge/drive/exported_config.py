@@ -1,0 +1,61 @@
+"""adapter_config.json of an exported merge, in the layout that PEFT, vLLM and Ray Serve LLM load.
+
+It is written afresh: settings of the inputs (rsLoRA, patterns) must not leak into a result whose scale is
+already in its factors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ray_merge.plan import Plan
+from ray_merge.spec import Merge, SiteReport
+
+
+def exported_config(plan: Plan, merge: Merge, reports: Mapping[str, SiteReport]) -> dict[str, Any]:
+    """adapter_config.json of an exported merge: r = alpha = rank, so that PEFT's scale is 1 everywhere.
+
+    Args:
+        plan: the run's plan.
+        merge: the merge that was exported.
+        reports: runtime site name -> what was made there.
+    """
+    ranks = {site: report.rank for site, report in sorted(reports.items())}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    uneven = {site: rank for site, rank in ranks.items() if rank != common}
+    configs = [plan.adapters[name].config for name in merge.adapters]
+    bases = {str(config.get("base_model_name_or_path") or "") for config in configs}
+    return {
+        "peft_type": "LORA",
+        "task_type": configs[0].get("task_type"),
+        "base_model_name_or_path": bases.pop() if len(bases) == 1 else plan.recipe.base_model,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": uneven,
+        "alpha_pattern": uneven,
+        "target_modules": target_modules(plan, set(ranks)),
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+    }
+
+
+def target_modules(plan: Plan, sites: set[str]) -> list[str]:
+    """The last name of each site where it means these sites only (`q_proj`), else the whole runtime name.
+
+    PEFT adapts every module whose path ends in `.<target>`, and servers read short names only.
+    """
+    adapted = {site.tensor for site in plan.sites.values() if site.name in sites}
+    others = {
+        name.removesuffix(".weight").rpartition(".")[2]
+        for name in plan.base.tensors
+        if name.endswith(".weight") and name not in adapted
+    }
+    return sorted({site if (last := site.rpartition(".")[2]) in others else last for site in sites})

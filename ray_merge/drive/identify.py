@@ -1,0 +1,114 @@
+"""Which exact inputs a merge is made of, and the id that follows from them.
+
+A local file is identified by its sha256 (hashed once and remembered by path, size and times), an object by the
+store's entity tag. So a moved base keeps its merges' ids, a changed one never does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_merge.errors import AdapterError, CheckpointError
+from ray_merge.identity import ALGORITHM_VERSION, digest
+from ray_merge.plan import Plan
+from ray_merge.spec import Merge
+from ray_merge.storage.adapter import CONFIG_FILE as ADAPTER_CONFIG
+from ray_merge.storage.checkpoint import CONFIG_FILE, read_checkpoint
+from ray_merge.storage.digest import DigestCache
+from ray_merge.storage.store import Store, open_store
+
+Versions = Mapping[str, str]
+"""File name -> version of its content."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Content versions of the base's files and of each adapter's files."""
+
+    base: Versions
+    adapters: Mapping[str, Versions]
+
+
+def read_inputs_identity(plan: Plan, digests: DigestCache) -> Inputs:
+    """Versions of everything that the plan's merges are made of; hashes local files."""
+    base_store = open_store(plan.base.url)
+    names = [info.path for info in (*plan.base.weight_files, *plan.base.side_files)]
+    base = _versions(base_store, [*names, CONFIG_FILE], digests)
+    adapters = {
+        name: _versions(open_store(adapter.url), [ADAPTER_CONFIG, adapter.file], digests)
+        for name, adapter in plan.adapters.items()
+    }
+    _check_training_base(plan, base, digests)
+    return Inputs(base, adapters)
+
+
+def _versions(store: Store, names: list[str], digests: DigestCache) -> Versions:
+    versions = {}
+    for name in sorted(names):
+        if store.local_root is not None:
+            versions[name] = f"sha256:{digests.sha256(store.local_root / name)}"
+            continue
+        info = store.info(name)
+        if info is None:
+            raise CheckpointError(f"{store.url}/{name} disappeared while the run was being planned")
+        versions[name] = f"{info.version}:{info.n_bytes}"
+    return versions
+
+
+def _check_training_base(plan: Plan, base: Versions, digests: DigestCache) -> None:
+    """Refuse an adapter whose training base is a folder on this machine with other weights.
+
+    Two models of one architecture have the same names and shapes, so only content can tell them apart.
+    """
+    weights = {info.path: base[info.path] for info in plan.base.weight_files}
+    checked: dict[str, bool] = {}
+    for adapter in plan.adapters.values():
+        name = str(adapter.config.get("base_model_name_or_path") or "")
+        if (
+            name in checked
+            or name in plan.recipe.base_model_names
+            or not (Path(name) / CONFIG_FILE).is_file()
+        ):
+            continue
+        checked[name] = True
+        store = open_store(name)
+        if store.url == plan.base.url or not all(v.startswith("sha256:") for v in weights.values()):
+            continue
+        try:
+            theirs = read_checkpoint(store)
+        except CheckpointError:
+            continue  # whatever lies there now is no base; the recipe's base has matching names and shapes
+        found = _versions(store, [info.path for info in theirs.weight_files], digests)
+        if sorted(found.values()) != sorted(weights.values()) and len(found) == len(weights):
+            raise AdapterError(
+                f"adapter {adapter.name} was trained on {name}, whose weights differ from those of {plan.base.url}; "
+                f"if that is meant, add base_model_names: [{name}]"
+            )
+
+
+def merge_inputs(plan: Plan, merge: Merge, inputs: Inputs) -> dict[str, Any]:
+    """Everything that decides the bytes of one merge; its digest is the merge id."""
+    recipe = plan.recipe
+    document = {
+        "algorithm": ALGORITHM_VERSION,
+        "base": dict(inputs.base),
+        "adapters": [{"name": name, "files": dict(inputs.adapters[name])} for name in merge.adapters],
+        "method": merge.method,
+        "parameters": dict(merge.parameters),
+        "export": merge.export,
+        "seed": merge.seed,
+        "dtype": recipe.dtype,
+        "out_dtype": recipe.out_dtype,
+        "max_shard_size": recipe.max_shard_size,
+    }
+    result: dict[str, Any] = json.loads(json.dumps(document))
+    return result
+
+
+def merge_id(inputs: Mapping[str, Any]) -> str:
+    """The id of a merge, 64 hex digits."""
+    return digest(inputs)

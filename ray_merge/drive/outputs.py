@@ -1,0 +1,78 @@
+"""Where each merge goes, and what is there already: complete, begun, or somebody else's."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray_merge.errors import OutputConflict, RecipeError
+from ray_merge.identity import difference
+from ray_merge.spec import Receipt
+from ray_merge.storage.commit import RECIPE, read_manifest, read_receipts, recorded_id
+from ray_merge.storage.store import Store, join, open_store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One merge's place and what is known about it.
+
+    Args:
+        root: the output that it lies in.
+        url: its folder.
+        merge_id: 64 hex digits.
+        inputs: what the id was made of.
+        complete: True when its manifest is there.
+        receipts: by object name, of a run that was stopped.
+    """
+
+    root: str
+    url: str
+    merge_id: str
+    inputs: Mapping[str, Any]
+    complete: bool
+    receipts: Mapping[str, Receipt]
+
+
+def output_root(template: str, merge_id: str, date: str | None = None) -> str:
+    """`output` of a recipe with `{date}` (UTC day) and `{id}` (12 hex digits of the merge id) filled in."""
+    day = date or datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    try:
+        return template.format(date=day, id=merge_id[:12])
+    except (KeyError, IndexError, ValueError) as error:
+        raise RecipeError(f"output {template!r}: only {{date}} and {{id}} may stand in braces") from error
+
+
+def look(template: str, name: str, merge_id: str, inputs: Mapping[str, Any], date: str | None) -> Target:
+    """What is at a merge's place.
+
+    Raises:
+        OutputConflict: another merge, or files that this package did not write.
+    """
+    root = open_store(output_root(template, merge_id, date)).url
+    url = join(root, *name.split("/"))
+    store = open_store(url)
+    manifest = read_manifest(store)
+    if manifest is not None:
+        _check_owner(store, str(manifest.get("id")), merge_id, difference(manifest.get("inputs", {}), inputs))
+        return Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=True, receipts={})
+    owner = recorded_id(store)
+    if owner is None:
+        first = next((info.path for info in store.list()), None)
+        if first is not None:
+            raise OutputConflict(
+                f"{url} holds something else ({first}) and no {RECIPE}; choose another output or empty that folder"
+            )
+        return Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=False, receipts={})
+    _check_owner(store, owner, merge_id, "an unfinished run of other inputs")
+    receipts = read_receipts(store, merge_id)
+    return Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=False, receipts=receipts)
+
+
+def _check_owner(store: Store, owner: str, merge_id: str, change: str) -> None:
+    if owner != merge_id:
+        raise OutputConflict(
+            f"{store.url} holds merge id {owner[:12]}, this recipe makes {merge_id[:12]} ({change}); choose another "
+            "output, or put {id} into it"
+        )

@@ -1,0 +1,157 @@
+"""From receipts to a complete merge: heads, table, card, side files, index, config.json, MANIFEST last.
+
+Everything here is small and deterministic: any driver, at any time, writes the same bytes, so two drivers that
+finish the same merge adopt each other's objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_merge.drive.card import model_card
+from ray_merge.drive.exported_config import exported_config
+from ray_merge.drive.outputs import Target
+from ray_merge.models.blocks import natural_key
+from ray_merge.plan import ADAPTER_OBJECT, Plan
+from ray_merge.spec import Adapter, Merge, Receipt, SiteReport
+from ray_merge.storage.checkpoint import CONFIG_FILE, INDEX_FILE
+from ray_merge.storage.commit import MANIFEST, SITES, commit_bytes, pretty_json
+from ray_merge.storage.headers import make_header
+from ray_merge.storage.store import Store, open_store
+
+CARD = "README.md"
+MANIFEST_FORMAT = 1
+
+SITE_SCHEMA = pa.schema(
+    [
+        ("site", pa.string()),
+        ("tensor", pa.string()),
+        ("export", pa.string()),
+        ("rank", pa.int32()),
+        ("update_norm", pa.float64()),
+        ("lost_share", pa.float64()),
+        ("truncation_error", pa.float64()),
+    ]
+)
+"""Columns of sites.parquet; what they mean is in `spec.SiteReport`."""
+
+
+class _Files:
+    """Commits small objects and remembers what the manifest must name."""
+
+    def __init__(self, store: Store, merge_id: str) -> None:
+        self.store = store
+        self.merge_id = merge_id
+        self.entries: list[dict[str, Any]] = []
+
+    def put(self, name: str, data: bytes) -> None:
+        commit_bytes(self.store, name, data, self.merge_id)
+        self.note(name, len(data), hashlib.sha256(data).hexdigest())
+
+    def note(self, name: str, n_bytes: int, sha256: str) -> None:
+        self.entries.append({"name": name, "bytes": n_bytes, "sha256": sha256})
+
+
+def publish(plan: Plan, merge: Merge, target: Target, receipts: Mapping[str, Receipt]) -> None:
+    """Complete one merge whose shards and adapter are all receipted."""
+    files = _Files(open_store(target.url), target.merge_id)
+    for receipt in sorted(receipts.values(), key=lambda receipt: receipt.name):
+        files.note(receipt.name, receipt.n_bytes, receipt.sha256)
+    for name in merge.adapters:
+        if plan.adapters[name].heads:
+            files.put(f"heads/{name}.safetensors", head_file(plan, plan.adapters[name]))
+    reports = {kind: _reports(receipts, kind == "adapter") for kind in ("checkpoint", "adapter")}
+    files.put(SITES, _site_table(reports))
+    files.put(CARD, model_card(plan, merge, target.merge_id, reports))
+    if merge.export != "checkpoint":
+        by_site = {report.site: report for report in reports["adapter"]}
+        files.put("adapter/adapter_config.json", pretty_json(exported_config(plan, merge, by_site)))
+    if merge.export != "adapter":
+        _put_checkpoint_files(plan, files)
+    files.store.put_if_absent(MANIFEST, _manifest(plan, merge, target, files), {"merge-id": target.merge_id})
+
+
+def _put_checkpoint_files(plan: Plan, files: _Files) -> None:
+    base = open_store(plan.base.url)
+    for info in plan.base.side_files:
+        if info.path != CARD:
+            files.put(info.path, base.read(info.path))
+    files.put(INDEX_FILE, pretty_json(checkpoint_index(plan)))
+    files.put(CONFIG_FILE, _config(plan, base))
+
+
+def checkpoint_index(plan: Plan) -> dict[str, Any]:
+    """model.safetensors.index.json; `total_size` is the bytes of all tensors."""
+    placed = [(tensor, shard) for shard in plan.shards for tensor in shard.tensors]
+    return {
+        "metadata": {"total_size": sum(tensor.n_bytes for tensor, _ in placed)},
+        "weight_map": {tensor.source.name: shard.name for tensor, shard in placed},
+    }
+
+
+def _config(plan: Plan, base: Store) -> bytes:
+    if plan.recipe.out_dtype is None:
+        return base.read(CONFIG_FILE)
+    config = dict(plan.base.config)
+    # transformers 5 writes `dtype`, older ones `torch_dtype`; both read either.
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    return pretty_json({**config, key: plan.recipe.out_dtype})
+
+
+def head_file(plan: Plan, adapter: Adapter) -> bytes:
+    """An adapter's heads under their runtime names, as one safetensors file with what a loader must know."""
+    store = open_store(adapter.url)
+    ordered = sorted(adapter.heads, key=lambda entry: entry.name)
+    labels = next((e.shape[0] for e in reversed(ordered) if len(e.shape) == 2), 0)
+    task = plan.recipe.adapters[adapter.name].task
+    problem = "regression" if task == "regression" or labels == 1 else "single_label_classification"
+    metadata = {
+        "format": "pt",
+        "task_type": str(adapter.config.get("task_type") or ""),
+        "num_labels": str(labels),
+        "problem_type": problem,
+        "id2label": json.dumps({str(index): f"LABEL_{index}" for index in range(labels)}),
+    }
+    header, _ = make_header([(entry.name, entry.dtype, entry.shape) for entry in ordered], metadata)
+    return header + b"".join(store.read(entry.file, entry.start, entry.end) for entry in ordered)
+
+
+def _reports(receipts: Mapping[str, Receipt], of_adapter: bool) -> list[SiteReport]:
+    chosen = [r for name, r in sorted(receipts.items()) if (name == ADAPTER_OBJECT) == of_adapter]
+    reports = [report for receipt in chosen for report in receipt.sites]
+    return sorted(reports, key=lambda report: natural_key(report.site))
+
+
+def _site_table(reports: Mapping[str, Sequence[SiteReport]]) -> bytes:
+    rows = [{**asdict(report), "export": kind} for kind, some in reports.items() for report in some]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SITE_SCHEMA), buffer)
+    return buffer.getvalue()
+
+
+def _manifest(plan: Plan, merge: Merge, target: Target, files: _Files) -> bytes:
+    """Proof that the merge is complete: what went in, every file that came out. Deterministic."""
+    adapters = {
+        name: {"factors": len(plan.adapters[name].factors), "heads": len(plan.adapters[name].heads)}
+        for name in merge.adapters
+    }
+    return pretty_json(
+        {
+            "format": MANIFEST_FORMAT,
+            "id": target.merge_id,
+            "name": merge.name,
+            "inputs": target.inputs,
+            "adapters": adapters,
+            "sites": len(plan.touched(merge)),
+            "tensors": 0 if merge.export == "adapter" else len(plan.base.tensors),
+            "files": sorted(files.entries, key=lambda entry: str(entry["name"])),
+        }
+    )

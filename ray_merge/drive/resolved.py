@@ -1,0 +1,38 @@
+"""The recipe of one merge with every default written out: what a reader needs to make it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from ray_merge.plan import Plan
+from ray_merge.spec import Merge
+from ray_merge.storage.commit import id_line
+
+
+def resolved_recipe(plan: Plan, merge: Merge, merge_id: str) -> bytes:
+    """YAML of a recipe that makes this merge alone; its first line names the merge id."""
+    recipe = plan.recipe
+    document: dict[str, Any] = {
+        "base_model": recipe.base_model,
+        "output": recipe.output,
+        "dtype": recipe.dtype,
+        "max_shard_size": recipe.max_shard_size,
+        "adapters": {
+            name: recipe.adapters[name].model_dump(exclude_none=True, mode="json") for name in merge.adapters
+        },
+        "merges": [
+            {
+                "name": merge.name,
+                "merge_method": merge.method,
+                "adapters": list(merge.adapters),
+                "parameters": dict(merge.parameters),
+                "export": merge.export,
+                "seed": merge.seed,
+            }
+        ],
+    }
+    if recipe.out_dtype is not None:
+        document["out_dtype"] = recipe.out_dtype
+    return (id_line(merge_id) + yaml.safe_dump(document, sort_keys=False, allow_unicode=True)).encode()

@@ -1,0 +1,281 @@
+"""The loop of a run: what is missing -> pool -> receipts -> manifest.
+
+    plan (headers) -> ids (content) -> what is there -> preflight -> probe -> units -> publish
+
+Nothing is written before the probe. Every step can be repeated: a run that was killed anywhere is finished by
+running the same recipe again, and a finished one is a no-op that does not even start a pool.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray_merge.drive.identify import Inputs, merge_id, merge_inputs, read_inputs_identity
+from ray_merge.drive.outputs import Target, look
+from ray_merge.drive.publish import publish
+from ray_merge.drive.resolved import resolved_recipe
+from ray_merge.errors import AdapterError, OutputConflict
+from ray_merge.plan import ADAPTER_OBJECT, Plan
+from ray_merge.pool import Done, Pool, Task
+from ray_merge.spec import Merge, Receipt
+from ray_merge.storage.commit import STATE_FOLDER, probe
+from ray_merge.storage.digest import DigestCache
+from ray_merge.storage.store import open_store
+from ray_merge.work.job import AdapterCheck, AdapterUnit, Job, PreflightUnit, ShardUnit, Unit
+
+PoolFactory = Callable[[Job, int], Pool]
+"""Makes the pool for a job of so many units; called only when there is something to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Progress, for whoever shows it.
+
+    Args:
+        kind: "start" (totals are known), "unit" (one more done), "merge" (one more published).
+        text: what happened, for a person.
+        units: done and all.
+        n_bytes: written and all.
+    """
+
+    kind: str
+    text: str
+    units: tuple[int, int] = (0, 0)
+    n_bytes: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeResult:
+    """One merge after a run: `done` says whether this run completed it or found it complete."""
+
+    name: str
+    id: str
+    url: str
+    done: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What a run did."""
+
+    merges: tuple[MergeResult, ...]
+    units_run: int
+    units_adopted: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to run, as opposed to what.
+
+    Args:
+        cache: node-local folder for adapters, digests and, with a remote output, unfinished files.
+        device: torch device of the workers.
+        date: UTC day for `{date}` in `output`; today by default.
+    """
+
+    cache: Path
+    device: str = "cpu"
+    date: str | None = None
+
+
+@dataclass(slots=True)
+class _Open:
+    """An unfinished merge: its target, what it still lacks, the receipts it has."""
+
+    merge: Merge
+    target: Target
+    missing: set[str]
+    receipts: dict[str, Receipt] = field(default_factory=dict)
+
+
+def object_names(plan: Plan, merge: Merge) -> list[str]:
+    """The objects of a merge that units make."""
+    shards = [shard.name for shard in plan.shards] if merge.export != "adapter" else []
+    return shards + ([ADAPTER_OBJECT] if merge.export != "checkpoint" else [])
+
+
+def run(
+    plan: Plan, settings: Settings, make_pool: PoolFactory, progress: Callable[[Event], None] = lambda _: None
+) -> RunResult:
+    """Complete every merge of the plan.
+
+    Raises:
+        Refusal: found before anything was written.
+        RunFailed: found later; running again finishes what is left.
+    """
+    started = time.monotonic()
+    inputs = read_inputs_identity(plan, DigestCache(settings.cache / "digests"))
+    targets = _targets(plan, inputs, settings)
+    unfinished = [
+        _Open(merge, target, set(object_names(plan, merge)) - set(target.receipts), dict(target.receipts))
+        for merge, target in zip(plan.merges, targets, strict=True)
+        if not target.complete
+    ]
+    units_run = _finish(plan, settings, inputs, unfinished, make_pool, progress) if unfinished else 0
+    return RunResult(
+        merges=tuple(
+            MergeResult(name=merge.name, id=target.merge_id, url=target.url, done=not target.complete)
+            for merge, target in zip(plan.merges, targets, strict=True)
+        ),
+        units_run=units_run,
+        units_adopted=sum(len(item.target.receipts) for item in unfinished),
+        seconds=time.monotonic() - started,
+        warnings=plan.warnings,
+    )
+
+
+def _targets(plan: Plan, inputs: Inputs, settings: Settings) -> list[Target]:
+    targets = []
+    seen: dict[str, str] = {}
+    for merge in plan.merges:
+        document = merge_inputs(plan, merge, inputs)
+        target = look(plan.recipe.output, merge.name, merge_id(document), document, settings.date)
+        if target.url in seen:
+            raise OutputConflict(f"merges {seen[target.url]!r} and {merge.name!r} both go to {target.url}")
+        seen[target.url] = merge.name
+        targets.append(target)
+    return targets
+
+
+def _finish(
+    plan: Plan,
+    settings: Settings,
+    inputs: Inputs,
+    unfinished: Sequence[_Open],
+    make_pool: PoolFactory,
+    progress: Callable[[Event], None],
+) -> int:
+    job = Job(
+        plan=plan,
+        merge_ids={item.merge.name: item.target.merge_id for item in unfinished},
+        outputs={item.merge.name: item.target.url for item in unfinished},
+        roots={item.merge.name: item.target.root for item in unfinished},
+        scratch=str(settings.cache / "scratch"),
+        cache=str(settings.cache / "adapters"),
+        attempt=uuid.uuid4().hex[:12],
+        device=settings.device,
+    )
+    units = missing_units(plan, {item.merge.name: item.missing for item in unfinished})
+    adapters = sorted({name for item in unfinished for name in item.merge.adapters if item.missing})
+    total_bytes = sum(_unit_bytes(plan, unit) for unit in units)
+    n_units = len(units)
+    progress(
+        Event(kind="start", text=_describe(units, unfinished), units=(0, n_units), n_bytes=(0, total_bytes))
+    )
+    try:
+        if not units:
+            _publish_ready(plan, unfinished, progress, (0, 0), (0, 0))
+            return 0
+        with make_pool(job, max(len(units), len(adapters))) as pool:
+            _preflight(pool, adapters, inputs)
+            for item in unfinished:
+                _probe(plan, item)
+            _publish_ready(plan, unfinished, progress, (0, n_units), (0, total_bytes))
+            written = 0
+            for count, done in enumerate(pool.run([Task(unit.id, unit) for unit in units]), start=1):
+                written += _note_receipts(unfinished, done)
+                numbers = ((count, n_units), (written, total_bytes))
+                progress(Event(kind="unit", text=done.id, units=numbers[0], n_bytes=numbers[1]))
+                _publish_ready(plan, unfinished, progress, *numbers)
+    finally:
+        _sweep(job)
+    return n_units
+
+
+def missing_units(plan: Plan, missing: Mapping[str, Iterable[str]]) -> list[Unit]:
+    """Units that make the missing objects; the merges of a group share one unit per shard.
+
+    Args:
+        plan: the run's plan.
+        missing: merge name -> object names that have no receipt yet.
+    """
+    lacking = {name: set(objects) for name, objects in missing.items()}
+    units: list[Unit] = []
+    for group, indices in enumerate(plan.groups):
+        names = [plan.merges[index].name for index in indices]
+        for shard in plan.shards:
+            wanted = tuple(name for name in names if shard.name in lacking.get(name, ()))
+            if wanted:
+                units.append(ShardUnit(shard.index, wanted, group))
+    adapters = [merge for merge in plan.merges if ADAPTER_OBJECT in lacking.get(merge.name, ())]
+    return units + [AdapterUnit(merge.name) for merge in adapters]
+
+
+def _unit_bytes(plan: Plan, unit: Unit) -> int:
+    return plan.shards[unit.shard].n_bytes * len(unit.merges) if isinstance(unit, ShardUnit) else 0
+
+
+def _describe(units: Sequence[Unit], unfinished: Sequence[_Open]) -> str:
+    there = sum(len(item.receipts) for item in unfinished)
+    again = f", {there} object(s) are there already" if there else ""
+    return f"{len(units)} unit(s) for {len(unfinished)} merge(s){again}"
+
+
+def _preflight(pool: Pool, adapters: Sequence[str], inputs: Inputs) -> None:
+    """Every number of every adapter is looked at before anything is written."""
+    tasks = [Task(unit.id, unit) for unit in map(PreflightUnit, adapters)]
+    for done in pool.run(tasks):
+        check: AdapterCheck = done.value
+        expected = next(
+            v for name, v in inputs.adapters[check.adapter].items() if name.endswith(".safetensors")
+        )
+        if expected.startswith("sha256:") and expected != f"sha256:{check.sha256}":
+            raise AdapterError(f"adapter {check.adapter} changed while the run was starting; run again")
+
+
+def _probe(plan: Plan, item: _Open) -> None:
+    recipe = resolved_recipe(plan, item.merge, item.target.merge_id)
+    probe(open_store(item.target.url), recipe, item.target.merge_id)
+
+
+def _note_receipts(unfinished: Sequence[_Open], done: Done) -> int:
+    by_id = {item.target.merge_id: item for item in unfinished}
+    receipts: list[Receipt] = done.value
+    for receipt in receipts:
+        item = by_id[receipt.merge_id]
+        item.receipts[receipt.name] = receipt
+        item.missing.discard(receipt.name)
+    return sum(receipt.n_bytes for receipt in receipts)
+
+
+def _publish_ready(
+    plan: Plan,
+    unfinished: Sequence[_Open],
+    progress: Callable[[Event], None],
+    units: tuple[int, int],
+    n_bytes: tuple[int, int],
+) -> None:
+    for item in unfinished:
+        if not item.missing and item.receipts:
+            publish(plan, item.merge, item.target, item.receipts)
+            item.receipts.clear()
+            progress(Event(kind="merge", text=item.merge.name, units=units, n_bytes=n_bytes))
+
+
+def _sweep(job: Job) -> None:
+    """Remove this run's unfinished files, and the folders that are empty then."""
+    roots = {open_store(root).local_root for root in job.roots.values()}
+    for folder in [Path(job.scratch) if root is None else root / STATE_FOLDER for root in roots]:
+        shutil.rmtree(folder / "attempts" / job.attempt, ignore_errors=True)
+        for empty in (folder / "attempts", folder):
+            with suppress(OSError):
+                empty.rmdir()
+
+
+def summary(result: RunResult) -> dict[str, Any]:
+    """The result as JSON-able data."""
+    return {
+        "merges": [{"name": m.name, "id": m.id, "url": m.url, "done": m.done} for m in result.merges],
+        "units_run": result.units_run,
+        "units_adopted": result.units_adopted,
+        "seconds": round(result.seconds, 3),
+    }

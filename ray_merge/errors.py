@@ -1,0 +1,157 @@
+"""What can go wrong, as a tree that survives pickling between processes.
+
+    RayMergeError
+    +-- Refusal          found before anything was written; exit code 2
+    |   +-- RecipeError, AdapterError, CheckpointError, MethodError, OutputConflict, StoreDenied, StoreUnfit,
+    |   |   NotFinite
+    +-- RunFailed        found after the first object was written; exit code 1
+        +-- UnitFailed, ShardConflict, StoreError
+
+A class with several arguments hands all of them to `super().__init__` and makes its text in `__str__`:
+an exception whose `__init__` does not match its `args` cannot be unpickled, and Ray then hides it behind
+`UnserializableException`.
+"""
+
+from __future__ import annotations
+
+
+class RayMergeError(Exception):
+    """Base of every error that this package raises on purpose; `str(error)` is one sentence for a person."""
+
+    exit_code = 1
+
+
+class Refusal(RayMergeError):
+    """The input cannot be merged as asked, and nothing has been written."""
+
+    exit_code = 2
+
+
+class RecipeError(Refusal):
+    """The recipe is not valid: the place (file and line, or key), what is wrong, the nearest right thing."""
+
+
+class AdapterError(Refusal):
+    """An adapter cannot be merged exactly: unknown variant, unmatched tensor, wrong shape or rank."""
+
+
+class AdapterShapeError(AdapterError):
+    """A factor does not fit its base weight."""
+
+    def __init__(
+        self, site: str, tensor: str, got: tuple[int, ...], want: str, source: str, base: str
+    ) -> None:
+        super().__init__(site, tensor, got, want, source, base)
+
+    def __str__(self) -> str:
+        site, tensor, got, want, source, base = self.args
+        return (
+            f"{site}: {tensor} is {tuple(got)} in {source}, but {want} ({base}); "
+            "the adapter was trained on another base model"
+        )
+
+
+class CheckpointError(Refusal):
+    """A base checkpoint or safetensors file is missing, truncated or malformed."""
+
+
+class MethodError(Refusal):
+    """Unknown merge method, or parameters outside its range."""
+
+
+class OutputConflict(Refusal):
+    """The output holds something else than what this recipe would write there."""
+
+
+class StoreDenied(Refusal):
+    """The store refused for good: credentials, rights, a bucket that is not there, a read-only disk."""
+
+    def __init__(self, url: str, action: str, answer: str) -> None:
+        super().__init__(url, action, answer)
+
+    def __str__(self) -> str:
+        url, action, answer = self.args
+        return f"{action} {url} was refused: {answer}; check the URL, the credentials and their rights"
+
+
+class StoreUnfit(Refusal):
+    """The output store has no put-if-absent, so nothing can be published exactly once."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url, reason)
+
+    def __str__(self) -> str:
+        url, reason = self.args
+        return f"{url} cannot publish exactly once ({reason}); use a store with conditional writes"
+
+
+class NotFinite(Refusal):
+    """A tensor of an adapter holds NaN or Inf."""
+
+    def __init__(self, adapter: str, tensor: str, count: int, source: str) -> None:
+        super().__init__(adapter, tensor, count, source)
+
+    def __str__(self) -> str:
+        adapter, tensor, count, source = self.args
+        return (
+            f"adapter {adapter}: {tensor} holds {count} NaN or Inf values ({source}); train or save it again"
+        )
+
+
+class RunFailed(RayMergeError):
+    """The run stopped after its first object was written; run the recipe again to finish it."""
+
+
+class UnitFailed(RunFailed):
+    """One unit of work did not succeed within its attempts."""
+
+    def __init__(self, unit: str, attempts: int, reason: str) -> None:
+        super().__init__(unit, attempts, reason)
+
+    def __str__(self) -> str:
+        unit, attempts, reason = self.args
+        return f"unit {unit} failed after {attempts} attempt(s): {reason}"
+
+
+class ShardConflict(RunFailed):
+    """An object of that name is there already, with other bytes."""
+
+    def __init__(self, url: str, there: str, ours: str) -> None:
+        super().__init__(url, there, ours)
+
+    def __str__(self) -> str:
+        url, there, ours = self.args
+        return (
+            f"{url} is there already with {there}, this run made {ours}; "
+            "look at it with `ray-merge gc`, remove that folder or choose another output"
+        )
+
+
+class StoreError(RunFailed):
+    """A read or write failed for good after its retries: store, key, number of tries, last cause."""
+
+    def __init__(self, url: str, action: str, tries: int, cause: str) -> None:
+        super().__init__(url, action, tries, cause)
+
+    def __str__(self) -> str:
+        url, action, tries, cause = self.args
+        return f"{action} {url} failed after {tries} {'try' if tries == 1 else 'tries'}: {cause}"
+
+
+__all__ = [
+    "AdapterError",
+    "AdapterShapeError",
+    "CheckpointError",
+    "MethodError",
+    "NotFinite",
+    "OutputConflict",
+    "RayMergeError",
+    "RecipeError",
+    "Refusal",
+    "RunFailed",
+    "ShardConflict",
+    "StoreDenied",
+    "StoreError",
+    "StoreUnfit",
+    "UnitFailed",
+]

@@ -1,0 +1,103 @@
+"""Rules that tie several parameters of a method together; torch-free, so that `plan` finds every refusal.
+
+Each rule gets the resolved parameters of one method, completes what depends on other parameters and refuses
+what cannot be merged as asked. Rules run twice on the same values without changing them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ray_merge.errors import MethodError
+
+NEARLY_ZERO = 1e-8
+"""mergekit's bound for a sum of weights that nothing may be divided by."""
+
+
+def tensor_scope(values: dict[str, Any]) -> None:
+    """Refuse `scope: model`, TIES' own default, because thresholds over a whole model do not exist yet."""
+    if values.get("scope") == "model":
+        raise MethodError(
+            "thresholds over the whole model (scope: model, the paper's default) are not implemented; "
+            "write `scope: tensor` to trim each weight by its own threshold"
+        )
+
+
+def linear(values: dict[str, Any]) -> None:
+    """Fill `normalize`, and refuse a division by a sum of weights near zero."""
+    if values["normalize"] is None:
+        values["normalize"] = values["compat"] != "peft"
+    divided_sum(values)
+
+
+def divided_sum(values: dict[str, Any]) -> None:
+    """Refuse a division by a sum of weights near zero."""
+    if not values["normalize"]:
+        return
+    for weights, place in _alternatives(values["weight"]):
+        total = sum(weights.values())
+        if abs(total) < NEARLY_ZERO:
+            raise MethodError(
+                f"the weights{place} sum to {total:g}, which normalize would divide by; "
+                "set `normalize: false` or change a weight"
+            )
+
+
+def ties(values: dict[str, Any]) -> None:
+    """Rules of the methods that trim and elect signs."""
+    tensor_scope(values)
+    _mergekit_normalize(values, default=True)
+    authors_weights(values)
+
+
+def knots_ties(values: dict[str, Any]) -> None:
+    """Rules of ties in the KnOTS basis."""
+    tensor_scope(values)
+    authors_weights(values)
+
+
+def dare_linear(values: dict[str, Any]) -> None:
+    """Rules of dare_linear."""
+    _mergekit_normalize(values, default=False)
+    divided_sum(values)
+
+
+def dare_ties(values: dict[str, Any]) -> None:
+    """Rules of dare_ties."""
+    _mergekit_normalize(values, default=False)
+    authors_weights(values)
+
+
+def authors_weights(values: dict[str, Any]) -> None:
+    """The KnOTS code multiplies every adapter by the first weight; different weights would be ignored."""
+    if values["compat"] != "authors":
+        return
+    for weights, place in _alternatives(values["weight"]):
+        if len(set(weights.values())) > 1:
+            raise MethodError(
+                "compat authors has one weight for all adapters (the KnOTS code uses the first), but "
+                f"the weights{place} are {list(weights.values())}; make them equal or write `compat: paper`"
+            )
+
+
+def _mergekit_normalize(values: dict[str, Any], *, default: bool) -> None:
+    if values["compat"] == "mergekit":
+        values["normalize"] = default if values["normalize"] is None else values["normalize"]
+    elif values["normalize"] is not None:
+        raise MethodError(
+            f"normalize belongs to compat mergekit, but compat is {values['compat']}; "
+            "remove normalize or write `compat: mergekit`"
+        )
+
+
+def _alternatives(value: Any) -> Iterator[tuple[Mapping[str, float], str]]:
+    """Every mapping by adapter that a resolved per-adapter value may become at some site, and its place."""
+    if isinstance(value, Mapping):
+        yield value, ""
+        return
+    for item in value:
+        yield (
+            item["value"],
+            f" for filter {item['filter']!r}" if "filter" in item else " for the remaining sites",
+        )

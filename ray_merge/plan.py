@@ -1,0 +1,360 @@
+"""Recipe x headers -> what would be read, merged and written, and every refusal that headers can show.
+
+Pure: reads no weights and writes nothing. `read_inputs` is the only part that touches a store (headers and
+configs); `make_plan` is arithmetic on what it found.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray_merge.errors import AdapterError, AdapterShapeError, RecipeError
+from ray_merge.methods.registry import get
+from ray_merge.models.blocks import cut_shards
+from ray_merge.models.names import Naming, resolve
+from ray_merge.recipe import Recipe
+from ray_merge.spec import DTYPE_BYTES, FLOAT_DTYPES, Adapter, Merge, Site, TensorEntry
+from ray_merge.storage.adapter import read_adapter
+from ray_merge.storage.checkpoint import Checkpoint, read_checkpoint
+from ray_merge.storage.headers import make_header
+from ray_merge.storage.store import open_store
+
+TRANSPOSED_MODELS = frozenset(
+    {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_bigcode_legacy"}
+)
+"""Model types whose linear weights are HF Conv1D, stored (I, O): a square one cannot be told by its shape."""
+
+DEFAULT_MEMORY_BYTES = 640 * 10**6
+"""Ceiling per worker; two workers and the driver then stay under 1.5 GB."""
+
+RUNTIME_BYTES = 330 * 10**6
+"""A worker that has imported torch and merged something small (measured: 318 MB with torch loaded)."""
+
+STREAM_BYTES = 80 * 10**6
+"""Chunks read ahead, one in float32, one update, one result (storage/stream.py: 8 MiB as stored)."""
+
+MAX_GROUP = 64
+"""Merges that share one pass over the base; more only keeps more scratch files open."""
+
+
+ADAPTER_OBJECT = "adapter/adapter_model.safetensors"
+"""Where a merge's exported adapter lies: the folder `adapter` loads with PeftModel.from_pretrained."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutTensor:
+    """One tensor of an output shard: where it comes from and the dtype it is stored in."""
+
+    source: TensorEntry
+    dtype: str
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in the output."""
+        return self.source.n_bytes // DTYPE_BYTES[self.source.dtype] * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One planned output file; name, order and size are final before anything runs."""
+
+    index: int
+    name: str
+    tensors: tuple[OutTensor, ...]
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything a run needs to know, small enough to send to every worker.
+
+    Args:
+        recipe: the validated recipe.
+        base: the base checkpoint's headers.
+        adapters: by the recipe's names, only those that a merge uses.
+        naming: how runtime names became disk names.
+        sites: disk tensor name -> site.
+        merges: in recipe order.
+        shards: of every checkpoint that this recipe writes.
+        groups: indices into `merges` that share one pass over the base, in order.
+        peak_bytes: estimated resident bytes of one worker.
+        warnings: what a person should know; none of it stops the run.
+    """
+
+    recipe: Recipe
+    base: Checkpoint
+    adapters: Mapping[str, Adapter]
+    naming: Naming
+    sites: Mapping[str, Site]
+    merges: tuple[Merge, ...]
+    shards: tuple[Shard, ...]
+    groups: tuple[tuple[int, ...], ...]
+    peak_bytes: int
+    warnings: tuple[str, ...]
+
+    def touched(self, merge: Merge) -> set[str]:
+        """Disk names of the base weights that `merge` changes."""
+        modules = {module for name in merge.adapters for module in self.adapters[name].factors}
+        return {tensor for tensor, site in self.sites.items() if site.name in modules}
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of all adapter files."""
+        return sum(adapter.file_bytes for adapter in self.adapters.values())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the shards of one merged checkpoint."""
+        return sum(shard.n_bytes for shard in self.shards)
+
+    @property
+    def read_bytes(self) -> int:
+        """Base bytes that a whole run reads: once per group."""
+        return self.base.n_bytes * len(self.groups)
+
+    @property
+    def write_bytes(self) -> int:
+        """Shard bytes that a whole run writes."""
+        return self.checkpoint_bytes * sum(merge.export != "adapter" for merge in self.merges)
+
+
+def read_inputs(recipe: Recipe, merges: Sequence[Merge]) -> tuple[Checkpoint, dict[str, Adapter]]:
+    """Headers and configs of the base and of every adapter that a merge uses."""
+    base = read_checkpoint(open_store(recipe.base_model))
+    used = {name for merge in merges for name in merge.adapters}
+    adapters = {}
+    for name, source in recipe.adapters.items():
+        if name in used:
+            if source.path is None:
+                raise RecipeError(f"adapter {name} has no path, which a merge needs")
+            adapters[name] = read_adapter(name, open_store(source.path))
+    return base, adapters
+
+
+def make_plan(
+    recipe: Recipe,
+    merges: Sequence[Merge],
+    base: Checkpoint,
+    adapters: Mapping[str, Adapter],
+    *,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+) -> Plan:
+    """Check adapters against the base and lay out the output.
+
+    Args:
+        recipe: the validated recipe.
+        merges: the merges to plan, expanded.
+        base: headers of the base.
+        adapters: headers of every adapter used.
+        memory_bytes: ceiling per worker, for the size of groups.
+
+    Raises:
+        Refusal: an adapter that does not fit the base, a merge that cannot be exported as asked.
+    """
+    naming, sites = _sites(base, adapters)
+    warnings = _check_bases(recipe, base, adapters)
+    shards = _shards(recipe, base)
+    for merge in merges:
+        _check_export(merge, adapters)
+        warnings += _filter_warnings(merge, sites)
+    site_bytes = max((_site_bytes(merge, adapters, sites) for merge in merges), default=0)
+    room = memory_bytes - RUNTIME_BYTES - STREAM_BYTES
+    group_size = min(MAX_GROUP, max(1, int(room // max(1, site_bytes))))
+    checkpoints = [index for index, merge in enumerate(merges) if merge.export != "adapter"]
+    groups = [tuple(checkpoints[i : i + group_size]) for i in range(0, len(checkpoints), group_size)]
+    peak = RUNTIME_BYTES + STREAM_BYTES + site_bytes * max((len(group) for group in groups), default=1)
+    if peak > memory_bytes:
+        warnings.append(
+            f"one worker needs about {peak / 1e6:.0f} MB, more than the ceiling of {memory_bytes / 1e6:.0f} MB"
+        )
+    return Plan(
+        recipe=recipe,
+        base=base,
+        adapters=adapters,
+        naming=naming,
+        sites=sites,
+        merges=tuple(merges),
+        shards=shards,
+        groups=tuple(groups),
+        peak_bytes=peak,
+        warnings=tuple(warnings),
+    )
+
+
+def _sites(base: Checkpoint, adapters: Mapping[str, Adapter]) -> tuple[Naming, dict[str, Site]]:
+    naming, disk = resolve(
+        {name: adapter.factors for name, adapter in adapters.items()}, base.tensors, base.url
+    )
+    sites: dict[str, Site] = {}
+    for adapter in adapters.values():
+        for module, factor in adapter.factors.items():
+            entry = base.tensors[disk[module]]
+            _check_weight(module, entry, base)
+            rows, columns = entry.shape
+            source = f"{adapter.url}/{adapter.file}"
+            if factor.A.shape[1] != columns:
+                raise AdapterShapeError(
+                    module, "lora_A", factor.A.shape, source, f"takes {columns} inputs", base.url
+                )
+            if factor.B.shape[0] != rows:
+                raise AdapterShapeError(
+                    module, "lora_B", factor.B.shape, source, f"gives {rows} outputs", base.url
+                )
+            sites[entry.name] = Site(module, entry.name, (rows, columns))
+        _check_heads(adapter, naming, base)
+    return naming, sites
+
+
+def _check_weight(module: str, entry: TensorEntry, base: Checkpoint) -> None:
+    if len(entry.shape) != 2:
+        raise AdapterError(
+            f"{module}: base weight {entry.name} has shape {entry.shape}; only matrices are merged"
+        )
+    if entry.dtype not in FLOAT_DTYPES.values():
+        raise AdapterError(f"{module}: base weight {entry.name} is stored as {entry.dtype}, not as floats")
+    if base.config.get("model_type") in TRANSPOSED_MODELS:
+        raise AdapterError(
+            f"{module}: {base.config['model_type']} stores linear weights transposed (HF Conv1D), which is not "
+            "supported; merge with PEFT's merge_and_unload"
+        )
+    if base.config.get("tie_word_embeddings") and re.search(r"(^|\.)(lm_head|embed_out)$", module):
+        raise AdapterError(
+            f"{module} is tied to the input embedding in {base.url}: a merge would change both; untie them first"
+        )
+
+
+def _check_heads(adapter: Adapter, naming: Naming, base: Checkpoint) -> None:
+    for head in adapter.heads:
+        module, _, leaf = head.name.rpartition(".")
+        weight = naming.disk(module, base.tensors)
+        if weight is not None or f"{module}.{leaf}" in base.tensors:
+            raise AdapterError(
+                f"adapter {adapter.name}: {head.name} (modules_to_save) replaces a weight of the base, which is not "
+                "supported; train without modules_to_save on it"
+            )
+
+
+def _check_bases(recipe: Recipe, base: Checkpoint, adapters: Mapping[str, Adapter]) -> list[str]:
+    """Compare the base that each adapter names with the recipe's; shapes were compared already."""
+    accepted = {name.lower() for name in recipe.base_model_names}
+    hub = re.fullmatch(r"hf://(?:models/)?([^/@]+/[^/@]+)(?:@.*)?/?", recipe.base_model)
+    warnings: dict[str, str] = {}
+    named: dict[str, tuple[str, str]] = {}
+    for adapter in adapters.values():
+        name = str(adapter.config.get("base_model_name_or_path") or "")
+        if not name or name.lower() in accepted:
+            continue
+        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+        if hub and is_hub_id and name.lower() != hub[1].lower():
+            raise AdapterError(
+                f"adapter {adapter.name} was trained on {name}, the recipe's base is {hub[1]}; if they are the same "
+                f"weights, add base_model_names: [{name}]"
+            )
+        if is_hub_id:
+            named.setdefault(name.lower(), (adapter.name, name))
+        if not hub and not _same_folder(name, recipe.base_model):
+            warnings[name] = (
+                f"adapter {adapter.name} says it was trained on {name}; {recipe.base_model} has the same names and "
+                f"shapes, which does not prove the same weights (base_model_names: [{name}] says that it is so)"
+            )
+    if len(named) > 1:
+        (first, one), (second, other) = list(named.values())[:2]
+        raise AdapterError(
+            f"adapter {first} was trained on {one}, adapter {second} on {other}; if they are the same weights, add "
+            f"base_model_names: [{one}, {other}]"
+        )
+    return list(warnings.values())
+
+
+def _same_folder(name: str, base: str) -> bool:
+    last = name.rstrip("/").rpartition("/")[2].lower()
+    return last == base.rstrip("/").rpartition("/")[2].lower()
+
+
+def _shards(recipe: Recipe, base: Checkpoint) -> tuple[Shard, ...]:
+    out = FLOAT_DTYPES[recipe.out_dtype] if recipe.out_dtype else None
+    shards = []
+    cuts = cut_shards(list(base.tensors.values()), recipe.max_shard_size)
+    for index, entries in enumerate(cuts):
+        # Larger elements first keeps every tensor aligned to its dtype, which readers by memory map need.
+        tensors = tuple(
+            OutTensor(entry, out if out and entry.dtype in FLOAT_DTYPES.values() else entry.dtype)
+            for entry in entries
+        )
+        tensors = tuple(sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype]))
+        name = f"model-{index + 1:05d}-of-{len(cuts):05d}.safetensors"
+        header, _ = make_header(shard_layout(tensors), SHARD_METADATA)
+        shards.append(Shard(index, name, tensors, len(header) + sum(t.n_bytes for t in tensors)))
+    return tuple(shards)
+
+
+SHARD_METADATA = {"format": "pt"}
+"""transformers refuses a safetensors file without it."""
+
+
+def shard_layout(tensors: Sequence[OutTensor]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of each tensor, as the writer takes them."""
+    return [(tensor.source.name, tensor.dtype, tensor.source.shape) for tensor in tensors]
+
+
+def _check_export(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
+    if merge.export == "checkpoint":
+        return
+    method = get(merge.method)
+    space = merge.parameters.get("space", method.spaces[0])
+    if space not in method.low_rank_spaces:
+        options = " or ".join(f"space: {name}" for name in method.low_rank_spaces) or "another method"
+        raise RecipeError(
+            f"merge {merge.name!r}: {merge.method} in {space} space has no exact low-rank form, so it cannot be "
+            f"exported as an adapter; use export: checkpoint, or {options}"
+        )
+    kinds: dict[Any, str] = {}
+    for name in merge.adapters:
+        kinds.setdefault(adapters[name].config.get("task_type"), name)
+    if len(kinds) > 1:
+        (one, first), (other, second) = list(kinds.items())[:2]
+        raise RecipeError(
+            f"merge {merge.name!r}: adapter {first} has task_type {one}, adapter {second} {other}; adapters of "
+            "different model classes have no common adapter; use export: checkpoint"
+        )
+
+
+def _filter_warnings(merge: Merge, sites: Mapping[str, Site]) -> list[str]:
+    warnings = []
+    for key, value in merge.parameters.items():
+        for item in value if isinstance(value, list) else []:
+            pattern = item.get("filter") if isinstance(item, dict) else None
+            if pattern and not any(re.search(pattern, site.name) for site in sites.values()):
+                warnings.append(f"merge {merge.name!r}: {key} filter {pattern!r} matches no site")
+    return warnings
+
+
+def _site_bytes(merge: Merge, adapters: Mapping[str, Adapter], sites: Mapping[str, Site]) -> int:
+    """Bytes that one merge holds at its most expensive site: factors, bases, coordinates."""
+    space = merge.parameters.get("space")
+    worst = 0
+    for site in sites.values():
+        ranks = [
+            adapters[n].factors[site.name].rank for n in merge.adapters if site.name in adapters[n].factors
+        ]
+        worst = max(worst, _working_bytes(space, site.shape, ranks))
+    return worst
+
+
+def _working_bytes(space: str | None, shape: tuple[int, int], ranks: Sequence[int]) -> int:
+    """Bytes held at one site: float32 factors twice (as read, as summed), and in a basis float64 ones.
+
+    `dense` works chunk by chunk on the factors. `core` holds both bases and T small matrices. `knots` holds
+    the coordinates of all T deltas, T x R x I, and one trimmed copy.
+    """
+    rows, columns = shape
+    total = sum(ranks)
+    factors = 2 * 4 * total * (rows + columns)
+    if space == "core":
+        return factors + 3 * 8 * total * (rows + columns) + 3 * 8 * len(ranks) * total**2
+    if space == "knots":
+        return factors + 3 * 8 * total * (rows + columns) + 3 * 8 * len(ranks) * min(total, rows) * columns
+    return factors

@@ -1,0 +1,159 @@
+"""Entries of a recipe -> named merges: combinations of adapters, sweeps of parameters, defaults filled in.
+
+Names: `scale/lambda=0.2,density=0.5` (keys as written, values by Python repr), `pairs/mnli__stsb`, and
+`pairs/mnli__stsb/lambda=0.2` where an entry has both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import combinations, product
+from math import comb, prod
+from typing import Any
+
+from ray_merge.errors import MethodError, RecipeError
+from ray_merge.methods.registry import get
+from ray_merge.methods.resolve import resolve_parameters
+from ray_merge.recipe.model import MergeSource, Recipe
+from ray_merge.recipe.source import Source, nearest
+from ray_merge.spec import Merge
+
+
+def expand(recipe: Recipe, source: Source) -> list[Merge]:
+    """Every merge of a recipe, in file order, with all parameters filled in.
+
+    Raises:
+        RecipeError: unknown method, parameter or adapter, two merges with one name, more than `max_merges`.
+    """
+    total = sum(_count(entry, recipe, source.where(("merges", i))) for i, entry in enumerate(recipe.merges))
+    if total > recipe.max_merges:
+        raise RecipeError(
+            f"{source.name}: the recipe expands to {total} merges, more than max_merges = {recipe.max_merges}; "
+            "shorten a sweep or combinations, or raise max_merges"
+        )
+    merges: list[Merge] = []
+    first: dict[str, str] = {}
+    for index, entry in enumerate(recipe.merges):
+        where = source.where(("merges", index))
+        for merge in _expand_entry(entry, recipe, where):
+            if merge.name in first:
+                raise RecipeError(
+                    f"{where}: two merges are named {merge.name!r} (the other: {first[merge.name]})"
+                )
+            first[merge.name] = where
+            merges.append(merge)
+    _refuse_nested(first)
+    return merges
+
+
+def _refuse_nested(names: Mapping[str, str]) -> None:
+    # `scale` and `scale/lambda=0.2` would share a folder, and the outer merge would look damaged.
+    for name, where in names.items():
+        parent = name.rpartition("/")[0]
+        while parent:
+            if parent in names:
+                raise RecipeError(f"{where}: merge {name!r} would lie inside merge {parent!r}; rename one")
+            parent = parent.rpartition("/")[0]
+
+
+def select(merges: Sequence[Merge], only: Sequence[str]) -> list[Merge]:
+    """The merges whose name equals or matches (glob) one of `only`; all of them when it is empty.
+
+    Raises:
+        RecipeError: a pattern that matches no merge.
+    """
+    for pattern in only:
+        if not any(merge.name == pattern or fnmatchcase(merge.name, pattern) for merge in merges):
+            raise RecipeError(f"--only {pattern}: no such merge{nearest(pattern, [m.name for m in merges])}")
+    return [m for m in merges if not only or any(m.name == p or fnmatchcase(m.name, p) for p in only)]
+
+
+def _sizes(entry: MergeSource) -> list[int]:
+    if entry.combinations is None:
+        return []
+    choose = entry.combinations.choose
+    return [choose] if isinstance(choose, int) else list(choose)
+
+
+def _count(entry: MergeSource, recipe: Recipe, where: str) -> int:
+    names = _adapters(entry, recipe, where)
+    for size in _sizes(entry):
+        if not 1 <= size <= len(names):
+            raise RecipeError(f"{where}: combinations choose {size} of {len(names)} adapters")
+    subsets = sum(comb(len(names), size) for size in _sizes(entry)) if entry.combinations else 1
+    for key, values in (entry.sweep or {}).items():
+        if not values:
+            raise RecipeError(f"{where}: sweep over {key} has no values")
+    return subsets * prod(len(values) for values in (entry.sweep or {}).values())
+
+
+def _adapters(entry: MergeSource, recipe: Recipe, where: str) -> list[str]:
+    names = list(recipe.adapters) if entry.adapters is None else entry.adapters
+    if not names:
+        raise RecipeError(f"{where}: merge {entry.name!r} has no adapters")
+    for name in names:
+        if name not in recipe.adapters:
+            raise RecipeError(f"{where}: unknown adapter {name!r}{nearest(name, list(recipe.adapters))}")
+        if names.count(name) > 1:
+            raise RecipeError(f"{where}: adapter {name!r} stands twice in merge {entry.name!r}")
+    return names
+
+
+def _expand_entry(entry: MergeSource, recipe: Recipe, where: str) -> Iterator[Merge]:
+    names = _adapters(entry, recipe, where)
+    subsets: list[tuple[str, Sequence[str]]] = [("", names)]
+    if entry.combinations is not None:
+        subsets = [("__".join(some), some) for size in _sizes(entry) for some in combinations(names, size)]
+    sweep = entry.sweep or {}
+    twice = next((key for key in sweep if key in entry.parameters), None)
+    if twice is not None:
+        raise RecipeError(f"{where}: {twice} stands in parameters and in sweep of merge {entry.name!r}")
+    for label, subset in subsets:
+        for values in product(*sweep.values()):
+            point = dict(zip(sweep, values, strict=True))
+            suffix = ",".join(f"{key}={value!r}" for key, value in point.items())
+            name = "/".join(part for part in (entry.name, label, suffix) if part)
+            yield _merge(entry, name, tuple(subset), {**entry.parameters, **point}, recipe, where)
+
+
+def _merge(
+    entry: MergeSource,
+    name: str,
+    adapters: tuple[str, ...],
+    given: dict[str, Any],
+    recipe: Recipe,
+    where: str,
+) -> Merge:
+    if any(character in name for character in "\\\n\r") or ".." in name or len(name) > 200:
+        raise RecipeError(
+            f"{where}: {name!r} cannot name an output folder; sweep over shorter, plainer values"
+        )
+    try:
+        method = get(entry.merge_method)
+        known = {key: _restrict(value, adapters, recipe) for key, value in given.items()}
+        parameters = resolve_parameters(method, known, adapters)
+    except MethodError as error:
+        raise RecipeError(f"{where}: merge {name!r}: {error}") from error
+    return Merge(
+        name=name,
+        method=method.name,
+        adapters=adapters,
+        parameters=parameters,
+        export=entry.export,
+        seed=entry.seed,
+    )
+
+
+def _restrict(value: Any, adapters: Sequence[str], recipe: Recipe) -> Any:
+    # A weight per adapter is written once for all adapters; a combination takes its own part of it.
+    if isinstance(value, dict) and value and all(key in recipe.adapters for key in value):
+        return {key: item for key, item in value.items() if key in adapters}
+    if isinstance(value, list):
+        return [
+            {**item, "value": _restrict(item["value"], adapters, recipe)}
+            if isinstance(item, dict) and "value" in item
+            else item
+            for item in value
+        ]
+    return value

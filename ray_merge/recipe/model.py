@@ -1,0 +1,220 @@
+"""The recipe as validated models: what a platform engineer may write, and nothing else.
+
+Owns the recipe's keys, their types and their defaults (DESIGN: interfaces). Knows no files but the recipe's
+own text, and no merge method but through the registry.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ray_merge.errors import RecipeError
+from ray_merge.recipe.source import Source, nearest, parse_yaml
+from ray_merge.spec import FLOAT_DTYPES, Export
+
+NAME_PATTERN = r"[A-Za-z0-9._-]{1,64}"
+UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+Dtype = Literal["float16", "bfloat16", "float32", "float64"]
+assert set(FLOAT_DTYPES) == {"float16", "bfloat16", "float32", "float64"}
+
+
+def parse_size(value: Any) -> int:
+    """Bytes of a size such as `5GB` (10^9), `5GiB` (2^30), `5B` or a plain number of bytes."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{value!r} is no size; write for example 1GB or 512MiB")  # noqa: TRY004 (pydantic's)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    if match is None or match[2].upper() not in UNITS:
+        raise ValueError(f"{value!r} is no size; write for example 1GB or 512MiB")
+    size = int(float(match[1]) * UNITS[match[2].upper()])
+    if size < 1:
+        raise ValueError(f"{value!r} is no size: it must be at least one byte")
+    return size
+
+
+def check_name(value: Any) -> str:
+    """An adapter or merge name: it becomes a folder, so only `[A-Za-z0-9._-]{1,64}` without `__`."""
+    text = value if isinstance(value, str) else repr(value)
+    if not re.fullmatch(NAME_PATTERN, text) or "__" in text or set(text) == {"."}:
+        raise ValueError(f"{text!r} is no usable name: use up to 64 of A-Z a-z 0-9 . _ - and no '__'")
+    return text
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Name = Annotated[str, BeforeValidator(check_name)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class DataSource(_Model):
+    """Where a task's texts are."""
+
+    path: str
+    text: list[str] | None = None
+    limit: int | None = Field(default=None, ge=1)
+
+
+class Evaluation(_Model):
+    """Labelled data and the metric of a task."""
+
+    path: str
+    label: str = "label"
+    metric: Literal["accuracy", "f1", "mcc", "pearson", "spearman", "perplexity", "exact_match"]
+
+
+class AdapterSource(_Model):
+    """One adapter: its folder and, for methods that learn or measure, its data."""
+
+    path: str | None = None
+    data: str | DataSource | None = None
+    task: str | None = None
+    eval: Evaluation | None = None
+
+
+class Calibration(_Model):
+    """How many inputs the moments are taken from."""
+
+    samples: int = Field(default=128, ge=1)
+    max_length: int = Field(default=256, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    seed: int = 0
+
+
+class Combinations(_Model):
+    """Every subset of the adapters of one size, or of each of several sizes."""
+
+    choose: int | list[int]
+
+
+class MergeSource(_Model):
+    """One entry of `merges`, before sweeps and combinations are expanded."""
+
+    name: Name
+    merge_method: str
+    adapters: list[Name] | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    sweep: dict[str, list[Any]] | None = None
+    combinations: Combinations | None = None
+    export: Export = "checkpoint"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+
+class Recipe(_Model):
+    """A whole recipe. Paths are as written; relative ones count from the working directory."""
+
+    base_model: str
+    base_model_names: list[str] = Field(default_factory=list)
+    output: str
+    store: str | None = None
+    dtype: Literal["float32", "float64"] = "float32"
+    out_dtype: Dtype | None = None
+    max_shard_size: Size = 10**9
+    max_merges: int = Field(default=1000, ge=1)
+    adapters: dict[Name, AdapterSource]
+    calibration: Calibration | None = None
+    placement: Literal["spread", "one_per_node"] = "spread"
+    merges: list[MergeSource]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_adapters(cls, value: Any) -> Any:
+        # `mnli: s3://adapters/mnli` is the short form of `mnli: {path: s3://adapters/mnli}`.
+        if isinstance(value, dict) and isinstance(value.get("adapters"), dict):
+            long = {k: {"path": v} if isinstance(v, str) else v for k, v in value["adapters"].items()}
+            return {**value, "adapters": long}
+        return value
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.merges:
+            raise ValueError("merges is empty: nothing to do")
+        return self
+
+
+def load_recipe(recipe: str | Path | dict[str, Any], text: str | None = None) -> tuple[Recipe, Source]:
+    """Parse and validate a recipe.
+
+    Args:
+        recipe: a local path, or the recipe as a mapping (from Python).
+        text: the YAML text, when the caller has read it already (remote recipes).
+
+    Returns:
+        The recipe and its source, which knows the line of each key.
+
+    Raises:
+        RecipeError: the file is missing, no YAML, or not a valid recipe; with file, line and nearest key.
+    """
+    if isinstance(recipe, dict):
+        source = Source("recipe", recipe, {})
+    else:
+        if text is None:
+            try:
+                text = Path(recipe).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+                raise RecipeError(f"cannot read recipe {recipe}: {reason}") from error
+        source = parse_yaml(text, str(recipe))
+    if not isinstance(source.value, dict):
+        raise RecipeError(
+            f"{source.name}: a recipe is a mapping with base_model, output, adapters and merges"
+        )
+    try:
+        return Recipe.model_validate(source.value), source
+    except ValidationError as error:
+        raise RecipeError(_describe(error, source)) from error
+
+
+def _describe(error: ValidationError, source: Source) -> str:
+    """One sentence for the first problem, in file order, and how many more there are."""
+    problems = sorted(
+        error.errors(include_url=False), key=lambda p: source.lines.get(_plain(p["loc"], source), 0)
+    )
+    first = problems[0]
+    path = _plain(first["loc"], source)
+    place = f"{source.where(path)}: {_dotted(path)}" if path else source.name
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = sorted(_known_keys(path[:-1]))
+        return f"{source.where(path)}: unknown key {path[-1]!r}{nearest(str(path[-1]), known)}{more}"
+    if first["type"] == "missing":
+        return f"{source.where(path[:-1])}: {_dotted(path)} is missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+    return f"{place}: {message[0].lower()}{message[1:]}{given}{more}"
+
+
+def _plain(location: tuple[str | int, ...], source: Source) -> tuple[str | int, ...]:
+    # pydantic puts names of union members and "[key]" into the location; keep what stands in the document.
+    path: list[str | int] = []
+    value: Any = source.value
+    for index, part in enumerate(location):
+        in_list = isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if in_list or (isinstance(value, dict) and part in value):
+            value = value[part]
+        elif index < len(location) - 1 or part == "[key]" or not isinstance(value, dict):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _dotted(path: tuple[str | int, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+
+
+def _known_keys(path: tuple[str | int, ...]) -> set[str]:
+    models: dict[str, type[BaseModel]] = {
+        "merges": MergeSource, "adapters": AdapterSource, "calibration": Calibration,
+        "data": DataSource, "eval": Evaluation, "combinations": Combinations,
+    }  # fmt: skip
+    named = [part for part in path if isinstance(part, str) and part in models]
+    model = models[named[-1]] if named else Recipe
+    return set(model.model_fields)

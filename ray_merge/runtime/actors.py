@@ -1,0 +1,75 @@
+"""The one actor class: it holds the worker that its factory made, and nothing that a call leaves behind.
+
+Owns: the actor class, declared once at import, and the greeting by which the driver learns who answers.
+Never: keeps a result, a sum or a reference between calls, so that any call may be repeated on any actor.
+
+A constructor that raises would arrive as the text of an `ActorDiedError`. The error is kept instead and
+handed over with the greeting, so that the driver can raise it with its own type.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import cloudpickle
+
+from ray_merge.errors import RayMergeError, RunFailed
+from ray_merge.pool import Worker, worker_label
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """What an actor says once its worker stands.
+
+    Attributes:
+        worker: `host:pid`.
+        ray_version: Ray in the worker's process.
+        python_version: Python there, as major.minor.patch.
+        error: why there is no worker, an exception of this package's tree, or None.
+    """
+
+    worker: str
+    ray_version: str
+    python_version: str
+    error: RayMergeError | None
+
+
+class UnitActor:
+    """A process of the cluster that runs one unit at a time.
+
+    Args:
+        pickled_factory: cloudpickle of a callable that makes the worker; bytes, because an argument that
+            cannot be unpickled kills an actor before its constructor could say why.
+    """
+
+    def __init__(self, pickled_factory: bytes) -> None:
+        self._worker: Worker | None = None
+        self._error: RayMergeError | None = None
+        try:
+            self._worker = cloudpickle.loads(pickled_factory)()
+        except RayMergeError as error:
+            self._error = error
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is reported with the greeting
+            self._error = RunFailed(
+                f"{worker_label()} could not make its worker: {type(error).__name__}: {error}"
+            )
+
+    def greet(self) -> Greeting:
+        """Say who is there."""
+        return Greeting(worker_label(), ray.__version__, platform.python_version(), self._error)
+
+    def run(self, unit: Any) -> Any:
+        """Run one unit; its exception travels to the driver."""
+        if self._worker is None:
+            raise self._error or RunFailed(f"{worker_label()} has no worker")
+        return self._worker.run(unit)
+
+
+# Ray must not restart the actor or repeat a call by itself: with restarts on, every death arrives as
+# ActorUnavailableError without its cause (an OOM kill looks like a broken line), and repeated calls run out of order.
+RemoteUnitActor = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(UnitActor)
+
+__all__ = ["Greeting", "RemoteUnitActor", "UnitActor"]

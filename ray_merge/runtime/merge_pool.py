@@ -1,0 +1,71 @@
+"""A Ray pool for a merge job: which session, how many workers, how much memory for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import ray
+
+from ray_merge.errors import Refusal
+from ray_merge.pool import Done, Pool, Task
+from ray_merge.runtime.ray_pool import RayPool
+from ray_merge.runtime.session import open_session
+from ray_merge.work.job import Job, WorkerFactory
+
+
+class MergePool:
+    """A `RayPool` together with the session that it runs on; closing it closes both.
+
+    Args:
+        job: what the workers are made for.
+        n_units: there are never more workers than units.
+        address: "local", "auto" or HOST:PORT.
+        workers: how many; None for one per CPU (or per GPU, with a GPU device) of the cluster.
+    """
+
+    def __init__(self, job: Job, n_units: int, *, address: str, workers: int | None) -> None:
+        gpus = 1 if job.device.startswith("cuda") else 0
+        with ExitStack() as stack:
+            session = stack.enter_context(open_session(address))
+            resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            room = int(resources.get("GPU" if gpus else "CPU", 0))
+            if workers is None and room < 1:
+                wanted = "GPU" if gpus else "CPU"
+                raise Refusal(
+                    f"the Ray cluster at {address} has no {wanted} for a worker; add nodes or --workers N"
+                )
+            self._pool: Pool = stack.enter_context(
+                RayPool(
+                    WorkerFactory(job),
+                    session=session,
+                    workers=max(1, min(n_units, workers or room)),
+                    memory_bytes=job.plan.peak_bytes,
+                    placement=job.plan.recipe.placement,
+                    num_gpus=gpus,
+                )
+            )
+            self._stack = stack.pop_all()
+
+    @property
+    def size(self) -> int:
+        """How many units run at once."""
+        return self._pool.size
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
+        """See `Pool.run`."""
+        return self._pool.run(tasks)
+
+    def close(self) -> None:
+        """End the workers and leave (or end) the cluster."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

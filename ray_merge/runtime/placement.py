@@ -1,0 +1,114 @@
+"""Where workers may stand: one worker's demand, what a cluster can hold, and the placement group.
+
+Owns: the refusal of a demand that no wait would meet. Ray itself queues such a demand for ever, in silence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ray_merge.errors import Refusal
+
+Placement = Literal["spread", "one_per_node"]
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one worker asks of its node.
+
+    Attributes:
+        num_gpus: whole GPUs.
+        memory_bytes: the plan's peak for one worker, or None to ask for no memory.
+    """
+
+    num_gpus: int
+    memory_bytes: int | None
+
+    def bundle(self) -> dict[str, float]:
+        """The demand in Ray's resource names; memory in bytes."""
+        wanted = {"CPU": 1.0, "GPU": float(self.num_gpus), "memory": float(self.memory_bytes or 0)}
+        return {name: amount for name, amount in wanted.items() if amount}
+
+    def options(self) -> dict[str, Any]:
+        """The demand as options of an actor."""
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": self.num_gpus}
+        return options if self.memory_bytes is None else {**options, "memory": self.memory_bytes}
+
+    def workers_on(self, resources: dict[str, float]) -> int:
+        """How many such workers a node with these resources holds."""
+        return min(int(resources.get(name, 0.0) // amount) for name, amount in self.bundle().items())
+
+
+def refuse_unmeetable(demand: Demand, workers: int, placement: Placement, wait_seconds: float) -> None:
+    """Wait until the cluster's nodes could hold all workers, counting all that they have, in use or not.
+
+    Raises:
+        Refusal: they cannot after `wait_seconds`; demand and resources are named.
+    """
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        per_node = [demand.workers_on(resources) for resources in _nodes()]
+        room = sum(min(count, 1) for count in per_node) if placement == "one_per_node" else sum(per_node)
+        if room >= workers:
+            return
+        if time.monotonic() >= deadline:
+            raise Refusal(unmet(demand, workers, placement, f"has room for {room}"))
+        time.sleep(POLL_SECONDS)
+
+
+def unmet(demand: Demand, workers: int, placement: Placement, found: str) -> str:
+    """One sentence: what was asked, what there is, what to do."""
+    where = ", one per node" if placement == "one_per_node" else ""
+    return (
+        f"{workers} worker(s) with {_words(demand.bundle())} each{where} were asked for, but the cluster {found}: "
+        f"{len(_nodes())} node(s) with {_words(_asked(ray.cluster_resources))} in all, "
+        f"free now {_words(_asked(ray.available_resources))}; ask for fewer workers or less memory, or add nodes"
+    )
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The resources of each node that is alive, in use or not."""
+    return [node["Resources"] for node in _asked(ray.nodes) if node["Alive"]]
+
+
+def _asked(question: Callable[[], Any]) -> Any:
+    """Call a function of Ray that has no annotations."""
+    return question()
+
+
+def _words(resources: dict[str, float]) -> str:
+    parts = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
+    if resources.get("memory"):
+        parts.append(f"{int(resources['memory'])} bytes of memory")
+    return ", ".join(parts) or "nothing"
+
+
+def reserve_nodes(demand: Demand, workers: int, wait_seconds: float) -> PlacementGroup:
+    """One bundle on each of `workers` nodes.
+
+    Raises:
+        Refusal: the nodes are not free within `wait_seconds`.
+    """
+    group: PlacementGroup = placement_group([demand.bundle()] * workers, strategy="STRICT_SPREAD")
+    if group.wait(timeout_seconds=wait_seconds):
+        return group
+    remove_placement_group(group)
+    raise Refusal(unmet(demand, workers, "one_per_node", f"did not free them in {wait_seconds:g} s"))
+
+
+def strategy(group: PlacementGroup | None, index: int) -> Any:
+    """The scheduling strategy of worker `index`."""
+    if group is None:
+        return "SPREAD"
+    return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
+
+
+__all__ = ["Demand", "Placement", "refuse_unmeetable", "reserve_nodes", "strategy", "unmet"]

@@ -1,0 +1,176 @@
+"""Joining or starting Ray: the only caller of `ray.init`.
+
+Owns: the embedded cluster of one process (its folder, its token, its end), and the way into a running one.
+Never: joins a cluster that was not named. A bare `ray.init()` would take any cluster that it finds on the machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import ray
+
+from ray_merge.errors import Refusal, RunFailed
+
+OBJECT_STORE_BYTES = 100_000_000  # results are a few hundred bytes; no tensor enters Ray's store
+CONNECT_SECONDS = 5.0
+LONGEST_FOLDER = 30  # a socket's path takes at most 107 bytes, and Ray's own part of it needs up to 70
+
+logger = logging.getLogger("ray_merge.runtime")
+
+
+@dataclass
+class Session:
+    """A connection to Ray; a context manager that undoes what opening it did, and no more.
+
+    Attributes:
+        address: what was asked for.
+        embedded: this process started the cluster, and closing the session ends it.
+        may_grow: nodes may join the cluster, so a demand that does not fit yet is worth a wait.
+    """
+
+    address: str
+    embedded: bool
+    may_grow: bool
+    _undo: list[Callable[[], object]] = field(default_factory=list, repr=False)
+
+    def close(self) -> None:
+        """Leave the cluster, and end it if it was embedded; a second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_session(address: str, *, num_cpus: int | None = None, log_level: int = logging.ERROR) -> Session:
+    """Start an embedded Ray, or join a running one.
+
+    A Ray that this process has initialised already (tests, notebooks) is used as it is and left running.
+
+    Args:
+        address: `local` starts an embedded cluster that nothing else can join; `auto` takes the cluster of this
+            Ray job or machine; `HOST:PORT` names the GCS of a running cluster.
+        num_cpus: logical CPUs of an embedded cluster; default: those of the machine.
+        log_level: of Ray's own logging; DEBUG also brings the workers' output to this process.
+
+    Raises:
+        Refusal: the address is of the wrong kind, nobody answers there, or its versions do not fit.
+    """
+    _check_address(address)
+    if _environment("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "0").lower() in ("1", "true"):
+        raise Refusal(
+            "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS is set: a write to one tensor would reach every reader of it; unset it"
+        )
+    if ray.is_initialized():
+        logger.info("Ray is initialised in this process already; using that instead of %s", address)
+        return Session(address, embedded=False, may_grow=address != "local")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    session = Session(address, embedded=address == "local", may_grow=address != "local")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        options = _embedded(session, num_cpus) if session.embedded else {"address": address}
+        _init(options, log_level)
+    except BaseException:
+        session.close()
+        raise
+    session._undo.append(ray.shutdown)
+    _take_back_sigterm(session, before)
+    return session
+
+
+def _check_address(address: str) -> None:
+    if address.startswith("ray://"):
+        raise Refusal(
+            f"address {address}: Ray Client is not supported, because a run would die with its connection; "
+            "submit it instead: "
+            "ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/merge.py RECIPE"
+        )
+    if address in ("local", "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise Refusal(f"address {address!r} is none of local, auto, HOST:PORT")
+    try:
+        # Ray itself tries a dead address for minutes before it gives up.
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise Refusal(f"no Ray cluster answers at {address} ({error}); {_NEXT_STEP}") from error
+
+
+_NEXT_STEP = (
+    "check that the head runs, that the port is its GCS port (6379 by default), and that RAY_AUTH_MODE and the token "
+    "are the same here as there; or use --address local"
+)
+
+
+def _embedded(session: Session, num_cpus: int | None) -> dict[str, Any]:
+    """Options of an embedded cluster; its folder is removed when the session closes."""
+    parent = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="rm-", dir=parent if len(parent) <= LONGEST_FOLDER else "/tmp"))
+    session._undo.append(lambda: shutil.rmtree(folder, ignore_errors=True))
+    if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        # Otherwise Ray writes ~/.ray/auth_token, which changes what `ray start` does on this machine from then on.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return {
+        "address": "local",
+        "num_cpus": num_cpus or os.cpu_count(),
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_temp_dir": str(folder),
+    }
+
+
+def _init(options: dict[str, Any], log_level: int) -> None:
+    verbose = log_level <= logging.DEBUG
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            ray.init(**options, logging_level=log_level, log_to_driver=verbose)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise Refusal(f"cannot join a Ray cluster at {options['address']} ({error}); {_NEXT_STEP}") from error
+    except RuntimeError as error:
+        if "ersion mismatch" not in str(error):
+            raise
+        text = " ".join(str(error).split())
+        raise Refusal(f"{options['address']}: {text}; use the cluster's image for the driver too") from error
+    # Ray prints what happens to its processes to stdout, where a command's own output goes.
+    # There is no public switch; the pool logs every worker that it loses.
+    vars(ray._private.worker)["_worker_logs_enabled"] = verbose
+
+
+def _take_back_sigterm(session: Session, before: Any) -> None:
+    """Ray's handler exits with 15; a stopped run exits with 1 and says so."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise RunFailed("stopped by SIGTERM; run the recipe again to finish it")
+
+    signal.signal(signal.SIGTERM, stop if before in (signal.SIG_DFL, None) else before)
+    session._undo.append(lambda: signal.signal(signal.SIGTERM, before or signal.SIG_DFL))
+
+
+def _environment(name: str, default: str) -> str:
+    return os.environ.get(name, default)
+
+
+__all__ = ["Session", "open_session"]

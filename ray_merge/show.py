@@ -1,0 +1,220 @@
+"""What the commands print: tables on stdout, progress on stderr (live on a terminal, plain lines otherwise)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ray_merge.drive.run import Event, RunResult
+    from ray_merge.plan import Plan
+    from ray_merge.verify import Verified
+
+PLAIN_SECONDS = 5.0
+"""Plain progress lines come at most this often; a nightly log stays readable."""
+
+
+def human_bytes(n_bytes: float) -> str:
+    """Bytes with a decimal unit: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n_bytes) < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"
+
+
+class Progress:
+    """Shows the events of a run; call it with each one."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._live: RichProgress | None = None
+        self._task: Any = None
+        self._started = self._last = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[units]}"),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if self._live is not None:
+            self._show_live(self._live, event)
+        else:
+            self._show_plain(event)
+
+    def _show_live(self, live: RichProgress, event: Event) -> None:
+        units = f"{event.units[0]}/{event.units[1]} units"
+        if self._task is None:
+            self._task = live.add_task("merging", total=event.n_bytes[1] or None, units=units)
+        live.update(self._task, completed=event.n_bytes[0], units=units)
+        if event.kind != "unit":
+            live.console.print(_sentence(event))
+
+    def _show_plain(self, event: Event) -> None:
+        now = time.monotonic()
+        finished = event.units[0] == event.units[1]
+        if event.kind == "unit" and not finished and now - self._last < PLAIN_SECONDS:
+            return
+        self._last = now
+        line = _sentence(event)
+        if event.kind == "unit":
+            done, total = event.n_bytes
+            rate = done / max(now - self._started, 1e-9)
+            left = f", {(total - done) / rate:.0f} s left" if rate else ""
+            line = (
+                f"{event.units[0]}/{event.units[1]} units, {human_bytes(done)} of {human_bytes(total)}, "
+                f"{human_bytes(rate)}/s{left}"
+            )
+        print(line, file=sys.stderr, flush=True)
+
+
+def _sentence(event: Event) -> str:
+    return {"start": "starting: ", "merge": "published ", "unit": "done: "}[event.kind] + event.text
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON-able data."""
+    return {
+        "base": {"url": plan.base.url, "bytes": plan.base.n_bytes, "tensors": len(plan.base.tensors)},
+        "names": plan.naming.describe(),
+        "adapters": {name: _adapter_facts(plan, name) for name in plan.adapters},
+        "sites": [{"site": s.name, "tensor": s.tensor, "shape": list(s.shape)} for s in plan.sites.values()],
+        "merges": [
+            {
+                "name": merge.name,
+                "method": merge.method,
+                "adapters": list(merge.adapters),
+                "parameters": dict(merge.parameters),
+                "export": merge.export,
+            }
+            for merge in plan.merges
+        ],
+        "shards": [{"name": shard.name, "bytes": shard.n_bytes} for shard in plan.shards],
+        "units": len(plan.groups) * len(plan.shards) + sum(m.export != "checkpoint" for m in plan.merges),
+        "passes": len(plan.groups),
+        "read_bytes": plan.read_bytes + plan.adapter_bytes,
+        "write_bytes": plan.write_bytes,
+        "peak_bytes_per_worker": plan.peak_bytes,
+        "warnings": list(plan.warnings),
+    }
+
+
+def _adapter_facts(plan: Plan, name: str) -> dict[str, Any]:
+    adapter = plan.adapters[name]
+    factors = adapter.factors.values()
+    return {
+        "url": adapter.url,
+        "bytes": adapter.file_bytes,
+        "sites": len(adapter.factors),
+        "ranks": sorted({factor.rank for factor in factors}),
+        "scales": sorted({round(factor.scale, 6) for factor in factors}),
+        "heads": [head.name for head in adapter.heads],
+    }
+
+
+def plan_table(plan: Plan) -> None:
+    """Print a plan for a person."""
+    console = Console()
+    facts = plan_json(plan)
+    console.print(
+        f"base      {plan.base.url}: {len(plan.base.tensors)} tensors, {human_bytes(plan.base.n_bytes)}"
+    )
+    console.print(f"names     {plan.naming.describe()}; {len(plan.sites)} sites")
+    adapters = Table("adapter", "sites", "ranks", "scales", "heads", "size", box=None, pad_edge=False)
+    for name, row in facts["adapters"].items():
+        cells = [_span(row["ranks"]), _span(row["scales"]), ", ".join(row["heads"]) or "-"]
+        adapters.add_row(name, str(row["sites"]), *cells, human_bytes(row["bytes"]))
+    console.print(adapters)
+    merges = Table("merge", "method", "adapters", "parameters", "export", box=None, pad_edge=False)
+    for merge in plan.merges:
+        shown = ", ".join(f"{key}={_short(value)}" for key, value in merge.parameters.items())
+        merges.add_row(merge.name, merge.method, " ".join(merge.adapters), shown, merge.export)
+    console.print(merges)
+    console.print(
+        f"read      {human_bytes(facts['read_bytes'])}: the base {facts['passes']} time(s), adapters "
+        f"{human_bytes(plan.adapter_bytes)}"
+    )
+    console.print(
+        f"write     {human_bytes(facts['write_bytes'])}: {len(plan.shards)} shard(s) a checkpoint, "
+        f"{facts['units']} unit(s) in all"
+    )
+    console.print(f"memory    about {human_bytes(plan.peak_bytes)} per worker")
+    for warning in plan.warnings:
+        console.print(f"warning   {warning}")
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        distinct = list(dict.fromkeys(value.values()))
+        return str(distinct[0]) if len(distinct) == 1 else json.dumps(value)
+    return json.dumps(value) if isinstance(value, list) else str(value)
+
+
+def run_result(result: RunResult, *, as_json: bool) -> None:
+    """Print what a run did."""
+    from ray_merge.drive.run import summary
+
+    if as_json:
+        print(json.dumps(summary(result), indent=1))
+        return
+    for merge in result.merges:
+        state = "published" if merge.done else "complete already"
+        print(f"{merge.name}: {state}, id {merge.id[:12]}, {merge.url}")
+    if not any(merge.done for merge in result.merges):
+        print(f"nothing to do: all {len(result.merges)} merge(s) are complete")
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def verified(results: Sequence[Verified], *, as_json: bool) -> None:
+    """Print what verification found."""
+    if as_json:
+        print(json.dumps([asdict(result) for result in results], indent=1))
+        return
+    for result in results:
+        probed = f"{result.probed} site(s) probed, worst {result.worst:.2f} of what rounding allows"
+        print(
+            f"{result.name}: {result.files} files, {human_bytes(result.n_bytes)}, hashes match; "
+            + (probed if result.probed else "not probed")
+        )
+
+
+def methods_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the registry of methods."""
+    console = Console()
+    table = Table("method", "what it does", "spaces", "parameters", "reference", box=None, pad_edge=False)
+    for row in rows:
+        parameters = ", ".join(
+            key if item["required"] else f"{key}={item['default']}" for key, item in row["parameters"].items()
+        )
+        table.add_row(row["name"], row["summary"], " ".join(row["spaces"]), parameters, row["reference"])
+    console.print(table)

@@ -1,0 +1,151 @@
+"""A Hugging Face checkpoint folder, known from its headers: one safetensors file or many with an index.
+
+Owns which files are weights, which are side files, and where each tensor lies. Reads no tensor data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray_merge.errors import CheckpointError
+from ray_merge.spec import TensorEntry
+from ray_merge.storage.headers import read_header
+from ray_merge.storage.store import ObjectInfo, Store
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".tflite",
+    ".index.json",
+)  # fmt: skip
+"""Files of a checkpoint that hold or index weights: they would go stale beside merged weights, so are not copied."""
+
+MAX_SIDE_FILE_BYTES = 256_000_000
+"""Tokenizers reach some 30 MB; a larger side file is a weight in disguise and is refused, not copied."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A base model.
+
+    Args:
+        url: its folder.
+        config: the parsed config.json.
+        tensors: disk name -> where its bytes lie.
+        weight_files: the safetensors files that hold them.
+        side_files: every other file that a copy of the model needs (tokenizer, generation config ...).
+    """
+
+    url: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorEntry]
+    weight_files: tuple[ObjectInfo, ...]
+    side_files: tuple[ObjectInfo, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.n_bytes for entry in self.tensors.values())
+
+
+def read_json(store: Store, path: str) -> dict[str, Any]:
+    """A JSON object from `path`; CheckpointError when it is missing or no object."""
+    if store.info(path) is None:
+        raise CheckpointError(f"{store.url}/{path} does not exist")
+    try:
+        document = json.loads(store.read(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{store.url}/{path} is not valid JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{store.url}/{path} is not a JSON object")
+    return document
+
+
+def read_checkpoint(store: Store) -> Checkpoint:
+    """Headers and config of the checkpoint in `store`.
+
+    Raises:
+        CheckpointError: no such folder, no safetensors, a truncated or malformed file, a tensor in two files
+            or missing from the file that the index names, a quantised base.
+    """
+    files = {info.path: info for info in store.list()}
+    if not files:
+        raise CheckpointError(f"{store.url} does not exist or is empty")
+    config = read_json(store, CONFIG_FILE)
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"{store.url}/{CONFIG_FILE} has a quantization_config: merging into a quantised base is not "
+            "supported; give the unquantised base"
+        )
+    names = _weight_files(store, files)
+    tensors: dict[str, TensorEntry] = {}
+    for name in names:
+        for entry in read_header(store, name).tensors.values():
+            if entry.name in tensors:
+                raise CheckpointError(
+                    f"{store.url}: tensor {entry.name!r} is in {tensors[entry.name].file} and in {name}"
+                )
+            tensors[entry.name] = entry
+    if INDEX_FILE in files and SINGLE_FILE not in files:
+        _check_index(store, tensors)
+    side = tuple(info for path, info in sorted(files.items()) if _is_side_file(store, info))
+    return Checkpoint(
+        url=store.url,
+        config=config,
+        tensors=tensors,
+        weight_files=tuple(files[name] for name in names),
+        side_files=side,
+    )
+
+
+def _weight_files(store: Store, files: Mapping[str, ObjectInfo]) -> list[str]:
+    if SINGLE_FILE in files:
+        return [SINGLE_FILE]
+    if INDEX_FILE not in files:
+        pickled = next((path for path in sorted(files) if path.endswith((".bin", ".pt", ".pth"))), None)
+        hint = f"; {pickled} is a pickle: save the model as safetensors first" if pickled else ""
+        raise CheckpointError(f"{store.url} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+    names = sorted(set(_weight_map(store).values()))
+    for name in names:
+        if name not in files:
+            raise CheckpointError(f"{store.url}/{INDEX_FILE} names {name}, which does not exist")
+    return names
+
+
+def _weight_map(store: Store) -> dict[str, str]:
+    weight_map = read_json(store, INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{store.url}/{INDEX_FILE} has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or "/" in file or "\\" in file or file.startswith("."):
+            raise CheckpointError(
+                f"{store.url}/{INDEX_FILE} puts {name!r} into {file!r}: not a plain file name"
+            )
+    return weight_map
+
+
+def _check_index(store: Store, tensors: Mapping[str, TensorEntry]) -> None:
+    weight_map = _weight_map(store)
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != file:
+            raise CheckpointError(f"{store.url}/{INDEX_FILE} puts {name!r} into {file}, which lacks it")
+    extra = next((name for name in tensors if name not in weight_map), None)
+    if extra is not None:
+        raise CheckpointError(
+            f"{store.url}: {extra!r} is in {tensors[extra].file} but not in {INDEX_FILE}: stale index?"
+        )
+
+
+def _is_side_file(store: Store, info: ObjectInfo) -> bool:
+    hidden = any(part.startswith(".") for part in info.path.split("/"))
+    if info.path == CONFIG_FILE or info.path.endswith(WEIGHT_SUFFIXES) or hidden:
+        return False
+    if info.n_bytes > MAX_SIDE_FILE_BYTES:
+        raise CheckpointError(
+            f"{store.url}/{info.path} is {info.n_bytes} bytes long: too large for a side file; move it away"
+        )
+    return True

@@ -1,0 +1,150 @@
+"""Where bytes are committed: every object of a result is put once, adopted when equal, refused when not.
+
+Protocol (DESIGN: rules, precisions): the planned name is put if absent; if it is there already, its sha256
+decides. MANIFEST.json is put last and alone says that a merge is complete.
+
+    <merge>/ray_merge/recipe.yaml      first, put twice: the second put must be refused (the probe)
+    <merge>/model-0000i-of-0000N.safetensors, adapter/..., heads/...
+    <merge>/ray_merge/receipts/*.json  after the object that they prove
+    <merge>/<side files>, model.safetensors.index.json, config.json
+    <merge>/ray_merge/MANIFEST.json    last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray_merge.errors import OutputConflict, ShardConflict, StoreUnfit
+from ray_merge.spec import Receipt, SiteReport
+from ray_merge.storage.store import Store
+
+RECIPE = "ray_merge/recipe.yaml"
+MANIFEST = "ray_merge/MANIFEST.json"
+RECEIPTS = "ray_merge/receipts"
+SITES = "ray_merge/sites.parquet"
+STATE_FOLDER = ".ray_merge"
+"""Scratch and state beside the merges of an output; it never counts as "holds something else"."""
+
+HASH_CHUNK_BYTES = 16 * 2**20
+
+
+def pretty_json(value: Any) -> bytes:
+    """JSON for files that people read: sorted, indented, deterministic."""
+    return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+def commit(store: Store, path: str, source: bytes | Path, *, sha256: str, merge_id: str) -> bool:
+    """Publish one object under its final name.
+
+    Args:
+        store: the merge's folder.
+        path: final name inside it.
+        source: the bytes, or a complete scratch file.
+        sha256: of the source, 64 hex digits.
+        merge_id: stored with the object where the store can.
+
+    Returns:
+        True when the object was there already with the same bytes and was adopted.
+
+    Raises:
+        ShardConflict: it is there with other bytes.
+    """
+    if store.put_if_absent(path, source, {"sha256": sha256, "merge-id": merge_id}):
+        return False
+    stored = store.metadata(path)
+    there = stored.get("sha256") or hash_object(store, path)
+    if there != sha256:
+        other = f"sha256 {there[:12]} of merge {stored.get('merge-id', 'unknown')[:12]}"
+        raise ShardConflict(f"{store.url}/{path}", other, f"sha256 {sha256[:12]} of merge {merge_id[:12]}")
+    return True
+
+
+def commit_bytes(store: Store, path: str, data: bytes, merge_id: str) -> bool:
+    """`commit` for bytes in memory."""
+    return commit(store, path, data, sha256=hashlib.sha256(data).hexdigest(), merge_id=merge_id)
+
+
+def hash_object(store: Store, path: str) -> str:
+    """sha256 of an object's bytes, read in chunks."""
+    info = store.info(path)
+    result = hashlib.sha256()
+    for start in range(0, info.n_bytes if info else 0, HASH_CHUNK_BYTES):
+        result.update(store.read(path, start, min(start + HASH_CHUNK_BYTES, info.n_bytes if info else 0)))
+    return result.hexdigest()
+
+
+def probe(store: Store, recipe: bytes, merge_id: str) -> None:
+    """Put the merge's recipe twice: a store that takes the second put cannot publish exactly once.
+
+    The object names the merge id on its first line, so a folder tells whose it is before any shard is there.
+
+    Raises:
+        OutputConflict: the folder belongs to a merge with another id.
+        StoreUnfit: the second put was not refused.
+    """
+    metadata = {"sha256": hashlib.sha256(recipe).hexdigest(), "merge-id": merge_id}
+    if store.put_if_absent(RECIPE, recipe, metadata):
+        if store.put_if_absent(RECIPE, recipe, metadata):
+            raise StoreUnfit(store.url, "a second put of the same name was accepted")
+        return
+    owner = recorded_id(store)
+    if owner != merge_id:
+        raise OutputConflict(f"{store.url} belongs to merge id {owner}, this is {merge_id}")
+
+
+def id_line(merge_id: str) -> str:
+    """First line of a merge's recipe.yaml."""
+    return f"# merge id: {merge_id}\n"
+
+
+def recorded_id(store: Store) -> str | None:
+    """The merge id on the first line of a folder's recipe.yaml; None when there is no such file."""
+    if store.info(RECIPE) is None:
+        return None
+    first = store.read(RECIPE).split(b"\n", 1)[0].decode("utf-8", "replace")
+    return first.removeprefix("# merge id: ").strip()
+
+
+def receipt_path(name: str) -> str:
+    """Where the receipt of object `name` lies."""
+    return f"{RECEIPTS}/{name.replace('/', '--')}.json"
+
+
+def put_receipt(store: Store, receipt: Receipt) -> Receipt:
+    """Write a receipt, or return the one that is there already (another driver was first)."""
+    path = receipt_path(receipt.name)
+    if store.put_if_absent(path, pretty_json(asdict(receipt)), {"merge-id": receipt.merge_id}):
+        return receipt
+    return read_receipt(store, path)
+
+
+def read_receipt(store: Store, path: str) -> Receipt:
+    """A receipt from its JSON."""
+    document: dict[str, Any] = json.loads(store.read(path))
+    sites = tuple(SiteReport(**site) for site in document.pop("sites"))
+    return Receipt(sites=sites, **document)
+
+
+def read_receipts(store: Store, merge_id: str) -> dict[str, Receipt]:
+    """Receipts of one merge by object name; those whose object is missing or of another size do not count."""
+    objects = {info.path: info.n_bytes for info in store.list()}
+    receipts = {}
+    for path in objects:
+        if path.startswith(f"{RECEIPTS}/") and path.endswith(".json"):
+            receipt = read_receipt(store, path)
+            if receipt.merge_id == merge_id and objects.get(receipt.name) == receipt.n_bytes:
+                receipts[receipt.name] = receipt
+    return receipts
+
+
+def read_manifest(store: Store) -> Mapping[str, Any] | None:
+    """The manifest of a complete merge; None when there is none."""
+    if store.info(MANIFEST) is None:
+        return None
+    document: dict[str, Any] = json.loads(store.read(MANIFEST))
+    return document

@@ -1,0 +1,150 @@
+"""The header of a safetensors file: parsed from untrusted bytes, and written for a planned file.
+
+Owns the format's rules (https://github.com/huggingface/safetensors#format): 8 bytes little-endian length,
+a JSON object, then the data without holes. Never reads tensor data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray_merge.errors import CheckpointError
+from ray_merge.spec import DTYPE_BYTES, TensorEntry
+from ray_merge.storage.store import Store
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library itself; a longer header is hostile or broken."""
+
+FIRST_READ_BYTES = 65_536
+"""One request fetches length and header of a usual adapter (62 tensors: 8 kB); longer headers need a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What one safetensors file holds: `tensors` by name in file order, offsets counted from byte 0."""
+
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+
+
+def read_header(store: Store, path: str) -> Header:
+    """Header of the safetensors file at `path`.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or malformed; the message says where.
+    """
+    where = f"{store.url}/{path}"
+    info = store.info(path)
+    if info is None:
+        raise CheckpointError(f"{where} does not exist")
+    first = store.read(path, 0, min(FIRST_READ_BYTES, info.n_bytes))
+    if len(first) < 8:
+        raise CheckpointError(f"{where} is {info.n_bytes} bytes long: no safetensors file")
+    length = int.from_bytes(first[:8], "little")
+    if length > MAX_HEADER_BYTES or 8 + length > info.n_bytes:
+        raise CheckpointError(
+            f"{where} claims a header of {length} bytes but is {info.n_bytes} bytes long: "
+            "truncated, or no safetensors file"
+        )
+    raw = first[8 : 8 + length]
+    if len(raw) < length:
+        raw += store.read(path, len(first), 8 + length)
+    return parse_header(raw, file=path, file_bytes=info.n_bytes, where=where)
+
+
+def parse_header(raw: bytes, *, file: str, file_bytes: int, where: str) -> Header:
+    """Check every entry of a header against the file's length and against the others.
+
+    Args:
+        raw: the JSON part alone.
+        file: name to put into the entries.
+        file_bytes: length of the whole file.
+        where: how messages call the file.
+    """
+    try:
+        document = json.loads(raw, object_pairs_hook=lambda pairs: _no_duplicates(pairs, where))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: the safetensors header is not valid JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{where}: the safetensors header is not a JSON object")
+    metadata = document.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{where}: __metadata__ is not a mapping of strings")
+    data_start = 8 + len(raw)
+    entries = [_entry(name, value, file, data_start, where) for name, value in document.items()]
+    _check_layout(entries, data_start, file_bytes, where)
+    return Header({entry.name: entry for entry in entries}, metadata)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"{where}: {twice!r} stands twice in the safetensors header")
+    return result
+
+
+def _entry(name: str, value: Any, file: str, data_start: int, where: str) -> TensorEntry:
+    try:
+        dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{where}: tensor {name!r} lacks dtype, shape or data_offsets") from error
+    numbers = [*shape, start, end] if isinstance(shape, list) else [None]
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise CheckpointError(f"{where}: tensor {name!r} has a shape or offset that is no whole number >= 0")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise CheckpointError(f"{where}: tensor {name!r} has the unknown dtype {dtype!r}")
+    if math.prod(shape) * DTYPE_BYTES[dtype] != end - start:
+        raise CheckpointError(
+            f"{where}: tensor {name!r} of shape {tuple(shape)} and dtype {dtype} cannot be {end - start} bytes"
+        )
+    return TensorEntry(name, dtype, tuple(shape), file, data_start + start, data_start + end)
+
+
+def _check_layout(entries: Sequence[TensorEntry], data_start: int, file_bytes: int, where: str) -> None:
+    position = data_start
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.end)):
+        if entry.start != position:
+            raise CheckpointError(
+                f"{where}: tensor {entry.name!r} begins at byte {entry.start}, expected {position}: "
+                "overlap or hole in the file"
+            )
+        position = entry.end
+    if position != file_bytes:
+        raise CheckpointError(
+            f"{where} is {file_bytes} bytes long, its header promises {position}: truncated or damaged"
+        )
+
+
+def make_header(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorEntry]]:
+    """Header bytes (length included) of a file that holds `tensors` (name, dtype, shape) in that order.
+
+    Returns:
+        The bytes, padded with spaces to a multiple of 8, and the entry of each tensor (file name empty).
+    """
+    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for name, dtype, shape in tensors:
+        n_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        document[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, position + n_bytes],
+        }
+        position += n_bytes
+    raw = json.dumps(document, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    start = 8 + len(raw)
+    entries = {
+        name: TensorEntry(name, dtype, shape, "", start + offsets[0], start + offsets[1])
+        for name, dtype, shape in tensors
+        for offsets in [document[name]["data_offsets"]]
+    }
+    return len(raw).to_bytes(8, "little") + raw, entries

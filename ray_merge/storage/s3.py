@@ -1,0 +1,219 @@
+"""Put-if-absent on S3: one PUT, or a multipart upload, that the server refuses when the key exists.
+
+Owns If-None-Match, parts and aborts; reading is `remote.RemoteStore`'s. Calls the S3 operations through s3fs
+instead of its file interface: s3fs' put(mode="create") uploads all parts of an object that is there already,
+and an exception inside its open(key, "wb") leaves a truncated object.
+
+A process that is killed in mid-upload leaves parts that no listing shows as an object but that are stored:
+give the bucket a lifecycle rule AbortIncompleteMultipartUpload.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from ray_merge.errors import RayMergeError, StoreError, StoreUnfit
+from ray_merge.storage.remote import RemoteStore, make_filesystem, parallel
+from ray_merge.storage.retry import Backoff, describe, error_code, http_status, is_already_there
+from ray_merge.storage.store import check_new, join
+
+MULTIPART_BYTES = 64 * 1024 * 1024
+PART_BYTES = 16 * 1024 * 1024
+PART_THREADS = 4
+"""At most PART_THREADS * PART_BYTES = 64 MiB of a file are in memory; larger parts above 156 GiB."""
+
+MAX_PARTS = 10_000
+"""S3's limit for one upload; the least part but the last is 5 MiB."""
+
+log = logging.getLogger(__name__)
+
+
+class S3Store(RemoteStore):
+    """A folder of a bucket. See `store.Store` for what each method promises.
+
+    Args:
+        fs: an s3fs.S3FileSystem.
+        root: bucket and prefix.
+        url: what messages call it.
+        backoff: how often every request is tried.
+        multipart_bytes: files and buffers above this length go up in parts.
+        part_bytes: length of one part.
+    """
+
+    def __init__(
+        self,
+        fs: Any,
+        root: str,
+        url: str,
+        backoff: Backoff,
+        *,
+        multipart_bytes: int = MULTIPART_BYTES,
+        part_bytes: int = PART_BYTES,
+    ) -> None:
+        super().__init__(fs, root, url, backoff)
+        self._multipart_bytes = multipart_bytes
+        self._part_bytes = part_bytes
+
+    def put_if_absent(self, path: str, source: bytes | Path, metadata: Mapping[str, str]) -> bool:
+        """One conditional PUT, or parts and a conditional completion."""
+        check_new(path, metadata, self.url)
+        self._check_conditional_writes()
+        n_bytes = source.stat().st_size if isinstance(source, Path) else len(source)
+        if n_bytes <= self._multipart_bytes:
+            data = source.read_bytes() if isinstance(source, Path) else source
+            return self._retrying("writing", path, lambda: self._put(path, data, metadata), _is_conflict)
+        try:
+            return self._retrying(
+                "writing", path, lambda: self._upload(path, source, n_bytes, metadata), _is_conflict
+            )
+        except _Conflict as error:
+            raise StoreError(join(self.url, path), "writing", self._backoff.attempts, str(error)) from None
+
+    def metadata(self, path: str) -> Mapping[str, str]:
+        """The object's user metadata, keys in lower case."""
+        call = self._object(path)
+        head = self._retrying("reading", path, lambda: self._fs.call_s3("head_object", **call))
+        return {key.lower(): value for key, value in head["Metadata"].items()}
+
+    def sub(self, path: str) -> S3Store:
+        """The store of the folder `path`, over the same connections."""
+        return S3Store(
+            self._fs,
+            self._key(path),
+            join(self.url, path),
+            self._backoff,
+            multipart_bytes=self._multipart_bytes,
+            part_bytes=self._part_bytes,
+        )
+
+    def _object(self, path: str) -> dict[str, str]:
+        bucket, key, _ = self._fs.split_path(self._key(path))
+        return {"Bucket": bucket, "Key": key}
+
+    def _check_conditional_writes(self) -> None:
+        # s3fs drops arguments that botocore does not know: an old botocore would overwrite without a word.
+        model = self._fs.s3.meta.service_model
+        for operation in ("PutObject", "CompleteMultipartUpload"):
+            if "IfNoneMatch" not in model.operation_model(operation).input_shape.members:
+                raise StoreUnfit(self.url, f"this botocore has no If-None-Match for {operation}; upgrade it")
+
+    def _put(self, path: str, data: bytes, metadata: Mapping[str, str]) -> bool:
+        try:
+            self._fs.call_s3(
+                "put_object", **self._object(path), Body=data, Metadata=dict(metadata), IfNoneMatch="*"
+            )
+        except Exception as error:
+            if is_already_there(error):
+                return False
+            raise
+        return True
+
+    def _upload(self, path: str, source: bytes | Path, n_bytes: int, metadata: Mapping[str, str]) -> bool:
+        if self.info(path) is not None:  # saves the upload; the completion below is what decides
+            return False
+        target = self._object(path)
+        begun = self._retrying(
+            "writing",
+            path,
+            lambda: self._fs.call_s3("create_multipart_upload", **target, Metadata=dict(metadata)),
+        )
+        upload = {**target, "UploadId": begun["UploadId"]}
+        try:
+            created = self._complete(path, upload, self._upload_parts(path, upload, source, n_bytes))
+        except BaseException:
+            self._abort(path, upload)
+            raise
+        if not created:
+            self._abort(path, upload)
+        return created
+
+    def _upload_parts(
+        self, path: str, upload: Mapping[str, str], source: bytes | Path, n_bytes: int
+    ) -> list[dict[str, Any]]:
+        part_bytes = max(self._part_bytes, math.ceil(n_bytes / MAX_PARTS))
+
+        def send(start: int) -> dict[str, Any]:
+            data = _slice(source, start, min(start + part_bytes, n_bytes))
+            number = start // part_bytes + 1
+            sent = self._retrying(
+                "writing",
+                path,
+                lambda: self._fs.call_s3("upload_part", **upload, PartNumber=number, Body=data),
+            )
+            return {"PartNumber": number, "ETag": sent["ETag"]}
+
+        return [*parallel(send, range(0, n_bytes, part_bytes), PART_THREADS)]
+
+    def _complete(self, path: str, upload: Mapping[str, str], parts: list[dict[str, Any]]) -> bool:
+        def complete() -> bool:
+            try:
+                self._fs.call_s3(
+                    "complete_multipart_upload", **upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
+                )
+            except Exception as error:
+                if is_already_there(error):
+                    return False
+                # The answer to a completion that worked got lost: the upload is gone, the object is there.
+                if error_code(error) == "NoSuchUpload" and self.info(path) is not None:
+                    return False
+                if _is_conflict(error):
+                    raise _Conflict(describe(error)) from None
+                raise
+            return True
+
+        return self._retrying("writing", path, complete)
+
+    def _abort(self, path: str, upload: Mapping[str, str]) -> None:
+        try:
+            self._fs.call_s3("abort_multipart_upload", **upload)
+        except Exception as error:  # noqa: BLE001 - the upload's own error matters more; the parts stay hidden
+            log.warning("%s: parts of a failed upload stay behind: %s", join(self.url, path), describe(error))
+
+
+class _Conflict(RayMergeError):
+    """409 on a completion: S3 wants the upload begun again from its first part."""
+
+
+def open_s3(
+    url: str,
+    *,
+    backoff: Backoff | None = None,
+    multipart_bytes: int = MULTIPART_BYTES,
+    part_bytes: int = PART_BYTES,
+) -> S3Store:
+    """The store at `url`, s3://bucket/prefix, with a client of its own."""
+    configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    # One layer of retries, ours: botocore's five and s3fs' five would multiply with it.
+    config = {"max_pool_connections": 32, "retries": {"total_max_attempts": 1}, **configured}
+    fs = make_filesystem("s3", url, config_kwargs=config)
+    fs.retries = 1
+    return S3Store(
+        fs,
+        url.removeprefix("s3://"),
+        url,
+        backoff or Backoff(),
+        multipart_bytes=multipart_bytes,
+        part_bytes=part_bytes,
+    )
+
+
+def _slice(source: bytes | Path, start: int, end: int) -> bytes:
+    if isinstance(source, bytes):
+        return source[start:end]
+    with open(source, "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), end - start, start)
+    if len(data) != end - start:
+        raise ValueError(f"{source} shrank while it was uploaded: wanted bytes {start}..{end}")
+    return data
+
+
+def _is_conflict(error: Exception) -> bool:
+    # ConditionalRequestConflict: another writer was at the same key at the same moment.
+    return isinstance(error, _Conflict) or http_status(error) == 409

@@ -1,0 +1,202 @@
+"""`ray-merge verify`: re-hash every file of every merge, and probe y = (W + dW) x against the factors.
+
+The probe reads the merged weight back from the published bytes and multiplies it with a random vector; the
+expected y comes from the base weight and the factors, by another route (two thin products). It needs the base
+and the adapters of the recipe to be where they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ray_merge.drive.identify import merge_id, merge_inputs, read_inputs_identity
+from ray_merge.errors import Refusal, RunFailed
+from ray_merge.identity import difference
+from ray_merge.plan import Plan, make_plan, read_inputs
+from ray_merge.recipe import expand, load_recipe
+from ray_merge.spec import Merge, Site, TensorEntry
+from ray_merge.storage.commit import MANIFEST, RECIPE, hash_object, read_manifest
+from ray_merge.storage.digest import DigestCache
+from ray_merge.storage.headers import read_header
+from ray_merge.storage.store import Store, open_store
+from ray_merge.work.factors import AdapterFiles
+from ray_merge.work.job import Job
+from ray_merge.work.shards import site_deltas
+from ray_merge.work.tensors import TORCH_DTYPES, from_bytes
+
+PROBE_SITES = 8
+FLOAT32_SLACK = 1e-5
+"""Relative to |W| |x|: float32 products of up to 10^5 terms, summed in another order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """One merge that is what its manifest says.
+
+    Args:
+        name: of the merge.
+        url: its folder.
+        files: how many were re-hashed.
+        n_bytes: of them.
+        probed: sites whose y was compared.
+        worst: the largest |y - expected| over the bound that rounding allows; at most 1.
+    """
+
+    name: str
+    url: str
+    files: int
+    n_bytes: int
+    probed: int
+    worst: float
+
+
+def verify(output: str, *, cache_dir: str | Path | None = None, probe: bool = True) -> list[Verified]:
+    """Check every complete merge below `output`.
+
+    Args:
+        output: a recipe's output, or one merge's folder.
+        cache_dir: node-local folder for adapters and digests.
+        probe: also compare y = (W + dW) x on sampled sites.
+
+    Raises:
+        Refusal: there is no complete merge, or the inputs of the probe have changed.
+        RunFailed: a file is missing, has other bytes, or a probe is off.
+    """
+    root = open_store(output)
+    names = [
+        i.path.removesuffix(MANIFEST).rstrip("/")
+        for i in root.list()
+        if f"/{i.path}".endswith(f"/{MANIFEST}")
+    ]
+    if not names:
+        raise Refusal(
+            f"{root.url} holds no complete merge (no {MANIFEST}); run the recipe again to finish it"
+        )
+    with TemporaryDirectory(prefix="ray-merge-") as temporary:
+        cache = Path(cache_dir).expanduser() if cache_dir is not None else Path(temporary)
+        return [_verify_merge(root.sub(name) if name else root, cache, probe) for name in names]
+
+
+def _verify_merge(store: Store, cache: Path, probe: bool) -> Verified:
+    manifest = read_manifest(store)
+    assert manifest is not None
+    n_bytes = 0
+    for entry in manifest["files"]:
+        info = store.info(entry["name"])
+        if info is None:
+            raise RunFailed(f"{store.url}/{entry['name']} is missing; the manifest names it")
+        found = (
+            hash_object(store, entry["name"]) if info.n_bytes == entry["bytes"] else f"{info.n_bytes} bytes"
+        )
+        if found != entry["sha256"]:
+            raise RunFailed(
+                f"{store.url}/{entry['name']} is not what was published: {found[:16]}, the manifest says "
+                f"{entry['sha256'][:16]} of {entry['bytes']} bytes"
+            )
+        n_bytes += info.n_bytes
+    ratios = list(_probe(store, manifest, cache)) if probe else []
+    return Verified(
+        name=manifest["name"],
+        url=store.url,
+        files=len(manifest["files"]),
+        n_bytes=n_bytes,
+        probed=len(ratios),
+        worst=max(ratios, default=0.0),
+    )
+
+
+def _probe(store: Store, manifest: Mapping[str, Any], cache: Path) -> Iterator[float]:
+    recipe, source = load_recipe(f"{store.url}/{RECIPE}", store.read(RECIPE).decode())
+    merge = expand(recipe, source)[0]
+    merge = Merge(**{**_fields(merge), "name": manifest["name"]})
+    plan = make_plan(recipe, [merge], *read_inputs(recipe, [merge]))
+    inputs = merge_inputs(plan, merge, read_inputs_identity(plan, DigestCache(cache / "digests")))
+    if merge_id(inputs) != manifest["id"]:
+        raise Refusal(
+            f"{store.url}: an input has changed since the merge ({difference(manifest['inputs'], inputs)})"
+        )
+    job = Job(
+        plan=plan,
+        merge_ids={merge.name: manifest["id"]},
+        outputs={merge.name: store.url},
+        roots={merge.name: store.url},
+        scratch=str(cache),
+        cache=str(cache / "adapters"),
+        attempt="verify",
+    )
+    dtype = torch.float64 if recipe.dtype == "float64" else torch.float32
+    merged = _merged_tensors(store, manifest)
+    with (
+        torch.inference_mode(),
+        AdapterFiles(Path(job.cache), dict(plan.adapters), device="cpu", dtype=dtype) as files,
+    ):
+        for site in _sample(plan, merge):
+            yield _probe_site(job, merge, site, store, merged, files)
+
+
+def _fields(merge: Merge) -> dict[str, Any]:
+    return {name: getattr(merge, name) for name in Merge.__dataclass_fields__}
+
+
+def _sample(plan: Plan, merge: Merge) -> Sequence[Site]:
+    touched = plan.touched(merge)
+    sites = sorted(
+        (site for site in plan.sites.values() if site.tensor in touched), key=lambda site: site.name
+    )
+    step = max(1, len(sites) // PROBE_SITES)
+    return sites[::step][:PROBE_SITES]
+
+
+def _merged_tensors(store: Store, manifest: Mapping[str, Any]) -> dict[str, TensorEntry]:
+    files = [
+        e["name"]
+        for e in manifest["files"]
+        if e["name"].endswith(".safetensors") and "heads/" not in e["name"]
+    ]
+    return {entry.name: entry for name in files for entry in read_header(store, name).tensors.values()}
+
+
+def _probe_site(
+    job: Job, merge: Merge, site: Site, store: Store, merged: Mapping[str, TensorEntry], files: AdapterFiles
+) -> float:
+    """|y - expected| over the bound of rounding, at the worst output of one site."""
+    base = open_store(job.plan.base.url)
+    W_OI = _read(base, job.plan.base.tensors[site.tensor]).double()
+    x_I = torch.randn(site.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    delta = site_deltas(job, site, [merge], files)[0]
+    factor = delta.factors()
+    update_O = (
+        delta.dense(torch.float64) @ x_I if factor is None else factor.B.double() @ (factor.A.double() @ x_I)
+    )
+    slack_O = FLOAT32_SLACK * (W_OI.abs() @ x_I.abs() + update_O.abs())
+    ratios = []
+    if site.tensor in merged:
+        entry = merged[site.tensor]
+        stored_OI = _read(store, entry).double()
+        step = torch.finfo(TORCH_DTYPES[entry.dtype]).eps
+        bound_O = step * (stored_OI.abs() @ x_I.abs()) + slack_O
+        ratios.append(float(((stored_OI @ x_I - W_OI @ x_I - update_O).abs() / bound_O).max()))
+    prefix = f"base_model.model.{site.name}.lora_"
+    if f"{prefix}A.weight" in merged:
+        A_RI, B_OR = (_read(store, merged[f"{prefix}{side}.weight"]).double() for side in "AB")
+        step = torch.finfo(TORCH_DTYPES[merged[f"{prefix}A.weight"].dtype]).eps
+        bound_O = 4 * step * (B_OR.abs() @ (A_RI.abs() @ x_I.abs())) + slack_O
+        ratios.append(float(((B_OR @ (A_RI @ x_I) - update_O).abs() / bound_O).max()))
+    worst = max(ratios)
+    if not worst <= 1.0:
+        raise RunFailed(
+            f"{store.url}: (W + dW) x at {site.name} is off by {worst:.3g} times what rounding allows: the published "
+            "weight is not base plus update; remove this merge and run again"
+        )
+    return worst
+
+
+def _read(store: Store, entry: TensorEntry) -> Tensor:
+    return from_bytes(store.read(entry.file, entry.start, entry.end), entry.dtype, entry.shape)

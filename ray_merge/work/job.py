@@ -1,0 +1,98 @@
+"""What a worker is told: the job once, and one unit per call. All of it is small, frozen and picklable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ray_merge.plan import Plan
+from ray_merge.pool import Worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """The part of a run that never changes.
+
+    Args:
+        plan: what to merge.
+        merge_ids: merge name -> 64 hex digits.
+        outputs: merge name -> URL of its folder.
+        roots: merge name -> URL of the output that the folder lies in.
+        scratch: folder for unfinished files where the output is remote; local outputs use their own.
+        cache: node-local folder for adapters.
+        attempt: names this run among others on the same output.
+        device: torch device for the arithmetic.
+    """
+
+    plan: Plan
+    merge_ids: Mapping[str, str]
+    outputs: Mapping[str, str]
+    roots: Mapping[str, str]
+    scratch: str
+    cache: str
+    attempt: str
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class PreflightUnit:
+    """Fetch, hash and check every tensor of one adapter."""
+
+    adapter: str
+
+    @property
+    def id(self) -> str:
+        """Unit id."""
+        return f"preflight/{self.adapter}"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardUnit:
+    """Make one output shard of some merges of a group, reading its base tensors once."""
+
+    shard: int
+    merges: tuple[str, ...]
+    group: int
+
+    @property
+    def id(self) -> str:
+        """Unit id."""
+        return f"group-{self.group:03d}/shard-{self.shard + 1:05d}"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUnit:
+    """Make the exported adapter of one merge."""
+
+    merge: str
+
+    @property
+    def id(self) -> str:
+        """Unit id."""
+        return f"adapter/{self.merge}"
+
+
+Unit = PreflightUnit | ShardUnit | AdapterUnit
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCheck:
+    """What preflight found: the content of the adapter's weights file."""
+
+    adapter: str
+    sha256: str
+    n_bytes: int
+    tensors: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFactory:
+    """Makes the worker in the process where it will run; picklable, and torch is imported only there."""
+
+    job: Job
+
+    def __call__(self) -> Worker:
+        """The worker of this process."""
+        from ray_merge.work.worker import MergeWorker
+
+        return MergeWorker(self.job)
