@@ -85,7 +85,7 @@ class Progress:
         if event.kind == "unit":
             done, total = event.n_bytes
             rate = done / max(now - self._started, 1e-9)
-            left = f", {(total - done) / rate:.0f} s left" if rate else ""
+            left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
             line = (
                 f"{event.units[0]}/{event.units[1]} units, {human_bytes(done)} of {human_bytes(total)}, "
                 f"{human_bytes(rate)}/s{left}"
@@ -139,7 +139,7 @@ def _adapter_facts(plan: Plan, name: str) -> dict[str, Any]:
 
 def plan_table(plan: Plan) -> None:
     """Print a plan for a person."""
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     facts = plan_json(plan)
     console.print(
         f"base      {plan.base.url}: {len(plan.base.tensors)} tensors, {human_bytes(plan.base.n_bytes)}"
@@ -210,7 +210,7 @@ def verified(results: Sequence[Verified], *, as_json: bool) -> None:
 
 def methods_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the registry of methods."""
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     table = Table("method", "what it does", "spaces", "parameters", "reference", box=None, pad_edge=False)
     for row in rows:
         parameters = ", ".join(

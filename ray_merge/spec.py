@@ -112,15 +112,27 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merge:
-    """One named result: a method applied to some adapters. All defaults are filled in."""
+    """One named result: a method applied to some adapters. All defaults are filled in.
+
+    Args:
+        name: entry name, then the combination and the point of the sweep: `pairs/mnli__stsb/lambda=0.2`.
+        method: canonical name of the merge method.
+        adapters: in recipe order.
+        parameters: by the recipe's keys, canonical (methods/resolve.py).
+        export: what is written.
+        seed: of every random mask.
+        sweep: the point of the sweep as the recipe has it, key and value; empty without a sweep.
+        combined: whether the entry asked for combinations.
+    """
 
     name: str
     method: str
     adapters: tuple[str, ...]
     parameters: Mapping[str, Any]
     export: Export = "checkpoint"
-    heads: str | None = None
     seed: int = 0
+    sweep: tuple[tuple[str, Any], ...] = ()
+    combined: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ from ray_merge.work.tensors import TORCH_DTYPES, from_bytes
 
 PROBE_SITES = 8
 FLOAT32_SLACK = 1e-5
-"""Relative to |W| |x|: float32 products of up to 10^5 terms, summed in another order."""
+"""Relative to |B| |A| |x|: float32 products of some thousand terms, summed in another order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,6 @@ def _verify_merge(store: Store, cache: Path, probe: bool) -> Verified:
 def _probe(store: Store, manifest: Mapping[str, Any], cache: Path) -> Iterator[float]:
     recipe, source = load_recipe(f"{store.url}/{RECIPE}", store.read(RECIPE).decode())
     merge = expand(recipe, source)[0]
-    merge = Merge(**{**_fields(merge), "name": manifest["name"]})
     plan = make_plan(recipe, [merge], *read_inputs(recipe, [merge]))
     inputs = merge_inputs(plan, merge, read_inputs_identity(plan, DigestCache(cache / "digests")))
     if merge_id(inputs) != manifest["id"]:
@@ -139,10 +138,6 @@ def _probe(store: Store, manifest: Mapping[str, Any], cache: Path) -> Iterator[f
     ):
         for site in _sample(plan, merge):
             yield _probe_site(job, merge, site, store, merged, files)
-
-
-def _fields(merge: Merge) -> dict[str, Any]:
-    return {name: getattr(merge, name) for name in Merge.__dataclass_fields__}
 
 
 def _sample(plan: Plan, merge: Merge) -> Sequence[Site]:
@@ -172,23 +167,24 @@ def _probe_site(
     x_I = torch.randn(site.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     delta = site_deltas(job, site, [merge], files)[0]
     factor = delta.factors()
-    update_O = (
-        delta.dense(torch.float64) @ x_I if factor is None else factor.B.double() @ (factor.A.double() @ x_I)
-    )
-    slack_O = FLOAT32_SLACK * (W_OI.abs() @ x_I.abs() + update_O.abs())
+    if factor is None:
+        dense_OI = delta.dense(torch.float64)
+        update_O, reach_O = dense_OI @ x_I, dense_OI.abs() @ x_I.abs()
+    else:
+        B_OR, A_RI = factor.B.double(), factor.A.double()
+        update_O, reach_O = B_OR @ (A_RI @ x_I), B_OR.abs() @ (A_RI.abs() @ x_I.abs())
+    slack_O = FLOAT32_SLACK * reach_O
     ratios = []
     if site.tensor in merged:
         entry = merged[site.tensor]
         stored_OI = _read(store, entry).double()
-        step = torch.finfo(TORCH_DTYPES[entry.dtype]).eps
-        bound_O = step * (stored_OI.abs() @ x_I.abs()) + slack_O
-        ratios.append(float(((stored_OI @ x_I - W_OI @ x_I - update_O).abs() / bound_O).max()))
+        bound_O = _step(entry) * (stored_OI.abs() @ x_I.abs()) + slack_O
+        ratios.append(_ratio(stored_OI @ x_I - W_OI @ x_I - update_O, bound_O))
     prefix = f"base_model.model.{site.name}.lora_"
     if f"{prefix}A.weight" in merged:
-        A_RI, B_OR = (_read(store, merged[f"{prefix}{side}.weight"]).double() for side in "AB")
-        step = torch.finfo(TORCH_DTYPES[merged[f"{prefix}A.weight"].dtype]).eps
-        bound_O = 4 * step * (B_OR.abs() @ (A_RI.abs() @ x_I.abs())) + slack_O
-        ratios.append(float(((B_OR @ (A_RI @ x_I) - update_O).abs() / bound_O).max()))
+        stored_A, stored_B = (_read(store, merged[f"{prefix}{side}.weight"]).double() for side in "AB")
+        bound_O = 2 * _step(merged[f"{prefix}A.weight"]) * reach_O + slack_O
+        ratios.append(_ratio(stored_B @ (stored_A @ x_I) - update_O, bound_O))
     worst = max(ratios)
     if not worst <= 1.0:
         raise RunFailed(
@@ -196,6 +192,14 @@ def _probe_site(
             "weight is not base plus update; remove this merge and run again"
         )
     return worst
+
+
+def _step(entry: TensorEntry) -> float:
+    return torch.finfo(TORCH_DTYPES[entry.dtype]).eps
+
+
+def _ratio(off_O: Tensor, bound_O: Tensor) -> float:
+    return float((off_O.abs() / (bound_O + torch.finfo(torch.float64).tiny)).max())
 
 
 def _read(store: Store, entry: TensorEntry) -> Tensor:

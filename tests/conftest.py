@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from pool_workers import StepWorker
 from s3_server import S3Server, find_weed, run_server
+
+from ray_merge.runtime.ray_pool import RayPool
+from ray_merge.runtime.session import Session, open_session
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +33,28 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         yield server
+
+
+@pytest.fixture(scope="session")
+def ray_session(request: pytest.FixtureRequest) -> Iterator[Session]:
+    """One embedded Ray of 4 logical CPUs for the whole run; its workers can import the tests' helper modules.
+
+    Mark tests that use it with `ray`. An S3 server that this run needs starts first, so that workers inherit AWS_*.
+    """
+    needs_s3 = any("s3" in getattr(item, "fixturenames", ()) for item in request.session.items)
+    if needs_s3 and find_weed() is not None:
+        request.getfixturevalue("s3")
+    here = str(Path(__file__).parent)
+    helpers = [path for path in sys.path if path.startswith(here)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("PYTHONPATH", os.pathsep.join([*helpers, os.environ.get("PYTHONPATH", "")]))
+        with open_session("local", num_cpus=4) as session:
+            yield session
+
+
+@pytest.fixture(scope="module")
+def ray_pool(ray_session: Session) -> Iterator[RayPool]:
+    """Two workers that do what their units say; they hold two of the session's four CPUs."""
+    with RayPool(StepWorker, session=ray_session, workers=2, memory_bytes=None) as pool:
+        yield pool

@@ -60,7 +60,9 @@ def dare_ties_with_their_masks(factors: Sequence[Factor], seed: int) -> Tensor:
         "authors",
         lambda i, c, shape: masks[i][c * step : c * step + shape[0]],
     )
-    return space.lift(election(space, kept, [1.0] * len(factors), LAMBDA, compat="authors", divide=True)).dense()
+    return space.lift(
+        election(space, kept, [1.0] * len(factors), LAMBDA, compat="authors", divide=True)
+    ).dense()
 
 
 def main() -> None:

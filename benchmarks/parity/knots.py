@@ -44,6 +44,7 @@ class Deltas:
         self.delta = model if isinstance(model, Tensor) else torch.zeros_like(model.state_dict()[KEY])
 
     def get_ft_parameters(self) -> OrderedDict[str, Tensor]:
+        """The name that their merger calls."""
         return OrderedDict({KEY: self.delta})
 
 

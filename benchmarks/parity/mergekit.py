@@ -54,7 +54,9 @@ STAND_INS = {
     "mergekit/__init__.py": "",
     "mergekit/merge_methods/__init__.py": "",
     "mergekit/architecture.py": "class WeightInfo: pass\n",
-    "mergekit/common.py": "class ModelReference: pass\nclass ImmutableMap:\n    def __class_getitem__(cls, key): return dict\n",
+    "mergekit/common.py": (
+        "class ModelReference: pass\nclass ImmutableMap:\n    def __class_getitem__(cls, key): return dict\n"
+    ),
     "mergekit/graph.py": "class Task:\n    def __class_getitem__(cls, key): return cls\n",
     "mergekit/merge_methods/base.py": (
         "class ConfigParameterDef: pass\nclass MergeMethod: pass\nclass MergeTensorInput: pass\n"
@@ -166,7 +168,9 @@ def dare_rule(name: str, space: Space) -> Rule:
 
 
 def report(factors: Sequence[Factor], theirs: dict[str, tuple[Tensor, float]]) -> None:
-    print(f"mergekit, {tuple(next(iter(theirs.values()))[0].shape)}, {len(factors)} adapters, float32, one thread")
+    print(
+        f"mergekit, {tuple(next(iter(theirs.values()))[0].shape)}, {len(factors)} adapters, float32, one thread"
+    )
     for name, (reference, their_seconds) in theirs.items():
         merged, our_seconds = best_of(lambda name=name: ours(name, factors), 3)
         print(

@@ -51,7 +51,8 @@ def add_update(base_NI: Tensor, update_NI: Tensor, dtype: torch.dtype, sums: Rou
     """
     exact_base_NI = base_NI.to(update_NI.dtype)
     stored_NI = (exact_base_NI + update_NI).to(dtype)
-    lost_NI = stored_NI.to(update_NI.dtype).sub_(exact_base_NI).sub_(update_NI)
+    # Not in place: in float32 `.to` returns the stored tensor itself.
+    lost_NI = (stored_NI.to(update_NI.dtype) - exact_base_NI).sub_(update_NI)
     sums.update_square += float(torch.linalg.vector_norm(update_NI, dtype=torch.float64)) ** 2
     sums.lost_square += float(torch.linalg.vector_norm(lost_NI, dtype=torch.float64)) ** 2
     return stored_NI

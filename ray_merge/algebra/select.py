@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+DIRECT = 2**14
+"""Below this many entries one call of kthvalue is faster than a histogram (262144 entries: 3.8 against 1 ms)."""
+
 GATHER = 2**20
-"""Candidates selected directly; 4 MiB of float32."""
+"""Candidates gathered at most; 4 MiB of float32."""
 
 DIGIT_BITS = 15
 """Bits of a magnitude counted in one pass: exponent and 7 bits of fraction of a float32."""
@@ -35,7 +38,7 @@ def kth_largest_magnitude(chunks: Callable[[], Iterable[Tensor]], n_entries: int
     """
     if not 1 <= k <= n_entries:
         raise ValueError(f"the {k}-th largest of {n_entries} entries")
-    if n_entries <= GATHER:
+    if n_entries <= DIRECT:
         return _kth_largest(torch.cat([chunk.abs().flatten() for chunk in chunks()]), k)
     return _radix_select(chunks, k)
 

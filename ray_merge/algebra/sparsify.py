@@ -20,7 +20,9 @@ SEED_BITS = 63
 
 def trim(values: Tensor, threshold: float) -> Tensor:
     """Entries of magnitude below `threshold` set to zero; equal magnitudes share one fate."""
-    return torch.where(values.abs() >= threshold, values, 0.0)
+    bound = values.new_tensor(threshold)
+    # hardshrink keeps |x| > bound, in one pass; the next smaller float makes that |x| >= threshold.
+    return torch.nn.functional.hardshrink(values, float(torch.nextafter(bound, torch.zeros_like(bound))))
 
 
 def magnitude_threshold(chunks: Callable[[], Iterable[Tensor]], n_entries: int, n_kept: int) -> float:
@@ -59,4 +61,4 @@ def mask_seed(seed: int, site: str, adapter: str, chunk: int) -> int:
 
 def drop(values: Tensor, kept: Tensor, rescale: float) -> Tensor:
     """Entries that are not `kept` set to zero, the rest multiplied by `rescale`."""
-    return torch.where(kept.to(values.device), values * rescale, 0.0)
+    return values * kept.to(values.device) * rescale

@@ -22,17 +22,26 @@ def resolved_recipe(plan: Plan, merge: Merge, merge_id: str) -> bytes:
         "adapters": {
             name: recipe.adapters[name].model_dump(exclude_none=True, mode="json") for name in merge.adapters
         },
-        "merges": [
-            {
-                "name": merge.name,
-                "merge_method": merge.method,
-                "adapters": list(merge.adapters),
-                "parameters": dict(merge.parameters),
-                "export": merge.export,
-                "seed": merge.seed,
-            }
-        ],
+        "merges": [_entry(merge)],
     }
     if recipe.out_dtype is not None:
         document["out_dtype"] = recipe.out_dtype
     return (id_line(merge_id) + yaml.safe_dump(document, sort_keys=False, allow_unicode=True)).encode()
+
+
+def _entry(merge: Merge) -> dict[str, Any]:
+    # Written as the sweep and combination of one, because only an entry that expands gets such a name.
+    swept = dict(merge.sweep)
+    entry: dict[str, Any] = {
+        "name": merge.name.split("/")[0],
+        "merge_method": merge.method,
+        "adapters": list(merge.adapters),
+        "parameters": {key: value for key, value in merge.parameters.items() if key not in swept},
+        "export": merge.export,
+        "seed": merge.seed,
+    }
+    if swept:
+        entry["sweep"] = {key: [value] for key, value in swept.items()}
+    if merge.combined:
+        entry["combinations"] = {"choose": len(merge.adapters)}
+    return entry

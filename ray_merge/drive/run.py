@@ -244,7 +244,7 @@ def _note_receipts(unfinished: Sequence[_Open], done: Done) -> int:
         item = by_id[receipt.merge_id]
         item.receipts[receipt.name] = receipt
         item.missing.discard(receipt.name)
-    return sum(receipt.n_bytes for receipt in receipts)
+    return sum(receipt.n_bytes for receipt in receipts if receipt.name != ADAPTER_OBJECT)
 
 
 def _publish_ready(

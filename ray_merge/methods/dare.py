@@ -89,6 +89,8 @@ def _l1_ratio(chunks: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def weighted_sum(kept: Kept, coefficients: Sequence[float]) -> Rule:
+    """The rule that adds up the kept entries of every adapter, each times its coefficient."""
+
     def rule(index: int) -> Tensor:
         total = kept(0, index) * coefficients[0]
         for adapter, coefficient in enumerate(coefficients[1:], start=1):

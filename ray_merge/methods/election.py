@@ -52,15 +52,15 @@ def election(
         if zero_sign is None:
             # The KnOTS code lets the site's majority win a tie; it is counted only if a tie needs it.
             zero_sign = majority() if cast.has_undecided else 0
-        return cast.elect(zero_sign, divide=divide) * scale
+        return cast.elect(zero_sign, divide=divide).mul_(scale)
 
     return rule
 
 
 def _vote(cast: Ballot, values: Tensor, weight: float, compat: str) -> None:
     if compat == "peft":
-        cast.add(values * weight, votes=values)
+        cast.add(values if weight == 1.0 else values * weight, votes=values)
     elif compat == "authors":
         cast.add(values)
     else:
-        cast.add(values * weight, share=weight if compat == "mergekit" else 1.0)
+        cast.add(values if weight == 1.0 else values * weight, share=weight if compat == "mergekit" else 1.0)

@@ -16,7 +16,7 @@ GATHERED_ENTRIES = 2**20
 """Entries selected at once when a threshold is looked for (`algebra/select.py`)."""
 
 SELECT_COPIES = 4
-"""Magnitudes, their concatenation, kthvalue's own copy and its int64 indices (2 of float32)."""
+"""Gathered magnitudes, their concatenation, kthvalue's own copy and its int64 indices (2 of float32)."""
 
 CHUNK_COPIES = 14
 """Tensors of one chunk in an election: entries, mask, weighted, five running sums, and temporaries."""

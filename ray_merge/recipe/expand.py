@@ -114,35 +114,36 @@ def _expand_entry(entry: MergeSource, recipe: Recipe, where: str) -> Iterator[Me
             point = dict(zip(sweep, values, strict=True))
             suffix = ",".join(f"{key}={value!r}" for key, value in point.items())
             name = "/".join(part for part in (entry.name, label, suffix) if part)
-            yield _merge(entry, name, tuple(subset), {**entry.parameters, **point}, recipe, where)
+            parameters = _resolve(entry, name, tuple(subset), {**entry.parameters, **point}, recipe, where)
+            yield Merge(
+                name=name,
+                method=get(entry.merge_method).name,
+                adapters=tuple(subset),
+                parameters=parameters,
+                export=entry.export,
+                seed=entry.seed,
+                sweep=tuple(point.items()),
+                combined=entry.combinations is not None,
+            )
 
 
-def _merge(
+def _resolve(
     entry: MergeSource,
     name: str,
     adapters: tuple[str, ...],
     given: dict[str, Any],
     recipe: Recipe,
     where: str,
-) -> Merge:
+) -> dict[str, Any]:
     if any(character in name for character in "\\\n\r") or ".." in name or len(name) > 200:
         raise RecipeError(
             f"{where}: {name!r} cannot name an output folder; sweep over shorter, plainer values"
         )
     try:
-        method = get(entry.merge_method)
         known = {key: _restrict(value, adapters, recipe) for key, value in given.items()}
-        parameters = resolve_parameters(method, known, adapters)
+        return resolve_parameters(get(entry.merge_method), known, adapters)
     except MethodError as error:
         raise RecipeError(f"{where}: merge {name!r}: {error}") from error
-    return Merge(
-        name=name,
-        method=method.name,
-        adapters=adapters,
-        parameters=parameters,
-        export=entry.export,
-        seed=entry.seed,
-    )
 
 
 def _restrict(value: Any, adapters: Sequence[str], recipe: Recipe) -> Any:

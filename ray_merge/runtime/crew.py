@@ -191,7 +191,7 @@ class Crew:
         if job and not job.done and not getattr(error, "preempted", False):
             job.deaths += 1
             if job.deaths >= self._attempts:
-                raise UnitFailed(job.task.id, 1 + job.lost, self._reason(job, error))
+                raise UnitFailed(job.task.id, job.lost, self._reason(job, error))
         slot.actor, slot.greeting = self._spawn(slot.index)
 
     def _reason(self, job: Job, error: RayError) -> str:

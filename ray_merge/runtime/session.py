@@ -15,7 +15,8 @@ import socket
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -27,6 +28,7 @@ from ray_merge.errors import Refusal, RunFailed
 
 OBJECT_STORE_BYTES = 100_000_000  # results are a few hundred bytes; no tensor enters Ray's store
 CONNECT_SECONDS = 5.0
+CONNECT_TRIES = "3"
 LONGEST_FOLDER = 30  # a socket's path takes at most 107 bytes, and Ray's own part of it needs up to 70
 
 logger = logging.getLogger("ray_merge.runtime")
@@ -76,7 +78,7 @@ def open_session(address: str, *, num_cpus: int | None = None, log_level: int = 
         Refusal: the address is of the wrong kind, nobody answers there, or its versions do not fit.
     """
     _check_address(address)
-    if _environment("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "0").lower() in ("1", "true"):
+    if os.environ.get("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "0").lower() in ("1", "true"):
         raise Refusal(
             "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS is set: a write to one tensor would reach every reader of it; unset it"
         )
@@ -141,8 +143,10 @@ def _embedded(session: Session, num_cpus: int | None) -> dict[str, Any]:
 
 def _init(options: dict[str, Any], log_level: int) -> None:
     verbose = log_level <= logging.DEBUG
+    # A service that is no GCS, or refuses our token, is asked 20 times for up to 41 s each by default.
+    patience = {} if options["address"] == "local" else {"RAY_gcs_server_port_wait_time_s": CONNECT_TRIES}
     try:
-        with warnings.catch_warnings():
+        with _default_environment(patience), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             ray.init(**options, logging_level=log_level, log_to_driver=verbose)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
@@ -169,8 +173,16 @@ def _take_back_sigterm(session: Session, before: Any) -> None:
     session._undo.append(lambda: signal.signal(signal.SIGTERM, before or signal.SIG_DFL))
 
 
-def _environment(name: str, default: str) -> str:
-    return os.environ.get(name, default)
+@contextmanager
+def _default_environment(defaults: dict[str, str]) -> Iterator[None]:
+    """Set the variables that are not set, for the time of one call."""
+    ours = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 __all__ = ["Session", "open_session"]

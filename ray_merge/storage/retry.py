@@ -75,7 +75,8 @@ def retrying(
 def http_status(error: BaseException) -> int | None:
     """The HTTP status behind `error`, looked for in it and in its causes; None when there is none."""
     seen: BaseException | None = error
-    while seen is not None:
+    # aiohttp gives a connection that broke off a status of its own, 400.
+    while seen is not None and not _is_transport(seen):
         response = getattr(seen, "response", None)
         if isinstance(response, dict):  # botocore ClientError
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -105,6 +106,11 @@ def is_transient(error: Exception) -> bool:
     status = http_status(error)
     if status is not None:
         return status in TRANSIENT_STATUS or error_code(error) in {"SlowDown", "RequestTimeout"}
+    return _is_transport(error)
+
+
+def _is_transport(error: BaseException) -> bool:
+    """True when the connection failed, so that no answer of the store is known."""
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     return any(

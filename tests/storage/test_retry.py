@@ -122,6 +122,15 @@ def test_errors_of_http_libraries_are_known_by_name_without_importing_them():
     assert not is_transient(type("ClientPayloadError", (Exception,), {"__module__": "mine"})("broken off"))
 
 
+def test_a_status_inside_a_broken_connections_error_is_not_the_stores_answer():
+    payload = type("ClientPayloadError", (Exception,), {"__module__": "aiohttp.client_exceptions"})(
+        "half of it"
+    )
+    error = caused_by(payload, type("ContentLengthError", (Exception,), {"code": 400})())
+    assert http_status(error) is None
+    assert is_transient(error)
+
+
 def test_waits_double_up_to_the_limit_and_jitter_takes_at_most_a_half():
     backoff = Backoff(attempts=9, first_seconds=1.0, limit_seconds=4.0)
     assert [backoff.wait_seconds(failed, 0.0) for failed in (1, 2, 3, 4, 5)] == [1.0, 2.0, 4.0, 4.0, 4.0]

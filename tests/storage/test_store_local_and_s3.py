@@ -125,7 +125,7 @@ def test_the_version_follows_the_bytes(store):
 
 @pytest.mark.parametrize("n_bytes", [100, 6 << 20])
 def test_of_eight_writers_at_once_exactly_one_wins_and_its_bytes_stay(parts, n_bytes):
-    rounds = 5 if n_bytes < PART else 1
+    rounds = 2 if n_bytes < PART else 1  # SeaweedFS makes writers of one key wait in steps of 1 s
     for round_ in range(rounds):
         start = threading.Barrier(8)
         won = [None] * 8

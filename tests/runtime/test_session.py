@@ -1,0 +1,159 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ray_merge.errors import Refusal
+from ray_merge.runtime.session import open_session
+
+pytestmark = pytest.mark.ray
+
+TESTS = Path(__file__).parent.parent
+
+
+def python(*arguments, folder, **environment):
+    """Start a Python that imports what this one can, with its own place for Ray's files."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    Path(folder, "ray").mkdir(parents=True)
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        env={**inherited, "PYTHONPATH": path, "TMPDIR": str(folder), "HOME": str(folder), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path, process, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} did not come in {seconds} s"
+        time.sleep(0.1)
+    return json.loads(path.read_text())
+
+
+def still_alive(pids, seconds):
+    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    return psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+@pytest.mark.slow
+def test_two_embedded_clusters_do_not_meet_and_leave_nothing_however_they_end(tmp_path_factory):
+    folders = [Path(f"/tmp/rmt-{os.getpid()}-{name}") for name in ("term", "kill")]
+    drivers = [python(TESTS / "runtime/embedded_run.py", folder, 600, folder=folder) for folder in folders]
+    try:
+        facts = [
+            wait_for(folder / "facts.json", driver) for folder, driver in zip(folders, drivers, strict=True)
+        ]
+        assert [fact["value"] for fact in facts] == [driver.pid for driver in drivers]
+        assert [fact["nodes"] for fact in facts] == [1, 1]
+        assert facts[0]["address"] != facts[1]["address"]
+        assert not set(facts[0]["pids"]) & set(facts[1]["pids"])
+        assert all(len(fact["pids"]) >= 3 for fact in facts)  # GCS, raylet, worker at least
+        assert [len(fact["folders"]) for fact in facts] == [1, 1]
+
+        drivers[0].send_signal(signal.SIGTERM)
+        output, errors = drivers[0].communicate(timeout=30)
+        assert drivers[0].returncode == 1
+        assert "stopped by SIGTERM" in errors.splitlines()[-1]
+        assert output == ""
+        assert not still_alive(facts[0]["pids"], 10)
+        assert not Path(facts[0]["folders"][0]).exists()
+        assert not Path(folders[0], ".ray").exists()  # no token is left for the next `ray start` to find
+
+        drivers[1].kill()
+        assert not still_alive(facts[1]["pids"], 30)
+    finally:
+        end(drivers, folders)
+
+
+def end(drivers, folders):
+    import shutil
+
+    for driver in drivers:
+        if driver.poll() is None:
+            children = psutil.Process(driver.pid).children(recursive=True)
+            driver.kill()
+            for child in children:
+                child.kill() if child.is_running() else None
+        driver.communicate()
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_ray_that_is_there_already_is_used_and_left_running(ray_session):
+    import ray
+
+    with open_session("local") as inner:
+        assert not inner.embedded
+    assert ray.is_initialized()
+    assert ray_session.embedded
+
+
+def test_a_ray_client_address_is_refused_with_the_way_to_submit():
+    with pytest.raises(Refusal, match="ray job submit"):
+        open_session("ray://head:10001")
+
+
+@pytest.mark.parametrize("address", ["somewhere", "host:", ":6379", "host:port", ""])
+def test_an_address_of_no_known_form_is_refused(address):
+    with pytest.raises(Refusal, match="none of local, auto, HOST:PORT"):
+        open_session(address)
+
+
+def test_a_dead_address_is_refused_soon_with_the_next_step():
+    with socket.socket() as reserved:  # bound, not listening: nothing answers there
+        reserved.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(Refusal, match=f"{address}.*RAY_AUTH_MODE"):
+            open_session(address)
+    assert time.monotonic() - started < 15
+
+
+def test_shared_tensor_memory_is_refused(monkeypatch):
+    monkeypatch.setenv("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")
+    with pytest.raises(Refusal, match="RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"):
+        open_session("local")
+
+
+NO_CLUSTER = """
+import sys
+from ray_merge.errors import Refusal
+from ray_merge.runtime.session import open_session
+try:
+    open_session(sys.argv[1])
+except Refusal as refusal:
+    print(refusal)
+"""
+
+
+def test_auto_without_a_cluster_and_a_port_that_is_no_ray_are_refused():
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+
+    folder = Path(f"/tmp/rmt-{os.getpid()}-none")
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        addresses = ["auto", f"127.0.0.1:{server.server_port}"]
+        drivers = [
+            python("-c", NO_CLUSTER, address, folder=folder / str(index), RAY_AUTH_MODE="disabled")
+            for index, address in enumerate(addresses)
+        ]
+        try:
+            for driver, address in zip(drivers, addresses, strict=True):
+                output, errors = driver.communicate(timeout=60)
+                assert f"at {address}" in output, errors
+                assert "--address local" in output
+        finally:
+            server.shutdown()
+            end(drivers, [folder])

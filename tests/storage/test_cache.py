@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from fault_proxy import Drop, Hang, fault_proxy, nth
+from s3_server import BUCKET, make_client
+
+from ray_merge.errors import StoreError
+from ray_merge.storage.cache import NodeCache
+from ray_merge.storage.store import open_store
+
+DATA = random.Random(5).randbytes(300_000)
+SHA256 = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return NodeCache(tmp_path / "cache")
+
+
+@pytest.fixture
+def adapter(s3):
+    """The URL of a folder with one adapter file, and what a plan saw of it."""
+    url = f"{s3.url}/{uuid.uuid4().hex}"
+    store = open_store(url)
+    store.put_if_absent("adapter_model.safetensors", DATA, {})
+    return url, "adapter_model.safetensors", store.info("adapter_model.safetensors")
+
+
+@pytest.fixture
+def watched(s3, monkeypatch):
+    """Starts a proxy with a rule between this process (and its children) and the server."""
+    contexts = []
+
+    def start(rule=lambda call: None):
+        contexts.append(fault_proxy(s3.endpoint, rule))
+        proxy = contexts[-1].__enter__()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        return proxy
+
+    yield start
+    for context in contexts:
+        context.__exit__(None, None, None)
+
+
+def test_a_local_file_is_used_where_it_lies(cache, tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    store.put_if_absent("a/w", DATA, {})
+    cached = cache.fetch(store.url, "a/w", store.info("a/w"))
+    assert cached.path == tmp_path / "store" / "a" / "w"
+    assert cached.sha256 == SHA256
+
+
+def test_a_local_file_that_changed_since_it_was_planned_is_refused(cache, tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    store.put_if_absent("w", DATA, {})
+    planned = store.info("w")
+    (tmp_path / "store" / "w").write_bytes(b"other")
+    with pytest.raises(StoreError, match=r"is now version .* with 5 bytes; plan again"):
+        cache.fetch(store.url, "w", planned)
+    (tmp_path / "store" / "w").unlink()
+    with pytest.raises(StoreError, match="is now gone; plan again"):
+        cache.fetch(store.url, "w", planned)
+
+
+@pytest.mark.s3
+def test_a_remote_file_is_downloaded_once_and_then_served_from_disk(cache, adapter, watched):
+    proxy = watched()
+    first = cache.fetch(*adapter)
+    assert first.path.read_bytes() == DATA
+    assert first.sha256 == SHA256
+    asked = len(proxy.calls)
+    assert cache.fetch(*adapter) == first
+    assert NodeCache(cache._folder).fetch(open_store(adapter[0]), *adapter[1:]) == first
+    assert len(proxy.calls) == asked
+    assert proxy.count("GET", "adapter_model") == 1
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from ray_merge.storage.cache import NodeCache
+from ray_merge.storage.store import ObjectInfo
+folder, url, path, n_bytes, version = sys.argv[1:]
+print(NodeCache(Path(folder)).fetch(url, path, ObjectInfo(path, int(n_bytes), version)).sha256)
+"""
+
+
+def start_child(cache, adapter):
+    url, path, info = adapter
+    arguments = [str(cache._folder), url, path, str(info.n_bytes), info.version]
+    return subprocess.Popen([sys.executable, "-c", FETCH, *arguments], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.s3
+def test_several_processes_and_threads_at_once_download_it_once(cache, adapter, watched):
+    proxy = watched()
+    children = [start_child(cache, adapter) for _ in range(2)]
+    with ThreadPoolExecutor(4) as threads:
+        cached = set(threads.map(lambda _: NodeCache(cache._folder).fetch(*adapter), range(4)))
+    assert len(cached) == 1
+    assert [child.communicate(timeout=30)[0].strip() for child in children] == [SHA256, SHA256]
+    assert proxy.count("GET", "adapter_model") == 1
+
+
+@pytest.mark.s3
+def test_a_kill_during_the_download_leaves_nothing_that_counts(cache, adapter, watched):
+    proxy = watched(nth(Hang(), "GET", "adapter_model"))
+    with start_child(cache, adapter) as child:
+        assert proxy.hanging.wait(30)
+        child.send_signal(signal.SIGKILL)
+    assert len([*cache._folder.rglob(".tmp-*")]) == 1
+    assert [*cache._folder.rglob("data")] == []
+    watched()
+    assert cache.fetch(*adapter).path.read_bytes() == DATA
+    assert [*cache._folder.rglob(".tmp-*")] == []
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("length", [0, 1, len(DATA) - 1, len(DATA) + 1])
+def test_a_cached_file_of_another_length_is_downloaded_again(cache, adapter, length):
+    path = cache.fetch(*adapter).path
+    os.truncate(path, length)
+    assert cache.fetch(*adapter).path.read_bytes() == DATA
+
+
+@pytest.mark.s3
+def test_bytes_without_a_whole_entry_beside_them_do_not_count(cache, adapter, watched):
+    path = cache.fetch(*adapter).path
+    entry = path.with_name("entry.json")
+    good = entry.read_bytes()
+    assert json.loads(good)["sha256"] == SHA256
+    proxy = watched()
+    for bad in (None, b"", good[:-5], b'{"sha256": "short"}'):
+        entry.unlink() if bad is None else entry.write_bytes(bad)
+        path.write_bytes(b"?" * len(DATA))
+        assert cache.fetch(*adapter).path.read_bytes() == DATA
+        assert entry.read_bytes() == good
+    assert proxy.count("GET", "adapter_model") == 4
+
+
+@pytest.mark.s3
+def test_another_version_is_another_file(cache, adapter, s3):
+    url, path, old = adapter
+    first = cache.fetch(url, path, old)
+    key = f"{url.removeprefix(f's3://{BUCKET}/')}/{path}"
+    make_client(s3.endpoint).put_object(Bucket=BUCKET, Key=key, Body=DATA[::-1])
+    second = cache.fetch(url, path, open_store(url).info(path))
+    assert second.path != first.path
+    assert second.path.read_bytes() == DATA[::-1]
+    assert cache.fetch(url, path, old) == first
+
+
+@pytest.mark.s3
+def test_an_object_that_is_not_what_was_planned_is_refused_and_not_kept(cache, adapter):
+    url, path, info = adapter
+    with pytest.raises(StoreError, match="it was version other with 300000 bytes when planned"):
+        cache.fetch(url, path, replace(info, version="other"))
+    assert [*cache._folder.rglob("entry.json")] == []
+
+
+@pytest.mark.s3
+def test_a_download_that_breaks_is_continued_by_its_retries(cache, adapter, watched):
+    watched(nth(Drop(), "GET", "adapter_model", 1))
+    assert cache.fetch(*adapter).sha256 == SHA256

@@ -1,0 +1,283 @@
+"""S3 in particular: what happens when requests and answers get lost, and what the messages give away."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import fsspec
+import pytest
+from fault_proxy import Drop, Hang, Lose, Reply, Shorten, fault_proxy, nth
+from s3_server import BUCKET, SECRET_KEY, make_client
+
+from ray_merge.errors import StoreDenied, StoreError, StoreUnfit
+from ray_merge.storage.retry import Backoff
+from ray_merge.storage.s3 import open_s3
+from ray_merge.storage.store import open_store
+
+pytestmark = pytest.mark.s3
+
+QUICK = Backoff(attempts=3, first_seconds=0.01, limit_seconds=0.01)
+PART = 5 << 20
+DATA = random.Random(3).randbytes(PART + 1000)
+
+
+@pytest.fixture
+def url(s3):
+    return f"{s3.url}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def client(s3):
+    return make_client(s3.endpoint)
+
+
+@pytest.fixture
+def faulty(s3, url, monkeypatch):
+    """Starts a proxy with a rule; returns it, and the store as seen through it."""
+    with_proxy = []
+
+    def start(rule):
+        context = fault_proxy(s3.endpoint, rule)
+        proxy = context.__enter__()
+        with_proxy.append(context)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        return proxy, open_s3(url, backoff=QUICK, multipart_bytes=PART, part_bytes=PART)
+
+    yield start
+    for context in with_proxy:
+        context.__exit__(None, None, None)
+
+
+def unfinished_uploads(client, url):
+    prefix = url.removeprefix(f"s3://{BUCKET}/")
+    return client.list_multipart_uploads(Bucket=BUCKET, Prefix=prefix).get("Uploads", [])
+
+
+def test_a_lost_answer_to_a_write_is_found_as_already_there(faulty):
+    proxy, store = faulty(nth(Lose(), "PUT", "shard", 1))
+    assert store.put_if_absent("shard", b"bytes", {"sha256": "ours"}) is False
+    assert proxy.count("PUT", "shard") == 2
+    assert store.metadata("shard") == {"sha256": "ours"}
+    assert store.read("shard") == b"bytes"
+
+
+@pytest.mark.parametrize("fault", [Drop(), Reply(503, "SlowDown"), Reply(500, "InternalError")])
+def test_a_write_that_never_arrived_is_sent_again(faulty, fault):
+    proxy, store = faulty(nth(fault, "PUT", "shard", 1, 2))
+    assert store.put_if_absent("shard", b"bytes", {}) is True
+    assert proxy.count("PUT", "shard") == 3
+
+
+def test_a_conflict_of_two_writers_is_tried_again(faulty):
+    _, store = faulty(nth(Reply(409, "ConditionalRequestConflict"), "PUT", "shard", 1))
+    assert store.put_if_absent("shard", b"bytes", {}) is True
+
+
+def test_a_conflict_at_completion_begins_the_upload_again(faulty, client, url):
+    proxy, store = faulty(nth(Reply(409, "ConditionalRequestConflict"), "POST", "uploadId=", 1))
+    assert store.put_if_absent("shard", DATA, {"sha256": "1"}) is True
+    assert proxy.count("PUT", "partNumber=1") == 2
+    assert store.read("shard") == DATA
+    assert unfinished_uploads(client, url) == []
+
+
+def test_a_conflict_that_never_ends_is_an_error_that_counts_its_tries(faulty, client, url):
+    _, store = faulty(nth(Reply(409, "ConditionalRequestConflict"), "POST", "uploadId="))
+    with pytest.raises(StoreError, match=r"shard failed after 3 tries: .*409 ConditionalRequestConflict"):
+        store.put_if_absent("shard", DATA, {})
+    assert list(store.list()) == []
+    assert unfinished_uploads(client, url) == []
+
+
+def test_the_lost_answer_to_a_completion_is_found_as_already_there(faulty, client, url):
+    _, store = faulty(nth(Lose(), "POST", "uploadId=", 1))
+    assert store.put_if_absent("shard", DATA, {"sha256": "ours"}) is False
+    assert store.metadata("shard") == {"sha256": "ours"}
+    assert store.read("shard") == DATA
+    assert unfinished_uploads(client, url) == []
+
+
+def test_a_part_that_gets_lost_is_sent_again(faulty):
+    proxy, store = faulty(nth(Drop(), "PUT", "partNumber=2", 1, 2))
+    assert store.put_if_absent("shard", DATA, {}) is True
+    assert proxy.count("PUT", "partNumber=2") == 3
+    assert store.read("shard") == DATA
+
+
+def test_an_upload_that_fails_leaves_no_object_and_no_parts(faulty, client, url):
+    _, store = faulty(nth(Reply(500, "InternalError"), "PUT", "partNumber=2"))
+    with pytest.raises(StoreError, match=r"writing .*/shard failed after 3 tries"):
+        store.put_if_absent("shard", DATA, {})
+    assert list(store.list()) == []
+    assert unfinished_uploads(client, url) == []
+
+
+def test_a_source_that_shrinks_during_the_upload_leaves_no_object(faulty, client, url, tmp_path):
+    source = tmp_path / "shard"
+    source.write_bytes(DATA)
+
+    def shrink(call):
+        if call.method == "POST" and "uploads" in call.target:
+            source.write_bytes(b"less")
+
+    _, store = faulty(shrink)
+    with pytest.raises(StoreError, match="shrank while it was uploaded"):
+        store.put_if_absent("shard", source, {})
+    assert list(store.list()) == []
+    assert unfinished_uploads(client, url) == []
+
+
+def test_an_object_that_is_there_is_not_uploaded_in_vain(faulty):
+    proxy, store = faulty(lambda call: None)
+    store.put_if_absent("shard", b"first", {})
+    assert store.put_if_absent("shard", DATA, {}) is False
+    assert proxy.count("POST") == 0
+
+
+def test_the_completion_decides_when_the_object_appears_during_the_upload(faulty, client, url):
+    _, other = faulty(lambda call: None)
+
+    def appear(call):
+        if "partNumber=1" in call.target:
+            other.put_if_absent("shard", b"first", {})
+
+    _, store = faulty(appear)
+    assert store.put_if_absent("shard", DATA, {}) is False
+    assert store.read("shard") == b"first"
+    assert unfinished_uploads(client, url) == []
+
+
+@pytest.mark.parametrize("fault", [Drop(), Shorten(), Reply(503, "SlowDown")])
+def test_a_read_that_breaks_is_tried_again_and_never_short(faulty, fault):
+    _, store = faulty(nth(fault, "GET", "shard", 1, 2))
+    store.put_if_absent("shard", b"0123456789" * 1000, {})
+    assert store.read("shard", 5, 9005) == (b"0123456789" * 1000)[5:9005]
+
+
+def test_a_read_that_always_breaks_is_an_error_after_bounded_tries(faulty):
+    proxy, store = faulty(nth(Shorten(), "GET", "shard"))
+    store.put_if_absent("shard", bytes(1000), {})
+    with pytest.raises(StoreError, match=r"reading .*/shard failed after 3 tries"):
+        store.read("shard", 0, 1000)
+    assert proxy.count("GET", "shard") == 3
+
+
+def test_only_the_failed_range_is_read_again(faulty):
+    proxy, store = faulty(nth(Drop(), "GET", "shard", 2))
+    data = random.Random(1).randbytes(2_000_000)
+    store.put_if_absent("shard", data, {})
+    ranges = [(0, 10), (900_000, 900_010), (1_900_000, 1_900_010)]
+    assert list(store.read_ranges("shard", ranges)) == [data[start:end] for start, end in ranges]
+    assert proxy.count("GET", "shard") == 4
+
+
+def test_an_object_replaced_during_a_download_is_not_taken(faulty, client, url, tmp_path):
+    key = f"{url.removeprefix(f's3://{BUCKET}/')}/shard"
+
+    def replace(call):
+        if call.method == "GET":
+            client.put_object(Bucket=BUCKET, Key=key, Body=b"later")
+
+    _, store = faulty(replace)
+    store.put_if_absent("shard", b"first", {})
+    with pytest.raises(StoreError, match="changed while it was read"):
+        store.download("shard", tmp_path / "copy")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_thousands_of_objects_list_in_one_pass_of_pages(faulty, client, url):
+    prefix = url.removeprefix(f"s3://{BUCKET}/")
+    proxy, store = faulty(lambda call: None)
+    names = [f"receipts/{number:04}.json" for number in range(1100)]
+    with ThreadPoolExecutor(8) as threads:
+        list(
+            threads.map(
+                lambda name: client.put_object(Bucket=BUCKET, Key=f"{prefix}/{name}", Body=b""), names
+            )
+        )
+    assert [info.path for info in store.list()] == names
+    assert proxy.count("GET") == 2
+
+
+def test_a_bucket_that_is_not_there_is_refused_and_not_made():
+    store = open_store("s3://no-such-bucket/x")
+    for call in (store.list, lambda: store.read("a"), lambda: store.put_if_absent("a", b"x", {})):
+        with pytest.raises(StoreDenied, match=r"s3://no-such-bucket/x.*\(404 NoSuchBucket\)"):
+            call()
+
+
+def test_wrong_credentials_are_refused_without_showing_them(s3, url, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-geheim")
+    store = open_store(url)
+    for call in (store.list, lambda: store.read("a"), lambda: store.put_if_absent("a", b"x", {})):
+        with pytest.raises(
+            StoreDenied, match=r"was refused: .*403.*check the URL, the credentials"
+        ) as caught:
+            call()
+        shown = f"{caught.value} {caught.value!r} {store!r} {store.url}"
+        assert "geheim" not in shown
+        assert SECRET_KEY not in shown
+
+
+def test_missing_credentials_are_refused(url, monkeypatch):
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(StoreDenied, match="was refused: Unable to locate credentials"):
+        open_store(url).list()
+
+
+def test_new_credentials_are_used_by_a_store_that_is_opened_anew(url, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        with pytest.raises(StoreDenied):
+            open_store(url).list()
+    assert list(open_store(url).list()) == []
+
+
+def test_a_server_that_is_not_there_is_an_error_without_its_credentials(url, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StoreError, match=f"listing {url} failed after 3 tries: .*127.0.0.1:9"):
+        open_s3(url, backoff=QUICK).list()
+
+
+def test_settings_in_fsspecs_own_configuration_are_respected(s3, url, monkeypatch):
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    settings = {"endpoint_url": s3.endpoint, "config_kwargs": {"max_pool_connections": 3}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", settings)
+    store = open_s3(url)
+    assert list(store.list()) == []
+    assert store._fs.s3.meta.config.max_pool_connections == 3
+
+
+def test_a_botocore_without_conditional_writes_is_unfit(url):
+    store = open_s3(url)
+    members = store._fs.s3.meta.service_model.operation_model("PutObject").input_shape.members
+    del members["IfNoneMatch"]
+    with pytest.raises(StoreUnfit, match="no If-None-Match for PutObject"):
+        store.put_if_absent("a", b"x", {})
+    assert list(store.list()) == []
+
+
+PUT = """
+import sys
+from ray_merge.storage.s3 import open_s3
+open_s3(sys.argv[1], multipart_bytes=5 << 20, part_bytes=5 << 20).put_if_absent("shard", bytes((5 << 20) + 1000), {})
+"""
+
+
+@pytest.mark.parametrize(("method", "part"), [("PUT", "partNumber=2"), ("POST", "uploadId=")])
+def test_a_process_killed_in_mid_upload_leaves_nothing_that_looks_like_an_object(faulty, url, method, part):
+    proxy, _ = faulty(nth(Hang(), method, part))
+    with subprocess.Popen([sys.executable, "-c", PUT, url]) as child:
+        assert proxy.hanging.wait(30)
+        child.send_signal(signal.SIGKILL)
+    _, store = faulty(lambda call: None)
+    assert list(store.list()) == []
+    assert store.info("shard") is None
+    assert store.put_if_absent("shard", DATA, {}) is True
+    assert store.read("shard") == DATA

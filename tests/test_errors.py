@@ -1,0 +1,56 @@
+import inspect
+import pickle
+from typing import get_type_hints
+
+import pytest
+
+from ray_merge import errors
+
+SAMPLES = {
+    str: "a text",
+    int: 3,
+    float: 0.5,
+    tuple[int, ...]: (16, 8),
+    tuple[str, ...]: ("a", "b"),
+    list[str]: ["a", "b"],
+}
+
+
+def sample(name: str) -> Exception:
+    """One instance of the class, from the annotations of its constructor."""
+    cls = getattr(errors, name)
+    if cls.__init__ is Exception.__init__:
+        return cls("what happened, and the next step")
+    hints = get_type_hints(cls.__init__)
+    names = [parameter for parameter in inspect.signature(cls).parameters]
+    return cls(*(SAMPLES[hints[parameter]] for parameter in names))
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_an_error_keeps_type_arguments_and_text_through_pickle(name):
+    error = sample(name)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert again.args == error.args
+    assert str(again) == str(error)
+    assert str(error)
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_exit_code_2_belongs_to_refusals_and_1_to_the_rest(name):
+    cls = getattr(errors, name)
+    assert cls.exit_code == (2 if issubclass(cls, errors.Refusal) else 1)
+
+
+def test_every_error_class_is_listed_in_order():
+    classes = [
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, Exception)
+    ]
+    assert sorted(classes) == errors.__all__
+
+
+def test_a_message_names_all_of_its_arguments():
+    text = str(errors.UnitFailed("shard-00003", 4, "its worker died"))
+    assert all(part in text for part in ("shard-00003", "4", "its worker died"))

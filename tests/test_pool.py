@@ -1,0 +1,85 @@
+"""The contract that both pools keep; what only Ray can do wrong is in runtime/test_ray_pool.py."""
+
+import pytest
+from pool_workers import Echo, Raise, StepWorker, Write
+
+from ray_merge.errors import AdapterShapeError, NotFinite, UnitFailed
+from ray_merge.pool import LocalPool, Task, worker_label
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
+def pool(request):
+    return LocalPool(StepWorker()) if request.param == "local" else request.getfixturevalue("ray_pool")
+
+
+def test_every_task_comes_back_once_with_its_value(pool):
+    done = list(pool.run([Task(f"unit-{i}", Echo(i * i)) for i in range(12)]))
+    assert {result.id: result.value for result in done} == {f"unit-{i}": i * i for i in range(12)}
+    assert len(done) == 12
+    assert {result.attempts for result in done} == {1}
+
+
+def test_a_run_without_tasks_ends_at_once(pool):
+    assert list(pool.run([])) == []
+
+
+def test_a_pool_takes_one_run_after_another(pool):
+    for start in (0, 5):
+        done = pool.run([Task(str(i), Echo(i)) for i in range(start, start + 5)])
+        assert {result.value for result in done} == set(range(start, start + 5))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AdapterShapeError(
+            "layers.3.q_proj", "lora_A", (16, 4096), "the base takes 5120", "s3://a/x", "s3://m/y"
+        ),
+        NotFinite("mnli", "layers.0.lora_B", 7, "s3://a/mnli"),
+        UnitFailed("an inner unit", 3, "why"),
+    ],
+)
+def test_an_error_of_the_tree_arrives_with_type_and_arguments_and_is_not_retried(pool, error, tmp_path):
+    with pytest.raises(type(error)) as caught:
+        list(pool.run([Task("bad", Raise(error))]))
+    assert type(caught.value) is type(error)
+    assert caught.value.args == error.args
+    assert str(caught.value) == str(error)
+
+
+def test_another_error_becomes_unit_failed_with_type_and_text(pool):
+    with pytest.raises(UnitFailed) as caught:
+        list(pool.run([Task("bad", Raise(OSError(28, "No space left on device")))]))
+    unit, attempts, reason = caught.value.args
+    assert (unit, attempts) == ("bad", 1)
+    assert reason.startswith("OSError")
+    assert "No space left on device" in reason
+
+
+def test_units_behind_a_failed_one_are_dropped_and_the_pool_goes_on(pool, tmp_path):
+    tasks = [Task("bad", Raise(ValueError("no")))]
+    tasks += [Task(str(i), Write(str(tmp_path), str(i), 0.02)) for i in range(40)]
+    with pytest.raises(UnitFailed):
+        list(pool.run(tasks))
+    assert [result.value for result in pool.run([Task("next", Echo("fine"))])] == ["fine"]
+    # Ray: those that ran beside the failed unit, and those that were queued behind it while its error travelled.
+    assert len(list(tmp_path.iterdir())) < 20
+
+
+def test_a_repeated_id_is_refused_with_both_positions(pool):
+    with pytest.raises(ValueError, match="'a' stands at positions 0 and 2"):
+        pool.run([Task("a", Echo(1)), Task("b", Echo(2)), Task("a", Echo(3))])
+
+
+def test_the_local_pool_keeps_the_order_of_the_tasks_and_names_this_process():
+    with LocalPool(StepWorker()) as pool:
+        done = list(pool.run([Task(str(i), Echo(i)) for i in range(20)]))
+    assert [result.value for result in done] == list(range(20))
+    assert {result.worker for result in done} == {worker_label()}
+    assert pool.size == 1
+
+
+def test_the_local_pool_runs_a_unit_only_when_its_result_is_asked_for(tmp_path):
+    results = LocalPool(StepWorker()).run([Task(str(i), Write(str(tmp_path), str(i))) for i in range(5)])
+    assert next(results).value == "0"
+    assert len(list(tmp_path.iterdir())) == 1
