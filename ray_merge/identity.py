@@ -25,8 +25,10 @@ def digest(value: Any) -> str:
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings and sequences, as (dotted path, value)."""
-    if isinstance(value, Mapping):
+    """The leaves of nested mappings and sequences, as (dotted path, value); an empty one is a leaf itself."""
+    if isinstance(value, Mapping | list | tuple) and not value:
+        yield prefix, value
+    elif isinstance(value, Mapping):
         for key in sorted(value):
             yield from flatten(value[key], f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(value, list | tuple):
@@ -40,6 +42,8 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """The first input that differs between two identities, in words; empty when none does."""
     old, new = dict(flatten(before)), dict(flatten(after))
     for key in [*new, *(key for key in old if key not in new)]:
-        if old.get(key) != new.get(key):
-            return f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} here"
+        # As the ids see them: 1, 1.0 and true differ, and so do null and absent.
+        there, here = (canonical_json(some[key]) if key in some else "absent" for some in (old, new))
+        if there != here:
+            return f"{key}: {there} there, {here} here"
     return ""

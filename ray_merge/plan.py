@@ -33,8 +33,8 @@ DEFAULT_MEMORY_BYTES = 640 * 10**6
 RUNTIME_BYTES = 330 * 10**6
 """A worker that has imported torch and merged something small (measured: 318 MB with torch loaded)."""
 
-STREAM_BYTES = 80 * 10**6
-"""Chunks read ahead, one in float32, one update, one result (storage/stream.py: 8 MiB as stored)."""
+STREAM_BYTES = 40 * 10**6
+"""Chunks read ahead, and the float32 copies of the one being merged (storage/stream.py: 2 MiB as stored)."""
 
 MAX_GROUP = 64
 """Merges that share one pass over the base; more only keeps more scratch files open."""
@@ -345,16 +345,10 @@ def _site_bytes(merge: Merge, adapters: Mapping[str, Adapter], sites: Mapping[st
 
 
 def _working_bytes(space: str | None, shape: tuple[int, int], ranks: Sequence[int]) -> int:
-    """Bytes held at one site: float32 factors twice (as read, as summed), and in a basis float64 ones.
+    """Bytes held at one site: float32 factors twice (as read, as summed), float64 bases twice (QR and result).
 
-    `dense` works chunk by chunk on the factors. `core` holds both bases and T small matrices. `knots` holds
-    the coordinates of all T deltas, T x R x I, and one trimmed copy.
+    Entries in any space are made chunk by chunk from factors, so their number does not matter.
     """
-    rows, columns = shape
-    total = sum(ranks)
-    factors = 2 * 4 * total * (rows + columns)
-    if space == "core":
-        return factors + 3 * 8 * total * (rows + columns) + 3 * 8 * len(ranks) * total**2
-    if space == "knots":
-        return factors + 3 * 8 * total * (rows + columns) + 3 * 8 * len(ranks) * min(total, rows) * columns
-    return factors
+    thin = sum(ranks) * sum(shape)
+    square = len(ranks) * sum(ranks) ** 2
+    return 2 * 4 * thin + (2 * 8 * thin + 2 * 8 * square if space in ("core", "knots") else 0)

@@ -53,23 +53,29 @@ Fault = Reply | Drop | Lose | Hang | Shorten | None
 
 @dataclass
 class FaultProxy:
-    """`endpoint` is where clients go; `calls` is everything that came."""
+    """`endpoint` is where clients go; `calls` is everything that came; `rule` may be changed at any time."""
 
     endpoint: str
+    rule: Callable[[Call], Fault]
     calls: list[Call] = field(default_factory=list)
     hanging: threading.Event = field(default_factory=threading.Event)
     stopped: threading.Event = field(default_factory=threading.Event)
+
+    def begin(self, rule: Callable[[Call], Fault]) -> None:
+        """Forget what came, let go what hangs, and follow `rule` from now on."""
+        self.stopped.set()
+        self.rule, self.calls, self.hanging, self.stopped = rule, [], threading.Event(), threading.Event()
 
     def count(self, method: str, part: str = "") -> int:
         return sum(call.method == method and part in call.target for call in self.calls)
 
 
 @contextlib.contextmanager
-def fault_proxy(endpoint: str, rule: Callable[[Call], Fault]) -> Iterator[FaultProxy]:
+def fault_proxy(endpoint: str, rule: Callable[[Call], Fault] = lambda call: None) -> Iterator[FaultProxy]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     server.daemon_threads = True
-    proxy = FaultProxy(f"http://127.0.0.1:{server.server_port}")
-    server.RequestHandlerClass = _handler(proxy, urlsplit(endpoint).netloc, rule)
+    proxy = FaultProxy(f"http://127.0.0.1:{server.server_port}", rule)
+    server.RequestHandlerClass = _handler(proxy, urlsplit(endpoint).netloc)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
@@ -97,7 +103,7 @@ def nth(fault: Fault, method: str, part: str, *numbers: int) -> Callable[[Call],
     return rule
 
 
-def _handler(proxy: FaultProxy, server: str, rule: Callable[[Call], Fault]) -> type[BaseHTTPRequestHandler]:
+def _handler(proxy: FaultProxy, server: str) -> type[BaseHTTPRequestHandler]:
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -112,10 +118,11 @@ def _handler(proxy: FaultProxy, server: str, rule: Callable[[Call], Fault]) -> t
             with lock:
                 call = Call(self.command, self.path, len(proxy.calls) + 1)
                 proxy.calls.append(call)
-            fault = rule(call)
+            fault = proxy.rule(call)
             if isinstance(fault, Hang):
+                stopped = proxy.stopped
                 proxy.hanging.set()
-                proxy.stopped.wait()
+                stopped.wait()
             if isinstance(fault, Drop | Hang):
                 self.close_connection = True
             elif isinstance(fault, Reply):

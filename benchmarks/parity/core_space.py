@@ -102,15 +102,15 @@ def report(factors: Sequence[Factor]) -> None:
         ),
     ]
     for name, config, ours in rows:
-        reference, their_seconds = best_of(lambda config=config: theirs(factors, config), 3)
-        delta, our_seconds = best_of(ours, 3)
-        dense, dense_seconds = best_of(lambda ours=ours: ours().dense(), 3)
+        reference, theirs_in = best_of(lambda config=config: theirs(factors, config), 3)
+        delta, to_factors = best_of(ours, 3)
+        dense, to_dense = best_of(lambda ours=ours: ours().dense(), 3)
         print(
             f"  {name:9} error {relative_error(dense, reference):7.1e}  norm {float(reference.norm()):.12g}  "
             f"probe [3, 5] {float(delta.rows(3, 4)[0, 5]):.12g}\n"
-            f"            theirs {their_seconds:.3f} s, ours {our_seconds:.4f} s to factors "
-            f"({their_seconds / our_seconds:.1f} x), {dense_seconds:.4f} s to dense "
-            f"({their_seconds / dense_seconds:.1f} x)"
+            f"            theirs {theirs_in.wall:.3f} s (CPU {theirs_in.cpu:.3f} s)\n"
+            f"            ours to factors {to_factors.wall:.4f} s: {theirs_in.times_slower_than(to_factors)}\n"
+            f"            ours to dense   {to_dense.wall:.4f} s: {theirs_in.times_slower_than(to_dense)}"
         )
     torch.manual_seed(7)
     dare = {"merge_method": "dare-ties", "dare_pruning_coeffs": 1 - DARE_KEPT, "topK": 100}

@@ -113,29 +113,35 @@ def report(size: tuple[int, int, int, int, int]) -> None:
     exact = adapters(*size, torch.float64)
     single = adapters(*size, torch.float32)
     deltas = [factor.B @ factor.A for factor in exact]
-    theirs, their_seconds = timed(lambda: in_float64(deltas))
-    delta, our_seconds = best_of(lambda: ours(exact), 5)
-    dense, dense_seconds = best_of(lambda: ours(exact).dense(), 5)
+    theirs, theirs_in = timed(lambda: in_float64(deltas))
+    delta, to_factors = best_of(lambda: ours(exact), 5)
+    dense, to_dense = best_of(lambda: ours(exact).dense(), 5)
     print(f"knots_ties, {size[0]} x {size[1]}, {size[3]} adapters of rank {size[2]}, one thread")
-    print(f"  theirs, float64        {their_seconds:9.3f} s")
-    print(f"  ours, to factors       {our_seconds:9.4f} s   {their_seconds / our_seconds:7.0f} x")
-    print(f"  ours, to dense         {dense_seconds:9.4f} s   {their_seconds / dense_seconds:7.0f} x")
-    print(f"  relative error         {relative_error(dense, theirs):9.1e}   norm {float(theirs.norm()):.12g}")
-    print(f"  probe [3, 5]           {float(theirs[3, 5]):.12g}   ours {float(delta.rows(3, 4)[0, 5]):.12g}")
+    print(f"  theirs, float64   {theirs_in.wall:.3f} s by the clock, {theirs_in.cpu:.3f} s CPU")
+    print(
+        f"  ours, to factors  {to_factors.wall:.4f} s, {to_factors.cpu:.4f} s: {theirs_in.times_slower_than(to_factors)}"
+    )
+    print(
+        f"  ours, to dense    {to_dense.wall:.4f} s, {to_dense.cpu:.4f} s: {theirs_in.times_slower_than(to_dense)}"
+    )
+    print(f"  relative error    {relative_error(dense, theirs):.1e}   their norm {float(theirs.norm()):.12g}")
+    print(f"  probe [3, 5]      {float(theirs[3, 5]):.12g}   ours {float(delta.rows(3, 4)[0, 5]):.12g}")
 
     config = {"merge_method": "ties", "merging_type": "mean", "topK": 100 * DENSITY, "scaling_coeffs": LAMBDA}
     deltas = [factor.B @ factor.A for factor in single]
-    published, their_seconds = timed(lambda: as_published(deltas, config))
-    dense, dense_seconds = best_of(lambda: ours(single).dense(), 5)
+    published, theirs_in = timed(lambda: as_published(deltas, config))
+    dense, to_dense = best_of(lambda: ours(single).dense(), 5)
     print("knots_ties as published (float32 after the SVD), float32 factors")
-    print(f"  theirs                 {their_seconds:9.3f} s   ours {dense_seconds:.4f} s to dense")
-    print(f"  ratio                  {their_seconds / dense_seconds:9.0f} x")
-    print(f"  relative error         {relative_error(dense, published):9.1e}")
+    print(f"  theirs            {theirs_in.wall:.3f} s by the clock, {theirs_in.cpu:.3f} s CPU")
+    print(
+        f"  ours, to dense    {to_dense.wall:.4f} s, {to_dense.cpu:.4f} s: {theirs_in.times_slower_than(to_dense)}"
+    )
+    print(f"  relative error    {relative_error(dense, published):.1e}")
 
     dare = {"dare": True, "dare_pruning_coeffs": 1 - DARE_KEPT, "dare_seed": 421, "topK": 100}
     published = as_published(deltas, {**config, **dare, "scaling_coeffs": DARE_LAMBDA})
     print("knots_dare_ties as published, their masks")
-    print(f"  relative error         {relative_error(dare_with_their_masks(single, 421), published):9.1e}")
+    print(f"  relative error    {relative_error(dare_with_their_masks(single, 421), published):.1e}")
 
 
 if __name__ == "__main__":

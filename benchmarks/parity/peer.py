@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,17 +71,28 @@ def adapters(rows: int, columns: int, rank: int, count: int, seed: int, dtype: t
     ]
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """What `function` returns, and its wall seconds."""
-    start = time.perf_counter()
+class Seconds(NamedTuple):
+    """How long a call took, by the clock and by this process's CPU time (one thread: what a free core would need)."""
+
+    wall: float
+    cpu: float
+
+    def times_slower_than(self, other: Seconds) -> str:
+        """Both ratios as text."""
+        return f"{self.wall / other.wall:.1f} x by the clock, {self.cpu / other.cpu:.1f} x in CPU time"
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, Seconds]:
+    """What `function` returns, and how long it took."""
+    wall, cpu = time.perf_counter(), time.process_time()
     result = function()
-    return result, time.perf_counter() - start
+    return result, Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def best_of(function: Callable[[], Any], repeats: int) -> tuple[Any, float]:
-    """The result and the least wall seconds of several calls."""
+def best_of(function: Callable[[], Any], repeats: int) -> tuple[Any, Seconds]:
+    """The result and the least times of several calls."""
     runs = [timed(function) for _ in range(repeats)]
-    return runs[-1][0], min(seconds for _, seconds in runs)
+    return runs[-1][0], Seconds(min(s.wall for _, s in runs), min(s.cpu for _, s in runs))
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:

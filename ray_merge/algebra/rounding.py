@@ -53,6 +53,7 @@ def add_update(base_NI: Tensor, update_NI: Tensor, dtype: torch.dtype, sums: Rou
     stored_NI = (exact_base_NI + update_NI).to(dtype)
     # Not in place: in float32 `.to` returns the stored tensor itself.
     lost_NI = (stored_NI.to(update_NI.dtype) - exact_base_NI).sub_(update_NI)
-    sums.update_square += float(torch.linalg.vector_norm(update_NI, dtype=torch.float64)) ** 2
-    sums.lost_square += float(torch.linalg.vector_norm(lost_NI, dtype=torch.float64)) ** 2
+    update, lost = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (update_NI, lost_NI))
+    sums.update_square += update * update  # not ** 2, which raises OverflowError instead of giving inf
+    sums.lost_square += lost * lost
     return stored_NI

@@ -17,6 +17,11 @@ from ray_merge.algebra.bases import CoreBasis, KnotsBasis
 from ray_merge.algebra.delta import BlockDelta, Delta, LowRankDelta
 from ray_merge.algebra.grid import chunk_rows, chunk_spans
 
+ROUNDING = 1e-13
+"""Coordinates below this share of the largest adapter's norm are rounding errors of the float64 basis and set to
+zero. Where an adapter has no part in a direction its coordinate is otherwise +-1e-16, and TIES would count it
+among the entries that agree: the mean would depend on the last bit of the BLAS."""
+
 Rule = Callable[[int], Tensor]
 """Chunk index -> merged coordinates of that chunk, in the dtype of the coordinates."""
 
@@ -27,11 +32,15 @@ class Space(ABC):
     Args:
         pairs: per adapter the two factors of its coordinates, (P, q_i) and (q_i, Q).
         shape: (P, Q) of the coordinates.
+        floor: magnitudes up to it are zero.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, int]) -> None:
+    def __init__(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, int], floor: float = 0.0
+    ) -> None:
         self.pairs = tuple(pairs)
         self.shape = shape
+        self.floor = floor
 
     @property
     def n_entries(self) -> int:
@@ -47,7 +56,8 @@ class Space(ABC):
         """Rows of chunk `index` of one adapter's coordinates."""
         left_PR, right_RQ = self.pairs[adapter]
         step = chunk_rows(self.shape[1])
-        return left_PR[index * step : (index + 1) * step] @ right_RQ
+        values = left_PR[index * step : (index + 1) * step] @ right_RQ
+        return torch.nn.functional.hardshrink(values, self.floor) if self.floor else values
 
     def chunks(self, adapter: int) -> Iterator[Tensor]:
         """All chunks of one adapter's coordinates, in order."""
@@ -83,7 +93,8 @@ class KnotsSpace(Space):
     """S V_i, (R, I), float64."""
 
     def __init__(self, basis: KnotsBasis, dtype: torch.dtype) -> None:
-        super().__init__(basis.coordinates, (basis.U_OR.shape[1], basis.coordinates[0][1].shape[1]))
+        shape = (basis.U_OR.shape[1], basis.coordinates[0][1].shape[1])
+        super().__init__(basis.coordinates, shape, _rounding_floor(basis.coordinates))
         self._basis = basis
         self._dtype = dtype
 
@@ -96,7 +107,8 @@ class CoreSpace(Space):
     """M_i, (P, Q), float64."""
 
     def __init__(self, basis: CoreBasis, dtype: torch.dtype) -> None:
-        super().__init__(basis.coordinates, (basis.U_OP.shape[1], basis.Vt_QI.shape[0]))
+        shape = (basis.U_OP.shape[1], basis.Vt_QI.shape[0])
+        super().__init__(basis.coordinates, shape, _rounding_floor(basis.coordinates))
         self._basis = basis
         self._dtype = dtype
 
@@ -107,3 +119,7 @@ class CoreSpace(Space):
         if M_PQ.shape[0] <= M_PQ.shape[1]:
             return LowRankDelta(U_OP.to(self._dtype), (M_PQ @ Vt_QI).to(self._dtype))
         return LowRankDelta((U_OP @ M_PQ).to(self._dtype), Vt_QI.to(self._dtype))
+
+
+def _rounding_floor(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    return ROUNDING * max(float(left.norm()) * float(right.norm()) for left, right in pairs)

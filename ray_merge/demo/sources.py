@@ -8,7 +8,7 @@ Never does: choosing splits, writing files, importing the packages whose sources
 | docstring     | library of a docstring, 6        | .py files of torch, numpy, pyarrow,   | BSD-3 (torch, numpy), PSF,   |
 |               |                                  | ray, transformers, standard library   | Apache-2.0 (the other three) |
 | name_language | language of a name, 10           | Babel's copy of CLDR                  | Unicode-3.0                  |
-| name_kind     | kind of thing a name is, 5       | pycountry's copy of Debian iso-codes  | LGPL-2.1                     |
+| name_kind     | kind of thing a name is, 4       | pycountry's copy of Debian iso-codes  | LGPL-2.1                     |
 | valence       | mean rating of a word, -4 to 4   | vaderSentiment's lexicon, ten raters  | MIT                          |
 
 What is arguable about each of them stands in the docstring of its function.
@@ -33,7 +33,7 @@ from ray_merge.errors import Refusal
 
 LIBRARIES = ("torch", "numpy", "pyarrow", "ray", "transformers", "stdlib")
 LANGUAGES = ("de", "en", "es", "fi", "fr", "it", "nl", "pl", "pt", "sv")
-KINDS = ("country", "subdivision", "currency", "language", "script")
+KINDS = ("country", "subdivision", "currency", "language")
 DATA_PACKAGES = ("torch", "numpy", "pyarrow", "ray", "transformers", "babel", "pycountry", "vaderSentiment")
 """Distributions whose version changes the text (the interpreter's own version does too)."""
 
@@ -42,12 +42,16 @@ _LEAKS = re.compile(
     r"|\btransformers?\b|\bhugging ?face\w*|\bhf\b|\bc?python\w*|\bstdlib\b|\baten\b",
     re.IGNORECASE,
 )
-_SECTION = re.compile(r"(?:^|\s)(?:Args|Arguments|Parameters|Attributes|Returns|Raises|Examples?)\b\s*:?\s|:param\b")
+_SECTION = re.compile(
+    r"(?:^|\s)(?:Args|Arguments|Parameters|Attributes|Returns|Raises|Examples?)\b\s*:?\s|:param\b"
+)
 _MARKUP = re.compile(r":[\w:]+:(?=`)|[`*\\~]|\]\([^)]*\)|[\[\]]")
 _CYTHON = frozenset({".pyx", ".pxi"})
 _CYTHON_DOC = re.compile(r'(?:def|class) [^"]*?:\n\s+r?"""(.*?)"""', re.DOTALL)
 _NOT_PROSE = re.compile(r">>>|defaults to|https?:")
-_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "thirdparty_files", "_vendor", "tests", "test"})
+_SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "thirdparty_files", "_vendor", "tests", "test"}
+)
 _ROWS_PER_LIBRARY = 800
 _ROWS_PER_FILE = 25
 
@@ -181,25 +185,28 @@ def name_kind_rows() -> list[Row]:
     """English names of ISO standards, labelled by the standard: what kind of thing the name is.
 
     A group is one code (a country's short and official name stay together). Names that are of two kinds are
-    left out, and so are names that say their kind (`... language`, `... script`). Arguable: some currency
-    names are giveaways (`dollar`), and the classes are uneven, because there are few currencies and scripts.
+    left out, and so are names that say their kind (`... language`, `... province`). Arguable: some currency
+    names are giveaways (`dollar`), many rare names can only be told by their looks, and the classes are
+    uneven, because there are few countries and currencies.
     """
     require("pycountry")
     import pycountry
 
-    tables = (pycountry.countries, pycountry.subdivisions, pycountry.currencies, pycountry.languages, pycountry.scripts)
+    tables = (pycountry.countries, pycountry.subdivisions, pycountry.currencies, pycountry.languages)
     rows_by_name: dict[str, list[Row]] = defaultdict(list)
     for label, (kind, table) in enumerate(zip(KINDS, tables, strict=True)):
         for entry in table:
             fields = ("name", "official_name", "common_name") if kind == "country" else ("name",)
-            code = next(str(getattr(entry, key)) for key in ("code", "alpha_3", "alpha_4") if hasattr(entry, key))
+            code = next(str(getattr(entry, key)) for key in ("code", "alpha_3") if hasattr(entry, key))
             for name in (getattr(entry, field, None) for field in fields):
                 if name and len(name) > 2 and not _SAYS_KIND.search(name):
                     rows_by_name[name.lower()].append(Row(name.lower(), label, f"{kind} {code}"))
     return [min(same) for same in rows_by_name.values() if len({row.label for row in same}) == 1]
 
 
-_SAYS_KIND = re.compile(r"\b(languages?|scripts?|country|currency|province|state|code|reserved)\b", re.IGNORECASE)
+_SAYS_KIND = re.compile(
+    r"\b(languages?|scripts?|country|currency|province|state|code|reserved)\b", re.IGNORECASE
+)
 
 
 def valence_rows() -> list[Row]:

@@ -59,7 +59,7 @@ class Task:
 TASKS: tuple[Task, ...] = (
     Task(name="docstring", labels=sources.LIBRARIES, max_length=32, rows_per_class=500, epochs=3),
     Task(name="name_language", labels=sources.LANGUAGES, max_length=24, rows_per_class=400, epochs=4),
-    Task(name="name_kind", labels=sources.KINDS, max_length=24, rows_per_class=800, epochs=4),
+    Task(name="name_kind", labels=sources.KINDS, max_length=24, rows_per_class=1500, epochs=3),
     Task(name="valence", labels=(), max_length=12, rows_per_class=5000, epochs=4),
 )
 

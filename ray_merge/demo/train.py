@@ -70,7 +70,9 @@ def published_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def train_adapter(task: Task, base_dir: Path, train_file: Path, target_dir: Path, settings: Settings) -> float:
+def train_adapter(
+    task: Task, base_dir: Path, train_file: Path, target_dir: Path, settings: Settings
+) -> float:
     """Trains one adapter and saves it with PEFT; returns the seconds it took.
 
     Args:
@@ -88,7 +90,10 @@ def train_adapter(task: Task, base_dir: Path, train_file: Path, target_dir: Path
     with models.quiet(), torch.random.fork_rng(devices=()):
         torch.manual_seed(settings.seed)
         config = LoraConfig(
-            r=settings.rank, lora_alpha=settings.alpha, target_modules=list(TARGETS), task_type=TaskType.SEQ_CLS
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            target_modules=list(TARGETS),
+            task_type=TaskType.SEQ_CLS,
         )
         model = get_peft_model(models.load_classifier(base_dir, task), config)
         _fit(model, models.load_tokenizer(base_dir), task, train_file, settings)
@@ -114,7 +119,8 @@ def _fit(model: Any, tokenizer: Any, task: Task, train_file: Path, settings: Set
     optimiser = torch.optim.AdamW(learned, lr=settings.learning_rate, weight_decay=0.0)
     warmup = max(1, round(settings.warmup_share * len(batches)))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) / warmup, (len(batches) - step) / max(1, len(batches) - warmup))
+        optimiser,
+        lambda step: min((step + 1) / warmup, (len(batches) - step) / max(1, len(batches) - warmup)),
     )
     model.eval()
     for batch in batches:

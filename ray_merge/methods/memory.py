@@ -18,11 +18,15 @@ GATHERED_ENTRIES = 2**20
 SELECT_COPIES = 4
 """Gathered magnitudes, their concatenation, kthvalue's own copy and its int64 indices (2 of float32)."""
 
-CHUNK_COPIES = 14
-"""Tensors of one chunk in an election: entries, mask, weighted, five running sums, and temporaries."""
+CHUNK_COPIES = 28
+"""Tensors of one chunk in an election, as measured: entries, mask, five running sums, temporaries, and what the
+allocator keeps of freed ones."""
 
-QR_COPIES = 4
-"""Input, LAPACK's copy, Q, and the product of Q with the small factor."""
+SUM_CHUNK_COPIES = 4
+"""Tensors of one chunk where rows are a plain product."""
+
+QR_COPIES = 3
+"""Input, LAPACK's copy, and Q."""
 
 
 def working_bytes(method: Method, space: str | None, shape: tuple[int, int], ranks: Sequence[int]) -> int:
@@ -37,19 +41,24 @@ def working_bytes(method: Method, space: str | None, shape: tuple[int, int], ran
     rows, columns = shape
     total = sum(ranks)
     factors = 2 * FLOAT32 * total * (rows + columns)
+    bases = FLOAT64 * (QR_COPIES * total * (rows + columns) + 4 * total * total)
+    out = SUM_CHUNK_COPIES * FLOAT32 * _chunk_entries(shape)
     where = space or method.spaces[0]
     if method.family == "sum":
-        return factors + (QR_COPIES * FLOAT64 * total * (rows + columns) if method.name == "svd" else 0)
+        return factors + out + (bases if method.name == "svd" else 0)
     if where == "dense":
         return factors + _entrywise(shape, FLOAT32)
     left, right = min(total, rows), min(total, columns)
-    bases = QR_COPIES * FLOAT64 * total * (rows + columns) + 6 * FLOAT64 * total * total
     coordinates = (left, columns if where == "knots" else right)
-    merged = 2 * (FLOAT64 + FLOAT32) * (coordinates[0] * coordinates[1] + left * (rows + columns))
-    return factors + bases + merged + _entrywise(coordinates, FLOAT64)
+    merged = (2 * FLOAT64 + FLOAT32) * coordinates[0] * coordinates[1] + (FLOAT64 + FLOAT32) * left * rows
+    return factors + bases + merged + out + _entrywise(coordinates, FLOAT64)
 
 
 def _entrywise(shape: tuple[int, int], item_bytes: int) -> int:
-    entries = shape[0] * shape[1]
-    chunk = min(shape[0], chunk_rows(shape[1])) * shape[1]
-    return item_bytes * (SELECT_COPIES * min(entries, GATHERED_ENTRIES) + CHUNK_COPIES * chunk)
+    # One 15-bit digit of a float64 leaves 4 bits of fraction: a digit holds under 1/16 of a smooth spread of entries.
+    gathered = min(shape[0] * shape[1] // 16, GATHERED_ENTRIES)
+    return item_bytes * (SELECT_COPIES * gathered + CHUNK_COPIES * _chunk_entries(shape))
+
+
+def _chunk_entries(shape: tuple[int, int]) -> int:
+    return min(shape[0], chunk_rows(shape[1])) * shape[1]

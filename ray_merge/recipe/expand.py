@@ -19,6 +19,9 @@ from ray_merge.recipe.model import MergeSource, Recipe
 from ray_merge.recipe.source import Source, nearest
 from ray_merge.spec import Merge
 
+MAX_NAME_BYTES = 200
+"""Folder names may have 255 bytes on usual file systems."""
+
 
 def expand(recipe: Recipe, source: Source) -> list[Merge]:
     """Every merge of a recipe, in file order, with all parameters filled in.
@@ -28,8 +31,9 @@ def expand(recipe: Recipe, source: Source) -> list[Merge]:
     """
     total = sum(_count(entry, recipe, source.where(("merges", i))) for i, entry in enumerate(recipe.merges))
     if total > recipe.max_merges:
+        count = total if total < 10**12 else "over 10^12"
         raise RecipeError(
-            f"{source.name}: the recipe expands to {total} merges, more than max_merges = {recipe.max_merges}; "
+            f"{source.name}: the recipe expands to {count} merges, more than max_merges = {recipe.max_merges}; "
             "shorten a sweep or combinations, or raise max_merges"
         )
     merges: list[Merge] = []
@@ -72,8 +76,7 @@ def select(merges: Sequence[Merge], only: Sequence[str]) -> list[Merge]:
 def _sizes(entry: MergeSource) -> list[int]:
     if entry.combinations is None:
         return []
-    choose = entry.combinations.choose
-    return [choose] if isinstance(choose, int) else list(choose)
+    return entry.combinations.choose
 
 
 def _count(entry: MergeSource, recipe: Recipe, where: str) -> int:
@@ -113,6 +116,8 @@ def _expand_entry(entry: MergeSource, recipe: Recipe, where: str) -> Iterator[Me
         for values in product(*sweep.values()):
             point = dict(zip(sweep, values, strict=True))
             suffix = ",".join(f"{key}={value!r}" for key, value in point.items())
+            if any(character in suffix for character in "/\\\n\r"):
+                raise RecipeError(f"{where}: {suffix!r} cannot name an output folder; sweep over plainer values")
             name = "/".join(part for part in (entry.name, label, suffix) if part)
             parameters = _resolve(entry, name, tuple(subset), {**entry.parameters, **point}, recipe, where)
             yield Merge(
@@ -135,21 +140,23 @@ def _resolve(
     recipe: Recipe,
     where: str,
 ) -> dict[str, Any]:
-    if any(character in name for character in "\\\n\r") or ".." in name or len(name) > 200:
+    if len(name.encode()) > MAX_NAME_BYTES:
         raise RecipeError(
-            f"{where}: {name!r} cannot name an output folder; sweep over shorter, plainer values"
+            f"{where}: {name!r} is too long for a folder ({len(name.encode())} bytes, at most {MAX_NAME_BYTES}); "
+            "use shorter names of adapters or shorter values in the sweep"
         )
     try:
-        known = {key: _restrict(value, adapters, recipe) for key, value in given.items()}
-        return resolve_parameters(get(entry.merge_method), known, adapters)
+        if entry.combinations is not None:
+            given = {key: _restrict(value, adapters, recipe) for key, value in given.items()}
+        return resolve_parameters(get(entry.merge_method), given, adapters)
     except MethodError as error:
         raise RecipeError(f"{where}: merge {name!r}: {error}") from error
 
 
 def _restrict(value: Any, adapters: Sequence[str], recipe: Recipe) -> Any:
     # A weight per adapter is written once for all adapters; a combination takes its own part of it.
-    if isinstance(value, dict) and value and all(key in recipe.adapters for key in value):
-        return {key: item for key, item in value.items() if key in adapters}
+    if isinstance(value, dict):
+        return {key: item for key, item in value.items() if key in adapters or key not in recipe.adapters}
     if isinstance(value, list):
         return [
             {**item, "value": _restrict(item["value"], adapters, recipe)}

@@ -6,14 +6,24 @@ own text, and no merge method but through the registry.
 
 from __future__ import annotations
 
+import json
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 from ray_merge.errors import RecipeError
-from ray_merge.recipe.source import Source, nearest, parse_yaml
+from ray_merge.recipe.source import MAX_RECIPE_BYTES, Source, nearest, parse_yaml
 from ray_merge.spec import FLOAT_DTYPES, Export
 
 NAME_PATTERN = r"[A-Za-z0-9._-]{1,64}"
@@ -30,21 +40,40 @@ def parse_size(value: Any) -> int:
     """Bytes of a size such as `5GB` (10^9), `5GiB` (2^30), `5B` or a plain number of bytes."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(f"{value!r} is no size; write for example 1GB or 512MiB")  # noqa: TRY004 (pydantic's)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", str(value))
     if match is None or match[2].upper() not in UNITS:
         raise ValueError(f"{value!r} is no size; write for example 1GB or 512MiB")
-    size = int(float(match[1]) * UNITS[match[2].upper()])
+    size = int(Fraction(match[1]) * UNITS[match[2].upper()])
     if size < 1:
         raise ValueError(f"{value!r} is no size: it must be at least one byte")
     return size
 
 
 def check_name(value: Any) -> str:
-    """An adapter or merge name: it becomes a folder, so only `[A-Za-z0-9._-]{1,64}` without `__`."""
-    text = value if isinstance(value, str) else repr(value)
-    if not re.fullmatch(NAME_PATTERN, text) or "__" in text or set(text) == {"."}:
-        raise ValueError(f"{text!r} is no usable name: use up to 64 of A-Z a-z 0-9 . _ - and no '__'")
+    """An adapter or merge name: it becomes a folder, so only `[A-Za-z0-9._-]{1,64}` without `__`.
+
+    A leading dot is refused too: `.ray_merge` is where state lies, `.tmp-` marks unfinished files.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{value!r} is no name; write it in quotes")  # noqa: TRY004 (pydantic's)
+    text = str(value)
+    if not re.fullmatch(NAME_PATTERN, text) or "__" in text or text.startswith("."):
+        raise ValueError(
+            f"{text!r} is no usable name: use up to 64 of A-Z a-z 0-9 . _ - with no '__' and no dot in front"
+        )
     return text
+
+
+def _one_size(value: Any) -> Any:
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _only_path(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _none_is_empty(value: Any) -> Any:
+    return {} if value is None else value  # `parameters:` with nothing behind it
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
@@ -75,7 +104,7 @@ class AdapterSource(_Model):
     """One adapter: its folder and, for methods that learn or measure, its data."""
 
     path: str | None = None
-    data: str | DataSource | None = None
+    data: Annotated[DataSource | None, BeforeValidator(_only_path)] = None
     task: str | None = None
     eval: Evaluation | None = None
 
@@ -92,7 +121,7 @@ class Calibration(_Model):
 class Combinations(_Model):
     """Every subset of the adapters of one size, or of each of several sizes."""
 
-    choose: int | list[int]
+    choose: Annotated[list[StrictInt], BeforeValidator(_one_size), Field(min_length=1)]
 
 
 class MergeSource(_Model):
@@ -101,7 +130,7 @@ class MergeSource(_Model):
     name: Name
     merge_method: str
     adapters: list[Name] | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Annotated[dict[str, Any], BeforeValidator(_none_is_empty)] = Field(default_factory=dict)
     sweep: dict[str, list[Any]] | None = None
     combinations: Combinations | None = None
     export: Export = "checkpoint"
@@ -154,11 +183,12 @@ def load_recipe(recipe: str | Path | dict[str, Any], text: str | None = None) ->
         RecipeError: the file is missing, no YAML, or not a valid recipe; with file, line and nearest key.
     """
     if isinstance(recipe, dict):
-        source = Source("recipe", recipe, {})
+        source = Source("recipe", _plain_data(recipe), {})
     else:
         if text is None:
             try:
-                text = Path(recipe).read_text(encoding="utf-8")
+                with Path(recipe).open(encoding="utf-8") as file:
+                    text = file.read(MAX_RECIPE_BYTES + 1)  # a checkpoint given by mistake is not read whole
             except (OSError, UnicodeDecodeError) as error:
                 reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
                 raise RecipeError(f"cannot read recipe {recipe}: {reason}") from error
@@ -171,6 +201,14 @@ def load_recipe(recipe: str | Path | dict[str, Any], text: str | None = None) ->
         return Recipe.model_validate(source.value), source
     except ValidationError as error:
         raise RecipeError(_describe(error, source)) from error
+
+
+def _plain_data(recipe: dict[str, Any]) -> Any:
+    """What the same recipe would be in YAML: tuples, paths and numpy numbers become plain values."""
+    try:
+        return json.loads(json.dumps(recipe, default=lambda v: v.item() if hasattr(v, "item") else str(v)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"recipe: not plain data ({error})") from error
 
 
 def _describe(error: ValidationError, source: Source) -> str:
@@ -188,7 +226,8 @@ def _describe(error: ValidationError, source: Source) -> str:
     if first["type"] == "missing":
         return f"{source.where(path[:-1])}: {_dotted(path)} is missing{more}"
     message = first["msg"].removeprefix("Value error, ")
-    given = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+    message = re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping", message)
+    given = "" if first["type"] == "value_error" else f", got {repr(first['input'])[:80]}"
     return f"{place}: {message[0].lower()}{message[1:]}{given}{more}"
 
 
@@ -211,10 +250,10 @@ def _dotted(path: tuple[str | int, ...]) -> str:
 
 
 def _known_keys(path: tuple[str | int, ...]) -> set[str]:
-    models: dict[str, type[BaseModel]] = {
-        "merges": MergeSource, "adapters": AdapterSource, "calibration": Calibration,
-        "data": DataSource, "eval": Evaluation, "combinations": Combinations,
+    models: dict[tuple[str | int, ...], type[BaseModel]] = {
+        (): Recipe, ("calibration",): Calibration,
+        ("merges",): MergeSource, ("merges", "combinations"): Combinations,
+        ("adapters",): AdapterSource, ("adapters", "data"): DataSource, ("adapters", "eval"): Evaluation,
     }  # fmt: skip
-    named = [part for part in path if isinstance(part, str) and part in models]
-    model = models[named[-1]] if named else Recipe
-    return set(model.model_fields)
+    # The second part is an index or an adapter's own name, which may be a word of ours: an adapter `data`.
+    return set(models[(*path[:1], *path[2:])].model_fields)

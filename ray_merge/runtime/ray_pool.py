@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -113,12 +114,9 @@ class RayPool:
 
     def _welcome_the_first(self, start_seconds: float) -> None:
         greetings = {slot.greeting: slot for slot in self._crew.slots if slot.greeting is not None}
-        ready, _ = ray.wait(list(greetings), num_returns=1, timeout=start_seconds, fetch_local=False)
-        if not ready:
+        if not _wait(list(greetings), 1, start_seconds):
             raise Refusal(self._crew.unmet(f"started none of them in {start_seconds:g} s"))
-        ready, _ = ray.wait(
-            list(greetings), num_returns=len(greetings), timeout=LATE_SECONDS, fetch_local=False
-        )
+        ready = _wait(list(greetings), len(greetings), LATE_SECONDS)
         for ref in ready:
             self._crew.hear(greetings[ref], _answer(ref), Refusal)
 
@@ -160,7 +158,7 @@ class RayPool:
         if not owners:
             time.sleep(TICK_SECONDS)
             return []
-        ready, _ = ray.wait(list(owners), num_returns=1, timeout=TICK_SECONDS, fetch_local=False)
+        ready = _wait(list(owners), 1, TICK_SECONDS)
         if not ready:
             return []
         ref, slot = ready[0], owners[ready[0]]
@@ -176,7 +174,7 @@ class RayPool:
 
     def _lose(self, slot: Slot, error: RayError) -> list[Done]:
         """A worker is lost: keep what it had finished, and put the rest back in front."""
-        ray.wait(list(slot.flying), num_returns=len(slot.flying), timeout=SETTLE_SECONDS, fetch_local=False)
+        _wait(list(slot.flying), len(slot.flying), SETTLE_SECONDS)
         results, orphans = [], []
         for ref, job in slot.flying.items():
             try:
@@ -205,7 +203,7 @@ def _value(slot: Slot, job: Job, ref: ObjectRef[Any]) -> Done:
         RayError: of the kinds DEAD and AWAY; the worker is lost.
     """
     try:
-        value = ray.get(ref, timeout=SETTLE_SECONDS)
+        value = _fetch(ref)
     except (*DEAD, *AWAY):
         raise
     except RayTaskError as error:
@@ -220,10 +218,31 @@ def _value(slot: Slot, job: Job, ref: ObjectRef[Any]) -> Done:
 
 def _answer(ref: ObjectRef[Any]) -> Greeting | RayError:
     try:
-        greeting: Greeting = ray.get(ref, timeout=SETTLE_SECONDS)
+        greeting: Greeting = _fetch(ref)
     except (*DEAD, *AWAY) as error:
         return error
     return greeting
+
+
+def _wait(refs: list[ObjectRef[Any]], count: int, seconds: float) -> list[ObjectRef[Any]]:
+    with _own_signals():
+        return ray.wait(refs, num_returns=count, timeout=seconds, fetch_local=False)[0]
+
+
+def _fetch(ref: ObjectRef[Any]) -> Any:
+    with _own_signals():
+        return ray.get(ref, timeout=SETTLE_SECONDS)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """What a signal handler raises leaves Ray's compiled calls wrapped in a SystemError; unwrap it."""
+    try:
+        yield
+    except SystemError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
 
 
 __all__ = ["RayPool"]

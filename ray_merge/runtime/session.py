@@ -77,7 +77,7 @@ def open_session(address: str, *, num_cpus: int | None = None, log_level: int = 
     Raises:
         Refusal: the address is of the wrong kind, nobody answers there, or its versions do not fit.
     """
-    _check_address(address)
+    resolved = _resolve(address)
     if os.environ.get("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "0").lower() in ("1", "true"):
         raise Refusal(
             "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS is set: a write to one tensor would reach every reader of it; unset it"
@@ -89,7 +89,7 @@ def open_session(address: str, *, num_cpus: int | None = None, log_level: int = 
     session = Session(address, embedded=address == "local", may_grow=address != "local")
     before = signal.getsignal(signal.SIGTERM)
     try:
-        options = _embedded(session, num_cpus) if session.embedded else {"address": address}
+        options = _embedded(session, num_cpus) if session.embedded else {"address": resolved}
         _init(options, log_level)
     except BaseException:
         session.close()
@@ -99,23 +99,44 @@ def open_session(address: str, *, num_cpus: int | None = None, log_level: int = 
     return session
 
 
-def _check_address(address: str) -> None:
-    if address.startswith("ray://"):
+def _resolve(address: str) -> str:
+    """Turn an address into `local` or the HOST:PORT of something that answers.
+
+    Ray's own `auto` also searches the machine's processes, and so would join the embedded cluster of any stranger.
+    """
+    if address == "local":
+        return address
+    named = _address_of_this_machine() if address == "auto" else address
+    if named.startswith("ray://"):
         raise Refusal(
-            f"address {address}: Ray Client is not supported, because a run would die with its connection; "
+            f"address {named}: Ray Client is not supported, because a run would die with its connection; "
             "submit it instead: "
             "ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/merge.py RECIPE"
         )
-    if address in ("local", "auto"):
-        return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise Refusal(f"address {address!r} is none of local, auto, HOST:PORT")
+    host, _, port = named.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        source = " (from RAY_ADDRESS)" if address == "auto" else ""
+        raise Refusal(f"address {named!r}{source} is none of local, auto, HOST:PORT")
     try:
         # Ray itself tries a dead address for minutes before it gives up.
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except OSError as error:
-        raise Refusal(f"no Ray cluster answers at {address} ({error}); {_NEXT_STEP}") from error
+        raise Refusal(f"no Ray cluster answers at {named} ({error}); {_NEXT_STEP}") from error
+    return named
+
+
+def _address_of_this_machine() -> str:
+    """What `auto` means: the cluster of this Ray job or pod, or the one that `ray start` noted on this machine."""
+    named = os.environ.get("RAY_ADDRESS", "")
+    if named and named != "auto":
+        return named
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    note = Path(folder, "ray", "ray_current_cluster")
+    if not note.exists():
+        raise Refusal(
+            f"no Ray cluster at auto: RAY_ADDRESS is not set and `ray start` has left no {note}; {_NEXT_STEP}"
+        )
+    return note.read_text().strip()
 
 
 _NEXT_STEP = (

@@ -59,6 +59,7 @@ def read_adapter(name: str, store: Store) -> Adapter:
         raise CheckpointError(
             f"adapter {name}: {store.url} holds a pickle, adapter_model.bin; save it as safetensors"
         )
+    info = store.info(WEIGHTS_FILE)  # before the header: a file replaced in between is noticed later
     header = read_header(store, WEIGHTS_FILE)
     where = f"adapter {name}: {store.url}/{WEIGHTS_FILE}"
     pairs, heads = _sort_tensors(header.tensors, config, where)
@@ -66,7 +67,6 @@ def read_adapter(name: str, store: Store) -> Adapter:
     if not factors:
         raise AdapterError(f"{where} holds no LoRA factor")
     _check_patterns(scaling, factors, where)
-    info = store.info(WEIGHTS_FILE)
     return Adapter(
         name=name,
         url=store.url,

@@ -59,7 +59,7 @@ REFUSED = {
 }
 """Keys that change the delta: refused when set, with the reason and the way out."""
 
-PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """Values of init_lora_weights that leave the base weight as it was."""
 
 SETTING_ONLY = {"eva_config": "init_lora_weights"}
@@ -135,6 +135,9 @@ def check_config(config: Mapping[str, Any], where: str) -> Scaling:
             raise AdapterError(
                 f"{where}: unknown setting {key} = {value!r}; this version cannot tell what it does to the delta"
             )
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise AdapterError(f"{where}: modules_to_save is {saved!r}, expected a list of module names")
     return _scaling(config, where)
 
 
@@ -159,7 +162,7 @@ def _scaling(config: Mapping[str, Any], where: str) -> Scaling:
 
 def _check_pattern(expression: str, value: Any, key: str, where: str) -> None:
     try:
-        re.compile(expression)
+        re.compile(rf"(.*\.)?({expression})$")  # as it will be used: `(?i)q` is valid only by itself
     except re.error as error:
         raise AdapterError(f"{where}: {key} {expression!r} is not a regular expression ({error})") from error
     whole = type(value) is int and value >= 1

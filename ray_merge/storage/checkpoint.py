@@ -24,6 +24,9 @@ WEIGHT_SUFFIXES = (
 )  # fmt: skip
 """Files of a checkpoint that hold or index weights: they would go stale beside merged weights, so are not copied."""
 
+OWN_FOLDERS = ("ray_merge", "adapter", "heads")
+"""What a merge writes beside its checkpoint: a base that is itself a result must not pass them on."""
+
 MAX_SIDE_FILE_BYTES = 256_000_000
 """Tokenizers reach some 30 MB; a larger side file is a weight in disguise and is refused, not copied."""
 
@@ -90,6 +93,8 @@ def read_checkpoint(store: Store) -> Checkpoint:
                     f"{store.url}: tensor {entry.name!r} is in {tensors[entry.name].file} and in {name}"
                 )
             tensors[entry.name] = entry
+    if not tensors:
+        raise CheckpointError(f"{store.url}: {', '.join(names)} holds no tensor")
     if INDEX_FILE in files and SINGLE_FILE not in files:
         _check_index(store, tensors)
     side = tuple(info for path, info in sorted(files.items()) if _is_side_file(store, info))
@@ -141,8 +146,13 @@ def _check_index(store: Store, tensors: Mapping[str, TensorEntry]) -> None:
 
 
 def _is_side_file(store: Store, info: ObjectInfo) -> bool:
-    hidden = any(part.startswith(".") for part in info.path.split("/"))
-    if info.path == CONFIG_FILE or info.path.endswith(WEIGHT_SUFFIXES) or hidden:
+    parts = info.path.split("/")
+    hidden = any(part.startswith(".") for part in parts)
+    own = len(parts) > 1 and parts[0] in OWN_FOLDERS
+    # Beside adapter_config.json transformers would look for an adapter to load.
+    if hidden or own or info.path in (CONFIG_FILE, "adapter_config.json"):
+        return False
+    if info.path.endswith(WEIGHT_SUFFIXES):
         return False
     if info.n_bytes > MAX_SIDE_FILE_BYTES:
         raise CheckpointError(

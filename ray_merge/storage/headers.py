@@ -19,6 +19,8 @@ from ray_merge.storage.store import Store
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself; a longer header is hostile or broken."""
 
+MAX_DIMENSIONS = 64
+
 FIRST_READ_BYTES = 65_536
 """One request fetches length and header of a usual adapter (62 tensors: 8 kB); longer headers need a second."""
 
@@ -66,7 +68,7 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int, where: str) -> Heade
         where: how messages call the file.
     """
     try:
-        document = json.loads(raw, object_pairs_hook=lambda pairs: _no_duplicates(pairs, where))
+        document = json.loads(raw.decode(), object_pairs_hook=lambda pairs: _no_duplicates(pairs, where))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: the safetensors header is not valid JSON ({error})") from error
     if not isinstance(document, dict):
@@ -95,7 +97,10 @@ def _entry(name: str, value: Any, file: str, data_start: int, where: str) -> Ten
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{where}: tensor {name!r} lacks dtype, shape or data_offsets") from error
     numbers = [*shape, start, end] if isinstance(shape, list) else [None]
-    if any(type(number) is not int or number < 0 for number in numbers):
+    if not name.isprintable():
+        raise CheckpointError(f"{where}: tensor name {name!r} is not printable text")
+    # Limits that no file can pass, so that a hostile shape costs no time.
+    if len(numbers) > MAX_DIMENSIONS or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
         raise CheckpointError(f"{where}: tensor {name!r} has a shape or offset that is no whole number >= 0")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(f"{where}: tensor {name!r} has the unknown dtype {dtype!r}")

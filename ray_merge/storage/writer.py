@@ -34,7 +34,7 @@ class ScratchFile:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes of the tensor whose turn it is."""
-        view = memoryview(data)
+        view = memoryview(data).cast("B")
         self._hash.update(view)
         self.n_bytes += view.nbytes
         while view.nbytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +14,9 @@ from ray_merge.work.adapter_export import run_adapter
 from ray_merge.work.factors import AdapterFiles
 from ray_merge.work.job import AdapterCheck, Job, PreflightUnit, ShardUnit, Unit
 from ray_merge.work.shards import run_shard
+
+M_MMAP_THRESHOLD = -3  # malloc.h
+MMAP_THRESHOLD_BYTES = 2**20
 
 
 class MergeWorker:
@@ -28,6 +33,7 @@ class MergeWorker:
         # One thread per worker: results must not depend on how many cores a node has, and W workers with
         # C threads each on C cores were measured 9 times slower than one thread each on small matrices.
         torch.set_num_threads(1)
+        _return_large_blocks()
         torch.backends.cuda.matmul.allow_tf32 = False
         if job.device.startswith("cuda") and not torch.cuda.is_available():
             raise Refusal(f"device {job.device} was asked for, but this worker has no GPU; use --device cpu")
@@ -47,3 +53,14 @@ class MergeWorker:
             if isinstance(unit, ShardUnit):
                 return run_shard(job, unit, files)
             return run_adapter(job, unit, files)
+
+
+def _return_large_blocks() -> None:
+    """Make glibc give blocks of 1 MiB and more back to the system as soon as they are freed.
+
+    By itself it raises that limit to 32 MiB as blocks of that size are freed, and keeps them: a worker that
+    streams chunks then holds 391 MB instead of 318 (measured on 2048 x 5632 sites). Elsewhere nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)

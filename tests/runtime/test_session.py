@@ -1,53 +1,20 @@
-import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from driver_process import TESTS, end, python, still_alive, wait_for
 
 from ray_merge.errors import Refusal
 from ray_merge.runtime.session import open_session
 
 pytestmark = pytest.mark.ray
 
-TESTS = Path(__file__).parent.parent
-
-
-def python(*arguments, folder, **environment):
-    """Start a Python that imports what this one can, with its own place for Ray's files."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    Path(folder, "ray").mkdir(parents=True)
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        env={**inherited, "PYTHONPATH": path, "TMPDIR": str(folder), "HOME": str(folder), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(path, process, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"{path} did not come in {seconds} s"
-        time.sleep(0.1)
-    return json.loads(path.read_text())
-
-
-def still_alive(pids, seconds):
-    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    return psutil.wait_procs(processes, timeout=seconds)[1]
-
 
 @pytest.mark.slow
-def test_two_embedded_clusters_do_not_meet_and_leave_nothing_however_they_end(tmp_path_factory):
+def test_two_embedded_clusters_do_not_meet_and_leave_nothing_however_they_end():
     folders = [Path(f"/tmp/rmt-{os.getpid()}-{name}") for name in ("term", "kill")]
     drivers = [python(TESTS / "runtime/embedded_run.py", folder, 600, folder=folder) for folder in folders]
     try:
@@ -74,20 +41,6 @@ def test_two_embedded_clusters_do_not_meet_and_leave_nothing_however_they_end(tm
         assert not still_alive(facts[1]["pids"], 30)
     finally:
         end(drivers, folders)
-
-
-def end(drivers, folders):
-    import shutil
-
-    for driver in drivers:
-        if driver.poll() is None:
-            children = psutil.Process(driver.pid).children(recursive=True)
-            driver.kill()
-            for child in children:
-                child.kill() if child.is_running() else None
-        driver.communicate()
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_ray_that_is_there_already_is_used_and_left_running(ray_session):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,9 +8,11 @@ import random
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from fault_proxy import Drop, Hang, fault_proxy, nth
@@ -28,29 +31,39 @@ def cache(tmp_path):
     return NodeCache(tmp_path / "cache")
 
 
+@pytest.fixture(scope="module")
+def proxy(s3):
+    with fault_proxy(s3.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def bucket(s3, proxy):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        store = open_store(s3.url)
+        assert store.info("nothing") is None
+        return store
+
+
 @pytest.fixture
-def adapter(s3):
-    """The URL of a folder with one adapter file, and what a plan saw of it."""
-    url = f"{s3.url}/{uuid.uuid4().hex}"
-    store = open_store(url)
+def adapter(bucket):
+    """A store with one adapter file, seen through the proxy, and what a plan saw of it."""
+    store = bucket.sub(uuid.uuid4().hex)
     store.put_if_absent("adapter_model.safetensors", DATA, {})
-    return url, "adapter_model.safetensors", store.info("adapter_model.safetensors")
+    return store, "adapter_model.safetensors", store.info("adapter_model.safetensors")
 
 
 @pytest.fixture
-def watched(s3, monkeypatch):
-    """Starts a proxy with a rule between this process (and its children) and the server."""
-    contexts = []
+def watched(proxy):
+    """Gives the proxy a rule and begins to count."""
 
     def start(rule=lambda call: None):
-        contexts.append(fault_proxy(s3.endpoint, rule))
-        proxy = contexts[-1].__enter__()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        proxy.begin(rule)
         return proxy
 
     yield start
-    for context in contexts:
-        context.__exit__(None, None, None)
+    proxy.begin(lambda call: None)
 
 
 def test_a_local_file_is_used_where_it_lies(cache, tmp_path):
@@ -81,7 +94,7 @@ def test_a_remote_file_is_downloaded_once_and_then_served_from_disk(cache, adapt
     assert first.sha256 == SHA256
     asked = len(proxy.calls)
     assert cache.fetch(*adapter) == first
-    assert NodeCache(cache._folder).fetch(open_store(adapter[0]), *adapter[1:]) == first
+    assert NodeCache(cache._folder).fetch(adapter[0].url, *adapter[1:]) == first
     assert len(proxy.calls) == asked
     assert proxy.count("GET", "adapter_model") == 1
 
@@ -96,18 +109,35 @@ print(NodeCache(Path(folder)).fetch(url, path, ObjectInfo(path, int(n_bytes), ve
 """
 
 
-def start_child(cache, adapter):
-    url, path, info = adapter
-    arguments = [str(cache._folder), url, path, str(info.n_bytes), info.version]
-    return subprocess.Popen([sys.executable, "-c", FETCH, *arguments], stdout=subprocess.PIPE, text=True)
+def start_child(cache, adapter, proxy):
+    store, path, info = adapter
+    arguments = [str(cache._folder), store.url, path, str(info.n_bytes), info.version]
+    environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.endpoint}
+    command = [sys.executable, "-c", FETCH, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def waits_for_the_lock(pid):
+    with contextlib.suppress(OSError):
+        return any(os.readlink(file).endswith("/lock") for file in Path(f"/proc/{pid}/fd").iterdir())
+    return False
 
 
 @pytest.mark.s3
 def test_several_processes_and_threads_at_once_download_it_once(cache, adapter, watched):
-    proxy = watched()
-    children = [start_child(cache, adapter) for _ in range(2)]
-    with ThreadPoolExecutor(4) as threads:
-        cached = set(threads.map(lambda _: NodeCache(cache._folder).fetch(*adapter), range(4)))
+    children = []
+
+    def until_the_others_wait(call):
+        # The first download begins when the children are at the lock, so it is contended for certain.
+        deadline = time.monotonic() + 30
+        while call.method == "GET" and not all(waits_for_the_lock(child.pid) for child in children):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    proxy = watched(until_the_others_wait)
+    children += [start_child(cache, adapter, proxy) for _ in range(2)]
+    with ThreadPoolExecutor(3) as threads:
+        cached = set(threads.map(lambda _: NodeCache(cache._folder).fetch(*adapter), range(3)))
     assert len(cached) == 1
     assert [child.communicate(timeout=30)[0].strip() for child in children] == [SHA256, SHA256]
     assert proxy.count("GET", "adapter_model") == 1
@@ -116,12 +146,12 @@ def test_several_processes_and_threads_at_once_download_it_once(cache, adapter, 
 @pytest.mark.s3
 def test_a_kill_during_the_download_leaves_nothing_that_counts(cache, adapter, watched):
     proxy = watched(nth(Hang(), "GET", "adapter_model"))
-    with start_child(cache, adapter) as child:
+    with start_child(cache, adapter, proxy) as child:
         assert proxy.hanging.wait(30)
         child.send_signal(signal.SIGKILL)
     assert len([*cache._folder.rglob(".tmp-*")]) == 1
     assert [*cache._folder.rglob("data")] == []
-    watched()
+    proxy.begin(lambda call: None)
     assert cache.fetch(*adapter).path.read_bytes() == DATA
     assert [*cache._folder.rglob(".tmp-*")] == []
 
@@ -151,21 +181,21 @@ def test_bytes_without_a_whole_entry_beside_them_do_not_count(cache, adapter, wa
 
 @pytest.mark.s3
 def test_another_version_is_another_file(cache, adapter, s3):
-    url, path, old = adapter
-    first = cache.fetch(url, path, old)
-    key = f"{url.removeprefix(f's3://{BUCKET}/')}/{path}"
+    store, path, _ = adapter
+    first = cache.fetch(*adapter)
+    key = f"{store.url.removeprefix(f's3://{BUCKET}/')}/{path}"
     make_client(s3.endpoint).put_object(Bucket=BUCKET, Key=key, Body=DATA[::-1])
-    second = cache.fetch(url, path, open_store(url).info(path))
+    second = cache.fetch(store, path, store.info(path))
     assert second.path != first.path
     assert second.path.read_bytes() == DATA[::-1]
-    assert cache.fetch(url, path, old) == first
+    assert cache.fetch(*adapter) == first
 
 
 @pytest.mark.s3
 def test_an_object_that_is_not_what_was_planned_is_refused_and_not_kept(cache, adapter):
-    url, path, info = adapter
+    store, path, info = adapter
     with pytest.raises(StoreError, match="it was version other with 300000 bytes when planned"):
-        cache.fetch(url, path, replace(info, version="other"))
+        cache.fetch(store, path, replace(info, version="other"))
     assert [*cache._folder.rglob("entry.json")] == []
 
 

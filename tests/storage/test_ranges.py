@@ -24,7 +24,7 @@ def random_ranges(rng: random.Random, n_bytes: int) -> list[tuple[int, int]]:
     return ranges + rng.sample(ranges, len(ranges) // 4)
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(60))
 def test_every_range_gets_exactly_its_bytes_back(seed):
     rng = random.Random(seed)
     data = rng.randbytes(rng.randrange(1, 1500))
@@ -33,7 +33,7 @@ def test_every_range_gets_exactly_its_bytes_back(seed):
     assert read(data, ranges, rng, **limits) == [data[start:end] for start, end in ranges]
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(60))
 def test_requests_keep_to_length_and_gap_and_no_two_neighbours_could_share_one(seed):
     rng = random.Random(seed)
     ranges = random_ranges(rng, 1500)

@@ -18,24 +18,35 @@ PART = 5 << 20
 """S3's smallest part: 6 MiB go up in two."""
 
 
+@pytest.fixture(scope="module")
+def bucket(s3):
+    """One client for all tests here: making one takes 0.1 s."""
+    return open_s3(s3.url), open_s3(s3.url, multipart_bytes=1 << 20, part_bytes=PART)
+
+
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
-def url(request, tmp_path):
+def stores(request, tmp_path) -> tuple[Store, Store]:
+    """The same new folder twice; on S3 the second one uploads in parts from 1 MiB on."""
     if request.param == "local":
-        return str(tmp_path / "store")
-    return f"{request.getfixturevalue('s3').url}/{uuid.uuid4().hex}"
+        return open_store(str(tmp_path / "store")), open_store(str(tmp_path / "store"))
+    folder = uuid.uuid4().hex
+    whole, in_parts = request.getfixturevalue("bucket")
+    return whole.sub(folder), in_parts.sub(folder)
 
 
 @pytest.fixture
-def store(url) -> Store:
-    return open_store(url)
+def store(stores) -> Store:
+    return stores[0]
 
 
 @pytest.fixture
-def parts(url) -> Store:
-    """The store, with multipart uploads from 1 MiB on."""
-    return (
-        open_s3(url, multipart_bytes=1 << 20, part_bytes=PART) if url.startswith("s3://") else open_store(url)
-    )
+def parts(stores) -> Store:
+    return stores[1]
+
+
+@pytest.fixture
+def url(store) -> str:
+    return store.url
 
 
 def test_nothing_is_in_a_folder_that_was_never_written(store):
@@ -103,7 +114,9 @@ def test_metadata_comes_back_or_is_empty_as_the_store_says(store):
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, (1 << 20) + 1, 6 << 20])
-def test_bytes_and_files_of_any_length_arrive_whole(parts, tmp_path, n_bytes):
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_bytes_and_files_of_any_length_arrive_whole(stores, tmp_path, n_bytes, in_parts):
+    parts = stores[in_parts]
     data = random.Random(n_bytes).randbytes(n_bytes)
     (tmp_path / "file").write_bytes(data)
     for name, source in (("bytes", data), ("file", tmp_path / "file")):
@@ -124,7 +137,7 @@ def test_the_version_follows_the_bytes(store):
 
 
 @pytest.mark.parametrize("n_bytes", [100, 6 << 20])
-def test_of_eight_writers_at_once_exactly_one_wins_and_its_bytes_stay(parts, n_bytes):
+def test_of_eight_writers_at_once_exactly_one_wins_and_its_bytes_stay(store, n_bytes):
     rounds = 2 if n_bytes < PART else 1  # SeaweedFS makes writers of one key wait in steps of 1 s
     for round_ in range(rounds):
         start = threading.Barrier(8)
@@ -133,7 +146,7 @@ def test_of_eight_writers_at_once_exactly_one_wins_and_its_bytes_stay(parts, n_b
         def write(writer, name=f"race-{round_}", start=start, won=won):
             data = bytes([writer]) * n_bytes
             start.wait()
-            won[writer] = parts.put_if_absent(name, data, {"sha256": str(writer)})
+            won[writer] = store.put_if_absent(name, data, {"sha256": str(writer)})
 
         threads = [threading.Thread(target=write, args=(writer,)) for writer in range(8)]
         for thread in threads:
@@ -142,8 +155,8 @@ def test_of_eight_writers_at_once_exactly_one_wins_and_its_bytes_stay(parts, n_b
             thread.join()
         assert sorted(won) == [False] * 7 + [True]
         winner = won.index(True)
-        assert parts.read(f"race-{round_}") == bytes([winner]) * n_bytes
-    assert len(parts.list()) == rounds
+        assert store.read(f"race-{round_}") == bytes([winner]) * n_bytes
+    assert len(store.list()) == rounds
 
 
 def test_ranges_come_back_exactly_and_in_the_order_asked(store):

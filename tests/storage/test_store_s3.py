@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -31,26 +32,37 @@ def url(s3):
     return f"{s3.url}/{uuid.uuid4().hex}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(s3):
     return make_client(s3.endpoint)
 
 
+@pytest.fixture(scope="module")
+def proxy(s3):
+    with fault_proxy(s3.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def proxied(s3, proxy):
+    """The bucket as seen through the proxy; uploads above 5 MiB in parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        store = open_s3(s3.url, backoff=QUICK, multipart_bytes=PART, part_bytes=PART)
+        store._fs.connect()
+        return store
+
+
 @pytest.fixture
-def faulty(s3, url, monkeypatch):
-    """Starts a proxy with a rule; returns it, and the store as seen through it."""
-    with_proxy = []
+def faulty(proxy, proxied, url):
+    """Gives the proxy a rule; returns it, and the test's folder as seen through it."""
 
     def start(rule):
-        context = fault_proxy(s3.endpoint, rule)
-        proxy = context.__enter__()
-        with_proxy.append(context)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        return proxy, open_s3(url, backoff=QUICK, multipart_bytes=PART, part_bytes=PART)
+        proxy.begin(rule)
+        return proxy, proxied.sub(url.rsplit("/", 1)[1])
 
     yield start
-    for context in with_proxy:
-        context.__exit__(None, None, None)
+    proxy.begin(lambda call: None)
 
 
 def unfinished_uploads(client, url):
@@ -140,7 +152,7 @@ def test_an_object_that_is_there_is_not_uploaded_in_vain(faulty):
 
 
 def test_the_completion_decides_when_the_object_appears_during_the_upload(faulty, client, url):
-    _, other = faulty(lambda call: None)
+    other = open_store(url)
 
     def appear(call):
         if "partNumber=1" in call.target:
@@ -266,18 +278,60 @@ def test_a_botocore_without_conditional_writes_is_unfit(url):
 PUT = """
 import sys
 from ray_merge.storage.s3 import open_s3
-open_s3(sys.argv[1], multipart_bytes=5 << 20, part_bytes=5 << 20).put_if_absent("shard", bytes((5 << 20) + 1000), {})
+open_s3(sys.argv[1], multipart_bytes=int(sys.argv[2]), part_bytes=5 << 20).put_if_absent("shard", bytes(6 << 20), {})
 """
 
 
-@pytest.mark.parametrize(("method", "part"), [("PUT", "partNumber=2"), ("POST", "uploadId=")])
-def test_a_process_killed_in_mid_upload_leaves_nothing_that_looks_like_an_object(faulty, url, method, part):
-    proxy, _ = faulty(nth(Hang(), method, part))
-    with subprocess.Popen([sys.executable, "-c", PUT, url]) as child:
+@pytest.mark.parametrize(
+    ("multipart_bytes", "method", "part"), [(9 << 20, "PUT", "shard"), (1, "POST", "uploadId=")]
+)
+def test_a_process_killed_in_mid_upload_leaves_nothing_that_looks_like_an_object(
+    faulty, url, monkeypatch, multipart_bytes, method, part
+):
+    proxy, store = faulty(nth(Hang(), method, part))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    with subprocess.Popen([sys.executable, "-c", PUT, url, str(multipart_bytes)]) as child:
         assert proxy.hanging.wait(30)
         child.send_signal(signal.SIGKILL)
-    _, store = faulty(lambda call: None)
+    proxy.begin(lambda call: None)
     assert list(store.list()) == []
     assert store.info("shard") is None
     assert store.put_if_absent("shard", DATA, {}) is True
     assert store.read("shard") == DATA
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "longest"),
+    [
+        (None, 64 << 20),
+        ("https://s3.eu-west-1.amazonaws.com", 64 << 20),
+        ("https://objects.example.com", 5 << 30),
+        ("https://s3.amazonaws.com.example.com", 5 << 30),
+    ],
+)
+def test_only_aws_is_trusted_to_complete_uploads_in_parts_conditionally(url, monkeypatch, endpoint, longest):
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    if endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    assert open_s3(url)._longest_put() == longest
+
+
+def test_a_long_file_is_streamed_not_loaded(s3, url, tmp_path):
+    (tmp_path / "shard").write_bytes(b"")
+    os.truncate(tmp_path / "shard", 200 << 20)
+    command = [sys.executable, "-c", STREAM, url, str(tmp_path / "shard")]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert grown < 100 << 20
+    assert open_store(url).info("shard").n_bytes == 200 << 20
+
+
+STREAM = """
+import resource, sys
+from pathlib import Path
+from ray_merge.storage.store import open_store
+store = open_store(sys.argv[1])
+store.put_if_absent("small", b"x", {})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert store.put_if_absent("shard", Path(sys.argv[2]), {})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""

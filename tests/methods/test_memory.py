@@ -1,0 +1,59 @@
+"""What the plan promises about memory, measured in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MEASURE = """
+import ctypes, json, re, sys, torch
+from ray_merge.methods.kernels import merge_site
+from ray_merge.methods.registry import at_site, get, resolve_parameters, working_bytes
+from ray_merge.algebra.site import SiteFactors
+from ray_merge.spec import Factor
+torch.set_num_threads(1)
+
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+def run(name, given, shape, ranks):
+    method, names = get(name), [str(i) for i in range(len(ranks))]
+    factors = [Factor(torch.randn(shape[0], r), torch.randn(r, shape[1]), 0.5) for r in ranks]
+    parameters = at_site(method, resolve_parameters(method, given, names), names, "s")
+    ctypes.CDLL(None).malloc_trim(0)  # or the next case would reuse what the last one freed
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    delta = merge_site(name, SiteFactors(factors), parameters, names=names, site="s", seed=0)
+    for start in range(0, shape[0], delta.chunk_rows):
+        delta.rows(start, min(start + delta.chunk_rows, shape[0]))
+    return status("VmHWM") - before, working_bytes(method, given.get("space"), shape, ranks)
+
+run("knots_ties", {"scope": "tensor"}, (64, 64), [4, 4])
+cases = json.loads(sys.argv[1])
+print(json.dumps([run(name, given, shape, ranks) for name, given, shape, ranks in cases]))
+"""
+
+CASES = [
+    ("task_arithmetic", {}, (4096, 4096), [16] * 4),
+    ("svd", {"rank": 16}, (4096, 4096), [64] * 4),
+    ("ties", {"scope": "tensor"}, (4096, 4096), [16] * 4),
+    ("ties", {"scope": "tensor", "space": "core"}, (4096, 4096), [64] * 4),
+    ("knots_ties", {"scope": "tensor"}, (4096, 4096), [64] * 4),
+    ("dare_ties", {}, (4096, 4096), [16] * 4),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
+)
+def test_merges_stay_within_the_bytes_that_the_plan_counts():
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps(CASES)], capture_output=True, text=True, check=True
+    )
+    slack = 8 * 2**20  # one block of rows of the caller, and pages that the allocator keeps
+    for case, (peak, promised) in zip(CASES, json.loads(done.stdout), strict=True):
+        assert peak <= promised + slack, (case, peak / 2**20, promised / 2**20)
+        assert promised <= 4 * peak + 2 * slack, (case, peak / 2**20, promised / 2**20)
