@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
-from click.exceptions import ClickException, Exit
 
 from ray_merge import show
 from ray_merge.errors import RayMergeError, RunFailed
@@ -26,6 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain usage errors: their last line says what is wrong
 )
 
 RecipeArgument = Annotated[
@@ -136,31 +137,26 @@ def demo(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
     sys.exit(_exit_code(list(sys.argv[1:] if arguments is None else arguments)))
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise RunFailed("stopped by SIGTERM; run the recipe again to finish it")
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise RunFailed(f"stopped by {signal.Signals(number).name}; run the recipe again to finish it")
 
 
 def _exit_code(arguments: list[str]) -> int:
     try:
-        code: Any = app(arguments, standalone_mode=False)
+        app(arguments)
+    except SystemExit as stop:  # typer's own: 0, or 2 after a usage error
+        return stop.code if isinstance(stop.code, int) else 0
     except RayMergeError as error:
         return _fail(str(error), error.exit_code)
-    except Exit as error:
-        return error.exit_code
-    except ClickException as error:
-        return _fail(error.format_message(), 2)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("stopped by Ctrl-C; run the recipe again to finish it", 1)
     except Exception as error:  # noqa: BLE001  (the last resort: a bug, or a library's error that nobody expected)
-        import traceback
-
         traceback.print_exc()
         return _fail(f"internal error: {type(error).__name__}: {error}", 1)
-    return code if isinstance(code, int) else 0
+    return 0
 
 
 def _fail(message: str, code: int) -> int:

@@ -26,7 +26,7 @@ def digest(value: Any) -> str:
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested mappings and sequences, as (dotted path, value); an empty one is a leaf itself."""
-    if isinstance(value, Mapping | list | tuple) and not value:
+    if isinstance(value, Mapping | list | tuple) and not value and prefix:
         yield prefix, value
     elif isinstance(value, Mapping):
         for key in sorted(value):

@@ -255,7 +255,7 @@ def _check_bases(recipe: Recipe, base: Checkpoint, adapters: Mapping[str, Adapte
             )
         if is_hub_id:
             named.setdefault(name.lower(), (adapter.name, name))
-        if not hub and not _same_folder(name, recipe.base_model):
+        if not (hub and is_hub_id) and not _same_folder(name, hub[1] if hub else recipe.base_model):
             warnings[name] = (
                 f"adapter {adapter.name} says it was trained on {name}; {recipe.base_model} has the same names and "
                 f"shapes, which does not prove the same weights (base_model_names: [{name}] says that it is so)"
@@ -334,7 +334,7 @@ def _filter_warnings(merge: Merge, sites: Mapping[str, Site]) -> list[str]:
 
 def _site_bytes(merge: Merge, adapters: Mapping[str, Adapter], sites: Mapping[str, Site]) -> int:
     """Bytes that one merge holds at its most expensive site: factors, bases, coordinates."""
-    space = merge.parameters.get("space")
+    space = merge.parameters.get("space", get(merge.method).spaces[0])
     worst = 0
     for site in sites.values():
         ranks = [

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pool_workers import StepWorker
-from s3_server import S3Server, find_weed, run_server
 
+from pool_workers import StepWorker
+from ray_head import RayHead, run_head
 from ray_merge.runtime.ray_pool import RayPool
 from ray_merge.runtime.session import Session, open_session
+from s3_server import S3Server, find_weed, run_server
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +59,10 @@ def ray_pool(ray_session: Session) -> Iterator[RayPool]:
     """Two workers that do what their units say; they hold two of the session's four CPUs."""
     with RayPool(StepWorker, session=ray_session, workers=2, memory_bytes=None) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[RayHead]:
+    """A real head with its Jobs API, in processes of its own; give `ray_head.environment` to what talks to it."""
+    with run_head() as head:
+        yield head

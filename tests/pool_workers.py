@@ -70,9 +70,9 @@ class Hog:
 
     def __call__(self) -> int:
         kept = []
-        for _ in range(self.limit_bytes >> 26):
-            kept.append(b"\x01" * (1 << 26))
-            time.sleep(0.02)
+        for _ in range(self.limit_bytes >> 28):
+            kept.append(b"\x01" * (1 << 28))
+            time.sleep(0.05)
         return len(kept)
 
 

@@ -76,7 +76,10 @@ def run_head(num_cpus: int = 2) -> Iterator[RayHead]:
     )
     try:
         jobs_url = f"http://127.0.0.1:{ports['dashboard-port']}"
-        wait_until_ready(head, jobs_url, folder / "head.log")
+        agent_url = f"http://127.0.0.1:{ports['dashboard-agent-listen-port']}"
+        # The head answers first; it can take no job until its agent does.
+        for url in (f"{jobs_url}/api/jobs/", f"{agent_url}/api/local_raylet_healthz"):
+            wait_for_answer(head, url, folder / "head.log")
         yield RayHead(jobs_url, f"127.0.0.1:{ports['port']}", folder, environment, head.pid)
     finally:
         end_processes(head, folder)
@@ -100,17 +103,14 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def wait_until_ready(head: subprocess.Popen[bytes], jobs_url: str, log: Path) -> None:
+def wait_for_answer(head: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while True:
         assert head.poll() is None, f"ray start ended with {head.returncode}: {log.read_text()[-2000:]}"
-        with (
-            contextlib.suppress(OSError),
-            urllib.request.urlopen(f"{jobs_url}/api/jobs/", timeout=5) as answer,
-        ):
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
             if answer.status == 200:
                 return
-        assert time.monotonic() < deadline, f"no Jobs API at {jobs_url}: {log.read_text()[-2000:]}"
+        assert time.monotonic() < deadline, f"{url} does not answer: {log.read_text()[-2000:]}"
         time.sleep(0.3)
 
 

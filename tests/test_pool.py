@@ -1,8 +1,8 @@
 """The contract that both pools keep; what only Ray can do wrong is in runtime/test_ray_pool.py."""
 
 import pytest
-from pool_workers import Echo, Raise, StepWorker, Write
 
+from pool_workers import Echo, Raise, StepWorker, Write
 from ray_merge.errors import AdapterShapeError, NotFinite, UnitFailed
 from ray_merge.pool import LocalPool, Task, worker_label
 
@@ -39,7 +39,7 @@ def test_a_pool_takes_one_run_after_another(pool):
         UnitFailed("an inner unit", 3, "why"),
     ],
 )
-def test_an_error_of_the_tree_arrives_with_type_and_arguments_and_is_not_retried(pool, error, tmp_path):
+def test_an_error_of_the_tree_arrives_with_type_and_arguments_and_is_not_retried(pool, error):
     with pytest.raises(type(error)) as caught:
         list(pool.run([Task("bad", Raise(error))]))
     assert type(caught.value) is type(error)

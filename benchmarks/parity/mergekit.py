@@ -173,9 +173,11 @@ def report(factors: Sequence[Factor], theirs: dict[str, tuple[Tensor, float]]) -
     )
     for name, (reference, their_seconds) in theirs.items():
         merged, ours_in = best_of(lambda name=name: ours(name, factors), 3)
+        error, norm = relative_error(merged, reference), float(reference.double().norm())
+        ratio = their_seconds / ours_in.wall
         print(
-            f"  {name:23} error {relative_error(merged, reference):7.1e}  norm {float(reference.double().norm()):.9g}  "
-            f"theirs {their_seconds:.3f} s  ours {ours_in.wall:.4f} s  ({their_seconds / ours_in.wall:.1f} x by the clock)"
+            f"  {name:23} error {error:7.1e}  norm {norm:.9g}  "
+            f"theirs {their_seconds:.3f} s  ours {ours_in.wall:.4f} s  ({ratio:.1f} x by the clock)"
         )
 
 

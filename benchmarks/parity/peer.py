@@ -81,6 +81,9 @@ class Seconds(NamedTuple):
         """Both ratios as text."""
         return f"{self.wall / other.wall:.1f} x by the clock, {self.cpu / other.cpu:.1f} x in CPU time"
 
+    def __str__(self) -> str:
+        return f"{self.wall:.4f} s (CPU {self.cpu:.4f} s)"
+
 
 def timed(function: Callable[[], Any]) -> tuple[Any, Seconds]:
     """What `function` returns, and how long it took."""

@@ -31,8 +31,9 @@ _WINDOW_BATCHES = 8
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps progress bars and the notices about fresh classifier weights off the terminal; restores all."""
-    from transformers.utils import logging
+    from transformers.utils import logging as untyped
 
+    logging: Any = untyped
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -47,7 +48,7 @@ def quiet() -> Iterator[None]:
 
 
 def problem_type(task: Task) -> str:
-    """transformers' word for the task's kind of loss."""
+    """The word transformers has for the task's kind of loss."""
     return "regression" if task.is_regression else "single_label_classification"
 
 

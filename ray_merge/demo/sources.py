@@ -3,13 +3,13 @@
 Owns: reading that text and giving each row a label and a group (rows of one group never part over splits).
 Never does: choosing splits, writing files, importing the packages whose sources it reads (ast only), the net.
 
-| task          | label                            | read from                             | licence of the text          |
-|---------------|----------------------------------|---------------------------------------|------------------------------|
-| docstring     | library of a docstring, 6        | .py files of torch, numpy, pyarrow,   | BSD-3 (torch, numpy), PSF,   |
-|               |                                  | ray, transformers, standard library   | Apache-2.0 (the other three) |
-| name_language | language of a name, 10           | Babel's copy of CLDR                  | Unicode-3.0                  |
-| name_kind     | kind of thing a name is, 4       | pycountry's copy of Debian iso-codes  | LGPL-2.1                     |
-| valence       | mean rating of a word, -4 to 4   | vaderSentiment's lexicon, ten raters  | MIT                          |
+| task          | label                           | read from                            | licence of the text        |
+|---------------|---------------------------------|--------------------------------------|----------------------------|
+| docstring     | library of a docstring, 6       | sources of torch, numpy, pyarrow,    | BSD-3 (torch, numpy), PSF, |
+|               |                                 | ray, transformers, standard library  | Apache-2.0 (other three)   |
+| name_language | language of a name, 10          | Babel's copy of CLDR                 | Unicode-3.0                |
+| name_kind     | kind of thing a name is, 4      | pycountry's copy of Debian iso-codes | LGPL-2.1                   |
+| valence       | mean rating of a word, -4 to 4  | vaderSentiment's lexicon, ten raters | MIT                        |
 
 What is arguable about each of them stands in the docstring of its function.
 The text stays on the machine that has the packages; the repository holds none of it.
@@ -21,6 +21,7 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import sysconfig
 import warnings
@@ -46,7 +47,7 @@ _SECTION = re.compile(
     r"(?:^|\s)(?:Args|Arguments|Parameters|Attributes|Returns|Raises|Examples?)\b\s*:?\s|:param\b"
 )
 _MARKUP = re.compile(r":[\w:]+:(?=`)|[`*\\~]|\]\([^)]*\)|[\[\]]")
-_CYTHON = frozenset({".pyx", ".pxi"})
+_CYTHON = (".pyx", ".pxi")
 _CYTHON_DOC = re.compile(r'(?:def|class) [^"]*?:\n\s+r?"""(.*?)"""', re.DOTALL)
 _NOT_PROSE = re.compile(r">>>|defaults to|https?:")
 _SKIPPED_FOLDERS = frozenset(
@@ -117,11 +118,12 @@ def docstring_rows() -> list[Row]:
 
 
 def _sources(root: Path) -> list[Path]:
+    """All source files below `root` in hash order; skipped folders are not entered (site-packages is large)."""
     kept = []
-    for path in (path for path in root.rglob("*.p*") if path.suffix in {".py", *_CYTHON}):
-        parts = path.relative_to(root).parts
-        if not _SKIPPED_FOLDERS.intersection(parts[:-1]):
-            kept.append((ordered("file", "/".join(parts)), path))
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
+        paths = [Path(folder, name) for name in files if name.endswith((".py", *_CYTHON))]
+        kept += ((ordered("file", path.relative_to(root).as_posix()), path) for path in paths)
     return [path for _, path in sorted(kept)]
 
 

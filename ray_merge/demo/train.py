@@ -114,7 +114,6 @@ def _fit(model: Any, tokenizer: Any, task: Task, train_file: Path, settings: Set
             [len(row) for row in ids], settings.batch_size, settings.seed + epoch
         )
     ][: settings.max_steps]
-    # inference_mode=False was set by PEFT; a fresh optimiser sees the factors and the head only.
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(learned, lr=settings.learning_rate, weight_decay=0.0)
     warmup = max(1, round(settings.warmup_share * len(batches)))
@@ -127,7 +126,7 @@ def _fit(model: Any, tokenizer: Any, task: Task, train_file: Path, settings: Set
         target = torch.tensor([labels[row] for row in batch])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(**models.pad(tokenizer, [ids[row] for row in batch])).logits
-        _loss(logits.float(), target, task).backward()
+        torch.autograd.backward(_loss(logits.float(), target, task))
         optimiser.step()
         schedule.step()
         optimiser.zero_grad()

@@ -35,7 +35,7 @@ def model_card(plan: Plan, merge: Merge, merge_id: str, reports: Mapping[str, Se
         "",
         "| parameter | value |",
         "|---|---|",
-        *[f"| {key} | `{value}` |" for key, value in sorted(merge.parameters.items())],
+        *[f"| {key} | `{_cell(value)}` |" for key, value in sorted(merge.parameters.items())],
         f"| arithmetic | `{plan.recipe.dtype}` |",
         f"| stored as | `{plan.recipe.out_dtype or 'as the base'}` |",
         "",
@@ -51,12 +51,16 @@ def model_card(plan: Plan, merge: Merge, merge_id: str, reports: Mapping[str, Se
     return "\n".join(lines).encode()
 
 
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|")  # a filter such as `q_proj|v_proj` would end the cell
+
+
 def _adapter_row(plan: Plan, name: str) -> str:
     adapter = plan.adapters[name]
     ranks = sorted({factor.rank for factor in adapter.factors.values()})
     shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     head = f"`heads/{name}.safetensors`" if adapter.heads else ""
-    return f"| {name} | `{adapter.url}` | {len(adapter.factors)} | {shown} | {head} |"
+    return f"| {name} | `{_cell(adapter.url)}` | {len(adapter.factors)} | {shown} | {head} |"
 
 
 def _rounding(reports: Sequence[SiteReport]) -> list[str]:

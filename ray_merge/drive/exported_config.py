@@ -30,7 +30,7 @@ def exported_config(plan: Plan, merge: Merge, reports: Mapping[str, SiteReport])
     return {
         "peft_type": "LORA",
         "task_type": configs[0].get("task_type"),
-        "base_model_name_or_path": bases.pop() if len(bases) == 1 else plan.recipe.base_model,
+        "base_model_name_or_path": (bases.pop() if len(bases) == 1 else "") or plan.recipe.base_model,
         "r": common,
         "lora_alpha": common,
         "rank_pattern": uneven,
@@ -58,4 +58,6 @@ def target_modules(plan: Plan, sites: set[str]) -> list[str]:
         for name in plan.base.tensors
         if name.endswith(".weight") and name not in adapted
     }
+    heads = [head.name for adapter in plan.adapters.values() for head in adapter.heads]
+    others |= {name.rpartition(".")[0].rpartition(".")[2] for name in heads}  # `classifier.dense` is no site
     return sorted({site if (last := site.rpartition(".")[2]) in others else last for site in sites})

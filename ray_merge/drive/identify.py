@@ -7,12 +7,12 @@ store's entity tag. So a moved base keeps its merges' ids, a changed one never d
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ray_merge.errors import AdapterError, CheckpointError
+from ray_merge.errors import AdapterError, CheckpointError, StoreDenied
 from ray_merge.identity import ALGORITHM_VERSION, digest
 from ray_merge.plan import Plan
 from ray_merge.spec import Merge
@@ -68,11 +68,9 @@ def _check_training_base(plan: Plan, base: Versions, digests: DigestCache) -> No
     checked: dict[str, bool] = {}
     for adapter in plan.adapters.values():
         name = str(adapter.config.get("base_model_name_or_path") or "")
-        if (
-            name in checked
-            or name in plan.recipe.base_model_names
-            or not (Path(name) / CONFIG_FILE).is_file()
-        ):
+        known = not name or name in checked or name in plan.recipe.base_model_names
+        # os.path.isfile: False too where another machine's path may not be looked at, or is no path at all.
+        if known or not os.path.isfile(os.path.join(name, CONFIG_FILE)):
             continue
         checked[name] = True
         store = open_store(name)
@@ -80,7 +78,7 @@ def _check_training_base(plan: Plan, base: Versions, digests: DigestCache) -> No
             continue
         try:
             theirs = read_checkpoint(store)
-        except CheckpointError:
+        except (CheckpointError, StoreDenied):
             continue  # whatever lies there now is no base; the recipe's base has matching names and shapes
         found = _versions(store, [info.path for info in theirs.weight_files], digests)
         if sorted(found.values()) != sorted(weights.values()) and len(found) == len(weights):
@@ -96,7 +94,7 @@ def merge_inputs(plan: Plan, merge: Merge, inputs: Inputs) -> dict[str, Any]:
     document = {
         "algorithm": ALGORITHM_VERSION,
         "base": dict(inputs.base),
-        "adapters": [{"name": name, "files": dict(inputs.adapters[name])} for name in merge.adapters],
+        "adapters": [_adapter_input(plan, name, inputs.adapters[name]) for name in merge.adapters],
         "method": merge.method,
         "parameters": dict(merge.parameters),
         "export": merge.export,
@@ -107,6 +105,13 @@ def merge_inputs(plan: Plan, merge: Merge, inputs: Inputs) -> dict[str, Any]:
     }
     result: dict[str, Any] = json.loads(json.dumps(document))
     return result
+
+
+def _adapter_input(plan: Plan, name: str, files: Versions) -> dict[str, Any]:
+    task = plan.recipe.adapters[name].task
+    # The task is written into the saved head, so it decides bytes there and nowhere else.
+    kept = {"task": task} if task is not None and plan.adapters[name].heads else {}
+    return {"name": name, "files": dict(files), **kept}
 
 
 def merge_id(inputs: Mapping[str, Any]) -> str:

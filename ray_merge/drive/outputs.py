@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from ray_merge.errors import OutputConflict, RecipeError
 from ray_merge.identity import difference
 from ray_merge.spec import Receipt
-from ray_merge.storage.commit import RECIPE, read_manifest, read_receipts, recorded_id
+from ray_merge.storage.commit import RECIPE, STATE_FOLDER, read_manifest, read_receipts, recorded_id
 from ray_merge.storage.store import Store, join, open_store
 
 
@@ -35,13 +36,21 @@ class Target:
     receipts: Mapping[str, Receipt]
 
 
+def today() -> str:
+    """The day in UTC, as `{date}` is written."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+
+
 def output_root(template: str, merge_id: str, date: str | None = None) -> str:
     """`output` of a recipe with `{date}` (UTC day) and `{id}` (12 hex digits of the merge id) filled in."""
-    day = date or datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    try:
-        return template.format(date=day, id=merge_id[:12])
-    except (KeyError, IndexError, ValueError) as error:
-        raise RecipeError(f"output {template!r}: only {{date}} and {{id}} may stand in braces") from error
+    day = date or today()
+    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", day):
+        raise RecipeError(f"date {day!r}: write it as 2026-01-31")
+    # Not str.format: it would also take {date.year} and {id:>9}.
+    root = template.replace("{date}", day).replace("{id}", merge_id[:12])
+    if "{" in root or "}" in root:
+        raise RecipeError(f"output {template!r}: only {{date}} and {{id}} may stand in braces")
+    return root
 
 
 def look(template: str, name: str, merge_id: str, inputs: Mapping[str, Any], date: str | None) -> Target:
@@ -53,13 +62,15 @@ def look(template: str, name: str, merge_id: str, inputs: Mapping[str, Any], dat
     root = open_store(output_root(template, merge_id, date)).url
     url = join(root, *name.split("/"))
     store = open_store(url)
+    _refuse_inside(root, name)
     manifest = read_manifest(store)
     if manifest is not None:
         _check_owner(store, str(manifest.get("id")), merge_id, difference(manifest.get("inputs", {}), inputs))
         return Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=True, receipts={})
     owner = recorded_id(store)
     if owner is None:
-        first = next((info.path for info in store.list()), None)
+        state = f"{STATE_FOLDER}/"  # of a recipe whose output is this folder
+        first = next((info.path for info in store.list() if not info.path.startswith(state)), None)
         if first is not None:
             raise OutputConflict(
                 f"{url} holds something else ({first}) and no {RECIPE}; choose another output or empty that folder"
@@ -68,6 +79,18 @@ def look(template: str, name: str, merge_id: str, inputs: Mapping[str, Any], dat
     _check_owner(store, owner, merge_id, "an unfinished run of other inputs")
     receipts = read_receipts(store, merge_id)
     return Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=False, receipts=receipts)
+
+
+def _refuse_inside(root: str, name: str) -> None:
+    # `scale/lambda=0.2` inside a merge `scale` of another recipe: the outer folder would not be one merge.
+    parts = name.split("/")
+    for count in range(1, len(parts)):
+        outer = open_store(join(root, *parts[:count]))
+        owner = recorded_id(outer)
+        if owner is not None:
+            raise OutputConflict(
+                f"{outer.url} is merge id {owner[:12]}, and {name!r} would lie inside it; choose another output or name"
+            )
 
 
 def _check_owner(store: Store, owner: str, merge_id: str, change: str) -> None:

@@ -76,7 +76,7 @@ def publish(plan: Plan, merge: Merge, target: Target, receipts: Mapping[str, Rec
         files.put("adapter/adapter_config.json", pretty_json(exported_config(plan, merge, by_site)))
     if merge.export != "adapter":
         _put_checkpoint_files(plan, files)
-    files.store.put_if_absent(MANIFEST, _manifest(plan, merge, target, files), {"merge-id": target.merge_id})
+    commit_bytes(files.store, MANIFEST, _manifest(plan, merge, target, files), target.merge_id)
 
 
 def _put_checkpoint_files(plan: Plan, files: _Files) -> None:
@@ -100,17 +100,31 @@ def checkpoint_index(plan: Plan) -> dict[str, Any]:
 def _config(plan: Plan, base: Store) -> bytes:
     if plan.recipe.out_dtype is None:
         return base.read(CONFIG_FILE)
-    config = dict(plan.base.config)
     # transformers 5 writes `dtype`, older ones `torch_dtype`; both read either.
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    return pretty_json({**config, key: plan.recipe.out_dtype})
+    key = "dtype" if "dtype" in plan.base.config else "torch_dtype"
+    config = {**_with_dtype(plan.base.config, plan.recipe.out_dtype), key: plan.recipe.out_dtype}
+    # Not pretty_json: some configs hold Infinity (Mamba2's time_step_limit), which transformers writes and reads.
+    return (json.dumps(config, sort_keys=True, indent=1) + "\n").encode()
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    # Vision-language models name the dtype again in text_config and vision_config.
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            changed[key] = dtype
+        else:
+            nested = isinstance(value, dict) and key.endswith("_config")
+            changed[key] = _with_dtype(value, dtype) if nested else value
+    return changed
 
 
 def head_file(plan: Plan, adapter: Adapter) -> bytes:
     """An adapter's heads under their runtime names, as one safetensors file with what a loader must know."""
     store = open_store(adapter.url)
     ordered = sorted(adapter.heads, key=lambda entry: entry.name)
-    labels = next((e.shape[0] for e in reversed(ordered) if len(e.shape) == 2), 0)
+    # A head's inner layers (`classifier.dense`, `pooler.dense`) are as wide as the model, its last one is not.
+    labels = min((e.shape[0] for e in ordered if len(e.shape) == 2), default=0)
     task = plan.recipe.adapters[adapter.name].task
     problem = "regression" if task == "regression" or labels == 1 else "single_label_classification"
     metadata = {

@@ -12,18 +12,24 @@ from ray_merge.storage.commit import id_line
 
 
 def resolved_recipe(plan: Plan, merge: Merge, merge_id: str) -> bytes:
-    """YAML of a recipe that makes this merge alone; its first line names the merge id."""
+    """YAML of a recipe that makes this merge alone, from any working directory; its first line is the merge id."""
     recipe = plan.recipe
     document: dict[str, Any] = {
-        "base_model": recipe.base_model,
+        "base_model": plan.base.url,
         "output": recipe.output,
         "dtype": recipe.dtype,
         "max_shard_size": recipe.max_shard_size,
         "adapters": {
-            name: recipe.adapters[name].model_dump(exclude_none=True, mode="json") for name in merge.adapters
+            name: {
+                **recipe.adapters[name].model_dump(exclude_none=True, mode="json"),
+                "path": plan.adapters[name].url,
+            }
+            for name in merge.adapters
         },
         "merges": [_entry(merge)],
     }
+    if recipe.base_model_names:
+        document["base_model_names"] = list(recipe.base_model_names)
     if recipe.out_dtype is not None:
         document["out_dtype"] = recipe.out_dtype
     return (id_line(merge_id) + yaml.safe_dump(document, sort_keys=False, allow_unicode=True)).encode()

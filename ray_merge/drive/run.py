@@ -11,17 +11,17 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ray_merge.drive.identify import Inputs, merge_id, merge_inputs, read_inputs_identity
-from ray_merge.drive.outputs import Target, look
+from ray_merge.drive.outputs import Target, look, today
 from ray_merge.drive.publish import publish
 from ray_merge.drive.resolved import resolved_recipe
-from ray_merge.errors import AdapterError, OutputConflict
+from ray_merge.errors import AdapterError, OutputConflict, Refusal, RunFailed
 from ray_merge.plan import ADAPTER_OBJECT, Plan
 from ray_merge.pool import Done, Pool, Task
 from ray_merge.spec import Merge, Receipt
@@ -136,9 +136,15 @@ def run(
 def _targets(plan: Plan, inputs: Inputs, settings: Settings) -> list[Target]:
     targets = []
     seen: dict[str, str] = {}
+    date = settings.date or today()  # one day for the whole run
     for merge in plan.merges:
         document = merge_inputs(plan, merge, inputs)
-        target = look(plan.recipe.output, merge.name, merge_id(document), document, settings.date)
+        target = look(plan.recipe.output, merge.name, merge_id(document), document, date)
+        if f"{target.url}/".startswith(f"{plan.base.url}/"):
+            # Its files would count as the base's own: other ids, and the next run would copy them.
+            raise OutputConflict(
+                f"{target.url} lies inside the base model {plan.base.url}; choose another output"
+            )
         if target.url in seen:
             raise OutputConflict(f"merges {seen[target.url]!r} and {merge.name!r} both go to {target.url}")
         seen[target.url] = merge.name
@@ -173,22 +179,33 @@ def _finish(
     )
     try:
         if not units:
-            _publish_ready(plan, unfinished, progress, (0, 0), (0, 0))
+            with _later():
+                _publish_ready(plan, unfinished, progress, (0, 0), (0, 0))
             return 0
         with make_pool(job, max(len(units), len(adapters))) as pool:
             _preflight(pool, adapters, inputs)
             for item in unfinished:
                 _probe(plan, item)
-            _publish_ready(plan, unfinished, progress, (0, n_units), (0, total_bytes))
-            written = 0
-            for count, done in enumerate(pool.run([Task(unit.id, unit) for unit in units]), start=1):
-                written += _note_receipts(unfinished, done)
-                numbers = ((count, n_units), (written, total_bytes))
-                progress(Event(kind="unit", text=done.id, units=numbers[0], n_bytes=numbers[1]))
-                _publish_ready(plan, unfinished, progress, *numbers)
+            with _later():
+                _publish_ready(plan, unfinished, progress, (0, n_units), (0, total_bytes))
+                written = 0
+                for count, done in enumerate(pool.run([Task(unit.id, unit) for unit in units]), start=1):
+                    written += _note_receipts(unfinished, done)
+                    numbers = ((count, n_units), (written, total_bytes))
+                    progress(Event(kind="unit", text=done.id, units=numbers[0], n_bytes=numbers[1]))
+                    _publish_ready(plan, unfinished, progress, *numbers)
     finally:
         _sweep(job)
     return n_units
+
+
+@contextmanager
+def _later() -> Iterator[None]:
+    """What is refused after the first object was written (credentials that expired) is a failed run."""
+    try:
+        yield
+    except Refusal as error:
+        raise RunFailed(f"{error}; run the recipe again to finish it") from error
 
 
 def missing_units(plan: Plan, missing: Mapping[str, Iterable[str]]) -> list[Unit]:

@@ -147,10 +147,17 @@ def _scalar(place: str, item: Parameter, given: Any) -> Any:
         if given not in item.choices:
             raise MethodError(f"{place} is {given!r}, expected one of {', '.join(item.choices)}")
         return given
-    if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+    if isinstance(given, bool) or not isinstance(given, int | float) or not _is_finite(given):
         raise MethodError(f"{place} is {given!r}, expected a finite number")
     if item.kind == "integer" and given != int(given):
         raise MethodError(f"{place} is {given!r}, expected a whole number")
     if given not in item.interval:
         raise MethodError(f"{place} is {given!r}, expected a number in {item.interval}")
     return int(given) if item.kind == "integer" else float(given)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond float64
+        return False

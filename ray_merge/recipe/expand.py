@@ -117,7 +117,9 @@ def _expand_entry(entry: MergeSource, recipe: Recipe, where: str) -> Iterator[Me
             point = dict(zip(sweep, values, strict=True))
             suffix = ",".join(f"{key}={value!r}" for key, value in point.items())
             if any(character in suffix for character in "/\\\n\r"):
-                raise RecipeError(f"{where}: {suffix!r} cannot name an output folder; sweep over plainer values")
+                raise RecipeError(
+                    f"{where}: {suffix!r} cannot name an output folder; sweep over plainer values"
+                )
             name = "/".join(part for part in (entry.name, label, suffix) if part)
             parameters = _resolve(entry, name, tuple(subset), {**entry.parameters, **point}, recipe, where)
             yield Merge(

@@ -213,8 +213,10 @@ def _plain_data(recipe: dict[str, Any]) -> Any:
 
 def _describe(error: ValidationError, source: Source) -> str:
     """One sentence for the first problem, in file order, and how many more there are."""
+    # A misspelt key is also a missing one, and only the former knows its line and what it should have been.
     problems = sorted(
-        error.errors(include_url=False), key=lambda p: source.lines.get(_plain(p["loc"], source), 0)
+        error.errors(include_url=False),
+        key=lambda p: (p["type"] == "missing", source.lines.get(_plain(p["loc"], source), 0)),
     )
     first = problems[0]
     path = _plain(first["loc"], source)

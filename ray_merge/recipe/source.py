@@ -29,7 +29,9 @@ MAX_NAMES_SHOWN = 20
 
 Path = tuple[str | int, ...]
 
-_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq"))
+_TAGS = frozenset(
+    f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq")
+)
 
 
 class _Loader(yaml.SafeLoader):

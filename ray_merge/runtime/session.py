@@ -29,6 +29,9 @@ from ray_merge.errors import Refusal, RunFailed
 OBJECT_STORE_BYTES = 100_000_000  # results are a few hundred bytes; no tensor enters Ray's store
 CONNECT_SECONDS = 5.0
 CONNECT_TRIES = "3"
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+EMPTY_SETTINGS_FRAME = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+SETTINGS = 4
 LONGEST_FOLDER = 30  # a socket's path takes at most 107 bytes, and Ray's own part of it needs up to 70
 
 logger = logging.getLogger("ray_merge.runtime")
@@ -118,11 +121,27 @@ def _resolve(address: str) -> str:
         source = " (from RAY_ADDRESS)" if address == "auto" else ""
         raise Refusal(f"address {named!r}{source} is none of local, auto, HOST:PORT")
     try:
-        # Ray itself tries a dead address for minutes before it gives up.
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        _check_that_grpc_answers(host.strip("[]"), int(port))
     except OSError as error:
         raise Refusal(f"no Ray cluster answers at {named} ({error}); {_NEXT_STEP}") from error
     return named
+
+
+def _check_that_grpc_answers(host: str, port: int) -> None:
+    """Greet in HTTP/2 and wait for the SETTINGS frame that every gRPC server sends (RFC 9113, 3.4).
+
+    Ray itself tries a dead port, or the dashboard's, for minutes before it gives up.
+
+    Raises:
+        OSError: nobody answers within `CONNECT_SECONDS`, or in another language.
+    """
+    with socket.create_connection((host, port), CONNECT_SECONDS) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        connection.sendall(HTTP2_PREFACE + EMPTY_SETTINGS_FRAME)
+        answer = connection.recv(9)
+    if len(answer) < 4 or answer[3] != SETTINGS:
+        raise OSError(f"what listens there is no gRPC server: it answers {answer!r}")
 
 
 def _address_of_this_machine() -> str:
@@ -164,7 +183,7 @@ def _embedded(session: Session, num_cpus: int | None) -> dict[str, Any]:
 
 def _init(options: dict[str, Any], log_level: int) -> None:
     verbose = log_level <= logging.DEBUG
-    # A service that is no GCS, or refuses our token, is asked 20 times for up to 41 s each by default.
+    # A GCS that refuses our token is asked 20 times by default.
     patience = {} if options["address"] == "local" else {"RAY_gcs_server_port_wait_time_s": CONNECT_TRIES}
     try:
         with _default_environment(patience), warnings.catch_warnings():

@@ -116,35 +116,67 @@ def receipt_path(name: str) -> str:
 
 
 def put_receipt(store: Store, receipt: Receipt) -> Receipt:
-    """Write a receipt, or return the one that is there already (another driver was first)."""
+    """Write a receipt, or return the one that is there already (another driver was first).
+
+    Raises:
+        ShardConflict: the one that is there proves other bytes: a later run would trust it.
+    """
     path = receipt_path(receipt.name)
     if store.put_if_absent(path, pretty_json(asdict(receipt)), {"merge-id": receipt.merge_id}):
         return receipt
-    return read_receipt(store, path)
+    there = read_receipt(store, path)
+    if there is None or (there.merge_id, there.sha256) != (receipt.merge_id, receipt.sha256):
+        found = (
+            f"sha256 {there.sha256[:12]} of merge {there.merge_id[:12]}" if there else "no readable receipt"
+        )
+        ours = f"sha256 {receipt.sha256[:12]} of merge {receipt.merge_id[:12]}"
+        raise ShardConflict(f"{store.url}/{path}", found, ours)
+    return there
 
 
-def read_receipt(store: Store, path: str) -> Receipt:
-    """A receipt from its JSON."""
-    document: dict[str, Any] = json.loads(store.read(path))
-    sites = tuple(SiteReport(**site) for site in document.pop("sites"))
-    return Receipt(sites=sites, **document)
+def read_receipt(store: Store, path: str) -> Receipt | None:
+    """A receipt from its JSON; None where it is damaged or of another version of this package."""
+    try:
+        document: dict[str, Any] = json.loads(store.read(path))
+        sites = tuple(SiteReport(**site) for site in document.pop("sites"))
+        return Receipt(sites=sites, **document)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        return None
 
 
 def read_receipts(store: Store, merge_id: str) -> dict[str, Receipt]:
-    """Receipts of one merge by object name; those whose object is missing or of another size do not count."""
+    """Receipts of one merge by object name; those whose object is missing or of another size do not count.
+
+    Damaged ones do not count either: the object is made again, and its name decides.
+    """
     objects = {info.path: info.n_bytes for info in store.list()}
     receipts = {}
     for path in objects:
         if path.startswith(f"{RECEIPTS}/") and path.endswith(".json"):
             receipt = read_receipt(store, path)
+            if receipt is None or receipt_path(receipt.name) != path:
+                continue
             if receipt.merge_id == merge_id and objects.get(receipt.name) == receipt.n_bytes:
                 receipts[receipt.name] = receipt
     return receipts
 
 
 def read_manifest(store: Store) -> Mapping[str, Any] | None:
-    """The manifest of a complete merge; None when there is none."""
+    """The manifest of a complete merge; None when there is none.
+
+    Raises:
+        OutputConflict: what is there is not a manifest.
+    """
     if store.info(MANIFEST) is None:
         return None
-    document: dict[str, Any] = json.loads(store.read(MANIFEST))
+    try:
+        document = json.loads(store.read(MANIFEST))
+    except (ValueError, RecursionError) as error:
+        raise OutputConflict(
+            f"{store.url}/{MANIFEST} is not valid JSON ({error}); remove this merge"
+        ) from error
+    if not isinstance(document, dict) or not isinstance(document.get("inputs"), dict):
+        raise OutputConflict(
+            f"{store.url}/{MANIFEST} is no manifest of a merge; remove it or choose another output"
+        )
     return document

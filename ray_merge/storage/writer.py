@@ -34,7 +34,10 @@ class ScratchFile:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes of the tensor whose turn it is."""
-        view = memoryview(data).cast("B")
+        view = memoryview(data)
+        if not view.nbytes:  # a view with a zero in its shape cannot be cast
+            return
+        view = view.cast("B")  # slices below count bytes, whatever the elements were
         self._hash.update(view)
         self.n_bytes += view.nbytes
         while view.nbytes:

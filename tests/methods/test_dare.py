@@ -93,9 +93,9 @@ def test_seed_and_site_decide_the_result(method):
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 def test_rows_have_the_same_bits_in_any_block(method):
-    delta = merge_factors(method, random_factors((300, 9000), (4, 4), dtype=torch.float32))
+    delta = merge_factors(method, random_factors((20, 65_536), (4, 4), dtype=torch.float32))
     dense = delta.dense()
-    for start, stop in [(0, 1), (99, 131), (116, 117), (250, 300)]:
+    for start, stop in [(0, 1), (15, 17), (3, 19), (16, 20)]:
         assert torch.equal(delta.rows(start, stop), dense[start:stop])
 
 

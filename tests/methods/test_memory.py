@@ -36,12 +36,12 @@ print(json.dumps([run(name, given, shape, ranks) for name, given, shape, ranks i
 """
 
 CASES = [
-    ("task_arithmetic", {}, (4096, 4096), [16] * 4),
-    ("svd", {"rank": 16}, (4096, 4096), [64] * 4),
-    ("ties", {"scope": "tensor"}, (4096, 4096), [16] * 4),
-    ("ties", {"scope": "tensor", "space": "core"}, (4096, 4096), [64] * 4),
-    ("knots_ties", {"scope": "tensor"}, (4096, 4096), [64] * 4),
-    ("dare_ties", {}, (4096, 4096), [16] * 4),
+    ("task_arithmetic", {}, (2048, 2048), [16] * 4),
+    ("svd", {"rank": 16}, (2048, 2048), [64] * 4),
+    ("ties", {"scope": "tensor"}, (2048, 2048), [16] * 4),
+    ("ties", {"scope": "tensor", "space": "core"}, (2048, 2048), [64] * 4),
+    ("knots_ties", {"scope": "tensor"}, (2048, 2048), [64] * 4),
+    ("dare_ties", {}, (2048, 2048), [16] * 4),
 ]
 
 

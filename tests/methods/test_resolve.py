@@ -98,6 +98,7 @@ REFUSED = [
     ("task_arithmetic", {"weight": math.nan}, "weight is nan, expected a finite number"),
     ("task_arithmetic", {"weight": math.inf}, "weight is inf"),
     ("task_arithmetic", {"weight": True}, "weight is True"),
+    ("task_arithmetic", {"weight": 10**400}, "expected a finite number"),
     ("task_arithmetic", {"weight": {"mnli": 1, "stbs": 1}}, r"names 'stbs' \(nearest: 'stsb'\)"),
     ("task_arithmetic", {"weight": {"mnli": 1}}, "has no value for stsb"),
     ("task_arithmetic", {"weight": [0.7, 0.3]}, "written as a mapping by adapter"),

@@ -125,15 +125,15 @@ def test_adapters_that_are_still_zero_merge_to_zero(space):
 
 
 def test_dense_rows_have_the_same_bits_in_any_block():
-    factors = random_factors((300, 9000), (4, 4), dtype=torch.float32)
+    factors = random_factors((20, 65_536), (4, 4), dtype=torch.float32)
     delta = merge_factors("ties", factors)
     dense = delta.dense()
-    for start, stop in [(0, 1), (99, 131), (116, 117), (250, 300)]:
+    for start, stop in [(0, 1), (15, 17), (3, 19), (16, 20)]:
         assert torch.equal(delta.rows(start, stop), dense[start:stop])
 
 
 def test_the_threshold_of_a_large_site_is_that_of_all_its_entries():
-    factors = random_factors((300, 9000), (4, 4), dtype=torch.float32)
+    factors = random_factors((20, 65_536), (4, 4), dtype=torch.float32)
     delta = merge_factors("ties", factors, density=0.1)
     values = torch.stack([factor.scale * factor.B @ factor.A for factor in factors])
     # float32 products differ in their last bit from ours, so an entry at the threshold may change sides.

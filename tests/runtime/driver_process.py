@@ -46,9 +46,15 @@ def end(drivers, folders):
     """Kill the drivers that still run with all below them, and remove their folders."""
     for driver in drivers:
         if driver.poll() is None:
-            for process in [*psutil.Process(driver.pid).children(recursive=True), driver]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+            children = psutil.Process(driver.pid).children(recursive=True)
+            driver.kill()
+            kill(child.pid for child in children)
         driver.communicate()
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill(pids):
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).kill()

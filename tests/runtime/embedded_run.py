@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import ray
-from pool_workers import Echo, StepWorker, Write
 
+from pool_workers import Echo, StepWorker, Write
 from ray_merge.pool import Task
 from ray_merge.runtime.ray_pool import RayPool
 from ray_merge.runtime.session import open_session

@@ -10,9 +10,9 @@ from pathlib import Path
 from threading import Thread
 
 import ray
-from pool_workers import StepWorker, Write
 from ray.cluster_utils import Cluster
 
+from pool_workers import StepWorker, Write
 from ray_merge.pool import Task
 from ray_merge.runtime.ray_pool import RayPool
 from ray_merge.runtime.session import open_session

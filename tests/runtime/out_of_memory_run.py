@@ -4,7 +4,6 @@ Usage: python out_of_memory_run.py  (RAY_memory_usage_threshold says when Ray's 
 """
 
 from pool_workers import Hog, StepWorker
-
 from ray_merge.errors import UnitFailed
 from ray_merge.pool import Task
 from ray_merge.runtime.ray_pool import RayPool

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray_head import processes_of, run_head
 
 import ray_merge.runtime
+from ray_head import processes_of, run_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -37,9 +37,9 @@ def test_the_loss_of_a_node_changes_no_result_and_burns_no_attempt():
 def test_a_worker_killed_for_memory_ends_the_run_with_the_planned_number():
     folder = Path(f"/tmp/rmt-{os.getpid()}-oom")
     memory = psutil.virtual_memory()
-    spare = 1 << 30
+    spare = 3 << 30  # other processes must not change by that much during the test
     if memory.available < 3 * spare:
-        pytest.skip(f"{memory.available} bytes of memory are free, and this test takes up to {3 * spare}")
+        pytest.skip(f"{memory.available} bytes of memory are free, and this test takes up to {2 * spare}")
     threshold = (memory.total - memory.available + spare) / memory.total
     output = output_of(
         "out_of_memory_run.py",

@@ -3,8 +3,8 @@ import signal
 import time
 
 import pytest
-from pool_workers import ClaimVersion, Die, Echo, Factory, Raise, SleepAfterFirst, StepWorker, Write
 
+from pool_workers import ClaimVersion, Die, Echo, Factory, Raise, SleepAfterFirst, StepWorker, Write
 from ray_merge.errors import AdapterError, Refusal, RunFailed, UnitFailed
 from ray_merge.pool import Task
 from ray_merge.runtime.ray_pool import RayPool

@@ -129,6 +129,21 @@ def test_an_upload_that_fails_leaves_no_object_and_no_parts(faulty, client, url)
     assert unfinished_uploads(client, url) == []
 
 
+def test_when_the_clean_up_fails_too_the_first_error_is_the_one_that_is_told(faulty, caplog):
+    def broken(call):
+        return (
+            Reply(403, "AccessDenied") if "partNumber=2" in call.target or call.method == "DELETE" else None
+        )
+
+    _, store = faulty(broken)
+    with pytest.raises(
+        StoreDenied, match=r"writing .*/shard was refused: made by the test \(403 AccessDenied\)"
+    ):
+        store.put_if_absent("shard", DATA, {})
+    assert "parts of a failed upload stay behind" in caplog.text
+    assert list(store.list()) == []
+
+
 def test_a_source_that_shrinks_during_the_upload_leaves_no_object(faulty, client, url, tmp_path):
     source = tmp_path / "shard"
     source.write_bytes(DATA)

@@ -153,3 +153,10 @@ def test_exclusive_create_of_the_library_decides_where_it_is_atomic(memory):
     assert store.put_if_absent("a", b"one", {"sha256": "1"})
     assert not store.put_if_absent("a", b"two", {"sha256": "2"})
     assert store.read("a") == b"one"
+    assert store.metadata("a") == {}
+    memory.pipe_file = None  # any other failure of the library is told, not taken for "exists"
+    try:
+        with pytest.raises(StoreError, match="writing gs://bucket/b failed after 1 try: 'NoneType'"):
+            store.put_if_absent("b", b"x", {})
+    finally:
+        del memory.pipe_file

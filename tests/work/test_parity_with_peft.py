@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ray_merge
-from zoo import lora, llama_adapters, minilm, relative_error, suite, tiny_bert, tiny_llama
+from zoo import llama_adapters, lora, minilm, relative_error, suite, tiny_bert, tiny_llama
 
 TOLERANCE = 1e-5
 SPACES = [

@@ -1,0 +1,173 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ray_merge.errors import RecipeError
+from ray_merge.recipe import load_recipe, parse_size
+
+RECIPE = """\
+base_model: /models/base
+output: /out
+adapters:
+  a: /adapters/a
+  b:
+    path: /adapters/b
+    data: /data/b.parquet
+merges:
+  - name: m
+    merge_method: task_arithmetic
+"""
+
+
+def load(text):
+    return load_recipe("r.yaml", text)[0]
+
+
+def refusal(text):
+    with pytest.raises(RecipeError) as caught:
+        load(text)
+    return str(caught.value)
+
+
+def test_both_forms_of_an_adapter_and_of_its_data_are_read():
+    recipe = load(RECIPE)
+    assert recipe.adapters["a"].path == "/adapters/a"
+    assert recipe.adapters["b"].path == "/adapters/b"
+    assert recipe.adapters["b"].data.path == "/data/b.parquet"
+    assert list(recipe.adapters) == ["a", "b"]
+
+
+def test_the_defaults_are_those_of_the_documentation():
+    recipe = load(RECIPE)
+    assert (recipe.dtype, recipe.out_dtype, recipe.max_shard_size) == ("float32", None, 10**9)
+    merge = recipe.merges[0]
+    assert (merge.export, merge.seed, merge.parameters, merge.adapters) == ("checkpoint", 0, {}, None)
+
+
+@pytest.mark.parametrize(
+    "empty", ["parameters:", "parameters: null", "parameters: {}", "sweep:", "adapters:"]
+)
+def test_an_optional_key_with_nothing_behind_it_counts_as_not_given(empty):
+    assert load(f"{RECIPE}    {empty}\n") == load(RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("output:", "outptu:", 2, "unknown key 'outptu'; did you mean 'output'?"),
+        ("    path:", "    pth:", 6, "unknown key 'pth'; did you mean 'path'?"),
+        ("    data: /data/b.parquet", "    data: {path: /d, txt: [x]}", 7, "'txt'; did you mean 'text'?"),
+        ("  b:\n    path: /adapters/b", "  data:\n    pth: /adapters/b", 6, "'pth'; did you mean 'path'?"),
+        ("    merge_method:", "    merge_metod:", 10, "'merge_metod'; did you mean 'merge_method'?"),
+        ("task_arithmetic\n", "ties\n    combinations: {chose: 2}\n", 11, "'chose'; known: choose"),
+        ("task_arithmetic\n", "ties\ncalibration: {sample: 2}\n", 11, "'sample'; did you mean 'samples'?"),
+        ("task_arithmetic\n", "ties\n    export: checkpiont\n", 11, "merges[0].export: input should be"),
+        ("task_arithmetic\n", "ties\n    parameters: [1]\n", 11, "merges[0].parameters: input should be a mapping"),
+        ("task_arithmetic\n", "ties\n    combinations: {choose: []}\n", 11, "at least 1 item"),
+        ("task_arithmetic\n", "ties\n    combinations: {choose: true}\n", 11, "choose: "),
+        ("task_arithmetic\n", "ties\n    combinations: {choose: [true]}\n", 11, "choose"),
+        ("task_arithmetic\n", "ties\n    seed: -1\n", 11, "merges[0].seed"),
+        ("task_arithmetic\n", "ties\ndtype: bfloat16\n", 11, "dtype: input should be 'float32' or 'float64'"),
+        ("task_arithmetic\n", "ties\nmax_shard_size: 5 parsecs\n", 11, "'5 parsecs' is no size"),
+        ("  a: /adapters/a", "  a:", 4, "adapters.a: input should be a mapping, got None"),
+        ("  a: /adapters/a", "  a__b: /adapters/a", 4, "'a__b' is no usable name"),
+        ("name: m", "name: a/b", 9, "'a/b' is no usable name"),
+        ("base_model: /models/base", "base_model: 3", 1, "base_model: input should be a valid string, got 3"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_line(old, new, line, words):
+    assert RECIPE.count(old) == 1
+    message = refusal(RECIPE.replace(old, new))
+    assert message.startswith(f"r.yaml:{line}:")
+    assert words in message
+
+
+def test_a_missing_key_is_named_and_the_other_problems_are_counted():
+    message = refusal("output: /o\nadapters: {}\n")
+    assert "base_model is missing" in message
+    assert "(and 1 more)" in message
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "hello\n"])
+def test_what_is_no_mapping_is_no_recipe(text):
+    assert "a recipe is a mapping with base_model" in refusal(text)
+
+
+def test_a_recipe_without_merges_is_refused():
+    assert "nothing to do" in refusal(RECIPE.split("merges:")[0] + "merges: []\n")
+
+
+def test_a_long_wrong_value_is_not_repeated_in_full():
+    assert len(refusal(RECIPE.replace("name: m", f"name: m\n    export: {'x' * 5000}"))) < 400
+
+
+@pytest.mark.parametrize("name", ["a", "A-1.b_c", "no", "x" * 64, "-rf", "2024", "a..b", "a_"])
+def test_usable_names(name):
+    assert load(RECIPE.replace("name: m", f"name: {name}")).merges[0].name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["''", "x" * 65, "a__b", "a b", "a/b", "..", ".", "...", ".ray_merge", ".tmp-x", "\u00e9", '"a\\n"', "true",
+     "1.50", "null", "[a]"],
+)  # fmt: skip
+def test_names_that_could_not_be_folders_or_would_change_their_text_are_refused(name):
+    for old in ("name: m", "  a: /adapters/a"):
+        new = f"name: {name}" if old == "name: m" else f"  {name}: /adapters/a"
+        text = RECIPE.replace(old, new)
+        if old != "name: m" and name in ("true", "1.50", "null"):
+            assert name in load(text).adapters  # a key is always text
+        else:
+            assert refusal(text).startswith("r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("5GiB", 5 * 2**30), ("5B", 5), ("512MiB", 2**29), (" 1.5 GB ", 1_500_000_000), (7, 7),
+     ("7", 7), ("1tb", 10**12), ("9007199254740993B", 9007199254740993), ("0.1KB", 100)],
+)  # fmt: skip
+def test_sizes_are_exact(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "5 XB", "-1", "1e9", 0, "0.1B", True, None, 1.5, "9" * 400 + "GB", "1,5GB", "\u0665GB"]
+)
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="is no size"):
+        parse_size(text)
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"cannot read recipe .*none\.yaml: No such file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_binary_file_given_by_mistake_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\xff\xfe\x00" * 1000)
+    with pytest.raises(RecipeError, match="not UTF-8 text"):
+        load_recipe(path)
+
+
+def test_a_recipe_from_python_is_what_the_same_yaml_is():
+    sweep = list(np.linspace(0.2, 0.4, 2))
+    recipe, source = load_recipe(
+        {
+            "base_model": Path("/models/base"),
+            "output": "/out",
+            "adapters": {"a": "/adapters/a", "b": {"path": "/adapters/b", "data": "/data/b.parquet"}},
+            "merges": ({"name": "m", "merge_method": "task_arithmetic", "sweep": {"lambda": sweep}},),
+        }
+    )
+    assert recipe == load(RECIPE + "    sweep: {lambda: [0.2, 0.4]}\n")
+    assert [type(v) for v in recipe.merges[0].sweep["lambda"]] == [float, float]
+    assert source.where(("merges", 0)) == "recipe"
+
+
+def test_a_recipe_from_python_that_holds_itself_is_refused():
+    recipe = {}
+    recipe["adapters"] = recipe
+    with pytest.raises(RecipeError, match="not plain data"):
+        load_recipe(recipe)

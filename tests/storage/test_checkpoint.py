@@ -1,0 +1,170 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import llama_tensors, write_base
+
+from ray_merge.errors import CheckpointError
+from ray_merge.storage.checkpoint import MAX_SIDE_FILE_BYTES, read_checkpoint, read_json
+from ray_merge.storage.store import open_store
+
+
+def read(folder):
+    return read_checkpoint(open_store(str(folder)))
+
+
+def sharded(folder, weight_map=None, files=None):
+    folder.mkdir()
+    files = (
+        {"m-1.safetensors": {"a": torch.zeros(2)}, "m-2.safetensors": {"b": torch.zeros(3)}}
+        if files is None
+        else files
+    )
+    for name, tensors in files.items():
+        save_file(tensors, folder / name)
+    given = {"a": "m-1.safetensors", "b": "m-2.safetensors"} if weight_map is None else weight_map
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": given}))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def refusal(folder):
+    with pytest.raises(CheckpointError) as caught:
+        read(folder)
+    assert str(folder) in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_checkpoint_in_one_file(tmp_path):
+    found = read(write_base(tmp_path / "base"))
+    assert set(found.tensors) == set(llama_tensors())
+    assert found.n_bytes == sum(t.numel() * 4 for t in llama_tensors().values())
+    assert [info.path for info in found.weight_files] == ["model.safetensors"]
+    assert [info.path for info in found.side_files] == ["tokenizer_config.json"]
+    assert found.config["model_type"] == "llama"
+
+
+def test_a_checkpoint_in_shards(tmp_path):
+    found = read(sharded(tmp_path / "base"))
+    assert {name: entry.file for name, entry in found.tensors.items()} == {
+        "a": "m-1.safetensors",
+        "b": "m-2.safetensors",
+    }
+    assert [info.path for info in found.weight_files] == ["m-1.safetensors", "m-2.safetensors"]
+
+
+def test_one_file_wins_over_an_index_as_in_transformers(tmp_path):
+    folder = sharded(tmp_path / "base")
+    save_file({"c": torch.zeros(1)}, folder / "model.safetensors")
+    assert set(read(folder).tensors) == {"c"}
+
+
+@pytest.mark.parametrize(
+    "place", ["../evil.safetensors", "/etc/passwd", "sub/m.safetensors", "..", ".hidden", "a\\b", 3, None]
+)
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path, place):
+    assert "not a plain file name" in refusal(sharded(tmp_path / "base", {"a": place}))
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "words"),
+    [
+        ({"a": "m-1.safetensors", "b": "m-3.safetensors"}, "names m-3.safetensors, which does not exist"),
+        ({"a": "m-2.safetensors", "b": "m-1.safetensors"}, "puts 'a' into m-2.safetensors, which lacks it"),
+        (
+            {"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-2.safetensors"},
+            "puts 'c' into m-2.safetensors",
+        ),
+        ({}, "has no weight_map"),
+        (["a"], "has no weight_map"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path, weight_map, words):
+    assert words in refusal(sharded(tmp_path / "base", weight_map))
+
+
+def test_a_tensor_that_the_index_forgets_is_refused(tmp_path):
+    files = {"m-1.safetensors": {"a": torch.zeros(2), "c": torch.zeros(1)}}
+    assert "'c' is in m-1.safetensors but not in" in refusal(
+        sharded(tmp_path / "base", {"a": "m-1.safetensors"}, files)
+    )
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    files = {
+        "m-1.safetensors": {"a": torch.zeros(2)},
+        "m-2.safetensors": {"a": torch.zeros(2), "b": torch.zeros(1)},
+    }
+    assert "'a' is in m-1.safetensors and in m-2.safetensors" in refusal(
+        sharded(tmp_path / "base", files=files)
+    )
+
+
+def test_a_missing_folder_and_one_without_weights_are_refused(tmp_path):
+    assert "does not exist or is empty" in refusal(tmp_path / "none")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    assert "holds neither model.safetensors nor" in refusal(tmp_path / "base")
+
+
+def test_a_pickled_checkpoint_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    assert "pytorch_model.bin is a pickle: save the model as safetensors first" in refusal(tmp_path)
+
+
+def test_a_checkpoint_without_tensors_is_refused(tmp_path):
+    save_file({}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert "holds no tensor" in refusal(tmp_path)
+
+
+def test_a_quantised_base_is_refused(tmp_path):
+    folder = write_base(tmp_path / "base", config={"quantization_config": {"quant_method": "gptq"}})
+    assert "quantised base is not supported" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not valid JSON"),
+        ("[1]", "not a JSON object"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"a": \udcff', "not valid"),
+    ],
+)
+def test_a_damaged_config_is_refused(tmp_path, text, words):
+    folder = write_base(tmp_path / "base")
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert words in refusal(folder)
+
+
+def test_a_missing_config_is_refused(tmp_path):
+    folder = write_base(tmp_path / "base")
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="config.json does not exist"):
+        read_json(open_store(str(folder)), "config.json")
+    assert "config.json does not exist" in refusal(folder)
+
+
+def test_side_files_are_what_a_copy_of_the_model_needs_and_nothing_else(tmp_path):
+    folder = write_base(tmp_path / "base")
+    wanted = ["README.md", "1_Pooling/config.json", "generation_config.json", "tokenizer.model"]
+    unwanted = [
+        "pytorch_model.bin", "model.onnx", "tf_model.h5", "original/consolidated.00.pth", "model.gguf",
+        "pytorch_model.bin.index.json", ".gitattributes", ".cache/x.json", "adapter_config.json",
+        "adapter_model.safetensors", "ray_merge/recipe.yaml", "ray_merge/MANIFEST.json", "adapter/adapter_config.json",
+        "heads/a.safetensors",
+    ]  # fmt: skip
+    for name in wanted + unwanted:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    assert [info.path for info in read(folder).side_files] == sorted([*wanted, "tokenizer_config.json"])
+
+
+def test_a_side_file_as_large_as_weights_is_refused(tmp_path):
+    folder = write_base(tmp_path / "base")
+    with (folder / "data.arrow").open("wb") as file:
+        file.truncate(MAX_SIDE_FILE_BYTES + 1)
+    assert "data.arrow is 256000001 bytes long: too large for a side file" in refusal(folder)
