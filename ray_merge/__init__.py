@@ -6,7 +6,9 @@ nothing and a driver that only plans never loads torch.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,10 +35,24 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'ray_merge' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+class _Package(ModuleType):
+    """This package, whose public functions win over its modules of the same name (`plan`, `methods`, `verify`).
+
+    Python sets a package's attribute to a submodule as soon as anything imports it; `ray_merge.plan(recipe)`
+    would then depend on what was imported before.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'ray_merge' has no attribute {name!r}")
+        return getattr(import_module(_HOME[name]), name)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 __all__ = [

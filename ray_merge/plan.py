@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_merge.errors import AdapterError, AdapterShapeError, RecipeError
-from ray_merge.methods.registry import get
+from ray_merge.methods.memory import SiteBytes, working_bytes
+from ray_merge.methods.registry import get, gives_factors
 from ray_merge.models.blocks import cut_shards
 from ray_merge.models.names import Naming, resolve
 from ray_merge.recipe import Recipe
@@ -160,12 +161,9 @@ def make_plan(
     for merge in merges:
         _check_export(merge, adapters)
         warnings += _filter_warnings(merge, sites)
-    site_bytes = max((_site_bytes(merge, adapters, sites) for merge in merges), default=0)
-    room = memory_bytes - RUNTIME_BYTES - STREAM_BYTES
-    group_size = min(MAX_GROUP, max(1, int(room // max(1, site_bytes))))
     checkpoints = [index for index, merge in enumerate(merges) if merge.export != "adapter"]
+    group_size, peak = _fit_group(merges, adapters, sites, memory_bytes)
     groups = [tuple(checkpoints[i : i + group_size]) for i in range(0, len(checkpoints), group_size)]
-    peak = RUNTIME_BYTES + STREAM_BYTES + site_bytes * max((len(group) for group in groups), default=1)
     if peak > memory_bytes:
         warnings.append(
             f"one worker needs about {peak / 1e6:.0f} MB, more than the ceiling of {memory_bytes / 1e6:.0f} MB"
@@ -305,7 +303,7 @@ def _check_export(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
         return
     method = get(merge.method)
     space = merge.parameters.get("space", method.spaces[0])
-    if space not in method.low_rank_spaces:
+    if not gives_factors(method, space):
         options = " or ".join(f"space: {name}" for name in method.low_rank_spaces) or "another method"
         raise RecipeError(
             f"merge {merge.name!r}: {merge.method} in {space} space has no exact low-rank form, so it cannot be "
@@ -332,23 +330,41 @@ def _filter_warnings(merge: Merge, sites: Mapping[str, Site]) -> list[str]:
     return warnings
 
 
-def _site_bytes(merge: Merge, adapters: Mapping[str, Adapter], sites: Mapping[str, Site]) -> int:
-    """Bytes that one merge holds at its most expensive site: factors, bases, coordinates."""
-    space = merge.parameters.get("space", get(merge.method).spaces[0])
-    worst = 0
-    for site in sites.values():
-        ranks = [
-            adapters[n].factors[site.name].rank for n in merge.adapters if site.name in adapters[n].factors
-        ]
-        worst = max(worst, _working_bytes(space, site.shape, ranks))
-    return worst
+def _fit_group(
+    merges: Sequence[Merge], adapters: Mapping[str, Adapter], sites: Mapping[str, Site], memory_bytes: int
+) -> tuple[int, int]:
+    """The largest number of merges that can share a pass, and the bytes that one worker then needs.
 
-
-def _working_bytes(space: str | None, shape: tuple[int, int], ranks: Sequence[int]) -> int:
-    """Bytes held at one site: float32 factors twice (as read, as summed), float64 bases twice (QR and result).
-
-    Entries in any space are made chunk by chunk from factors, so their number does not matter.
+    Counted at the most expensive site of each kind: factors and bases once for each set of adapters, what each
+    merge keeps, and the temporaries of one merge.
     """
-    thin = sum(ranks) * sum(shape)
-    square = len(ranks) * sum(ranks) ** 2
-    return 2 * 4 * thin + (2 * 8 * thin + 2 * 8 * square if space in ("core", "knots") else 0)
+    held, passing = 0, 0
+    shared: dict[tuple[str, ...], int] = {}
+    for merge in merges:
+        worst = _site_bytes(merge, adapters, sites)
+        held, passing = max(held, worst.held), max(passing, worst.passing)
+        shared[merge.adapters] = max(shared.get(merge.adapters, 0), worst.shared)
+    # A set of adapters is kept as long as one of its merges is in the group; at most one set per merge.
+    sets = sorted(shared.values(), reverse=True)
+    for size in range(min(MAX_GROUP, max(1, len(merges))), 0, -1):
+        peak = RUNTIME_BYTES + STREAM_BYTES + passing + size * held + sum(sets[:size])
+        if peak <= memory_bytes or size == 1:
+            return size, peak
+    raise AssertionError("unreachable: a group of one is always returned")
+
+
+def _site_bytes(merge: Merge, adapters: Mapping[str, Adapter], sites: Mapping[str, Site]) -> SiteBytes:
+    method, space = get(merge.method), merge.parameters.get("space")
+    kinds = {
+        (
+            site.shape,
+            tuple(
+                adapters[n].factors[site.name].rank
+                for n in merge.adapters
+                if site.name in adapters[n].factors
+            ),
+        )
+        for site in sites.values()
+    }
+    sizes = [working_bytes(method, space, shape, ranks) for shape, ranks in kinds if ranks]
+    return max(sizes, key=lambda size: size.total, default=SiteBytes(0, 0, 0))

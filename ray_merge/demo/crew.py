@@ -1,8 +1,7 @@
 """Trains several adapters side by side, one process and one thread each.
 
 Owns: the worker processes of the demo. Never does: choosing what to train, reading the cache.
-One thread each, because a LoRA step of MiniLM is hundreds of matrix products of under a millisecond: a second
-thread saved a third of the time on two idle cores and made it five times slower on busy ones.
+Why one thread each: `models.one_thread`.
 """
 
 from __future__ import annotations
@@ -94,13 +93,7 @@ def _work(job: Job, channel: Connection) -> None:
 
 
 def train_and_score(job: Job) -> None:
-    """Trains in this process, scores the adapter alone, and publishes the folder with its `SCORE_FILE`.
-
-    Changes the number of torch threads of this process to one.
-    """
-    import torch
-
-    torch.set_num_threads(1)
+    """Trains in this process, scores the adapter alone, and publishes the folder with its `SCORE_FILE`."""
     with published_folder(job.target) as draft:
         seconds = train_adapter(job.task, job.base, job.data / "train.parquet", draft, job.settings)
         note = {

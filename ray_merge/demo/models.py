@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 BASE_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 """The base's public name; adapters and cards carry it instead of a folder of this machine."""
 
+Tokens = dict[str, list[int]]
+"""`input_ids` and `token_type_ids` of one row."""
+
 _WINDOW_BATCHES = 8
 
 
@@ -45,6 +48,32 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs torch on one thread, then on as many as before.
+
+    A batch here is hundreds of products of under a millisecond. On two idle cores a second thread saves a
+    third of the time; when anything else runs, its barriers made a training three times slower (measured).
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def fast_precision() -> Any:
+    """Autocast to bfloat16 where the CPU multiplies it in hardware (1.6 times faster here), else float32."""
+    import torch
+
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    enabled = any(check() for check in (getattr(torch.cpu, name, None) for name in checks) if check)
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
 
 
 def problem_type(task: Task) -> str:
@@ -130,17 +159,20 @@ def attach_head(model: Any, head_file: Path, task: Task) -> None:
     model.config.num_labels = task.num_labels
 
 
-def tokenize(tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> list[list[int]]:
-    """Token ids by row; pairs are joined with the tokenizer's separator and lose their segment ids."""
+def tokenize(tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> list[Tokens]:
+    """Token ids and segment ids by row, for single texts and pairs."""
     columns = [list(column) for column in zip(*texts, strict=True)]
-    ids: list[list[int]] = tokenizer(*columns, truncation=True, max_length=max_length)["input_ids"]
-    return ids
+    made = tokenizer(*columns, truncation=True, max_length=max_length, return_token_type_ids=True)
+    return [
+        {"input_ids": ids, "token_type_ids": segments}
+        for ids, segments in zip(made["input_ids"], made["token_type_ids"], strict=True)
+    ]
 
 
-def pad(tokenizer: Any, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def pad(tokenizer: Any, rows: Sequence[Tokens]) -> dict[str, Tensor]:
     """One batch, padded to its own longest row."""
-    batch = tokenizer.pad({"input_ids": [list(row) for row in ids]}, return_tensors="pt")
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    batch: dict[str, Tensor] = dict(tokenizer.pad(list(rows), return_tensors="pt"))
+    return batch
 
 
 def shuffled_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:

@@ -96,16 +96,16 @@ def _score(model: Any, tokenizer: Any, task: Task, test_file: Path) -> float:
     return accuracy(logits_NO.argmax(dim=1).tolist(), labels)
 
 
-def _logits(model: Any, tokenizer: Any, ids: Sequence[Sequence[int]]) -> Tensor:
+def _logits(model: Any, tokenizer: Any, rows: Sequence[models.Tokens]) -> Tensor:
     """Logits in row order, computed in batches of rows of like length."""
     import torch
 
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     parts = []
-    with torch.inference_mode():
+    with models.one_thread(), models.fast_precision(), torch.inference_mode():
         for start in range(0, len(order), _BATCH_ROWS):
-            rows = order[start : start + _BATCH_ROWS]
-            parts.append(model(**models.pad(tokenizer, [ids[row] for row in rows])).logits.float())
+            batch = [rows[index] for index in order[start : start + _BATCH_ROWS]]
+            parts.append(model(**models.pad(tokenizer, batch)).logits.float())
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     return torch.cat(parts)[back]

@@ -7,8 +7,8 @@ Never does: choosing splits, writing files, importing the packages whose sources
 |---------------|---------------------------------|--------------------------------------|----------------------------|
 | docstring     | library of a docstring, 6       | sources of torch, numpy, pyarrow,    | BSD-3 (torch, numpy), PSF, |
 |               |                                 | ray, transformers, standard library  | Apache-2.0 (other three)   |
+| described     | does it describe this name, 2   | the same docstrings, names beside    | the same                   |
 | name_language | language of a name, 10          | Babel's copy of CLDR                 | Unicode-3.0                |
-| name_kind     | kind of thing a name is, 4      | pycountry's copy of Debian iso-codes | LGPL-2.1                   |
 | valence       | mean rating of a word, -4 to 4  | vaderSentiment's lexicon, ten raters | MIT                        |
 
 What is arguable about each of them stands in the docstring of its function.
@@ -28,14 +28,14 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ray_merge.errors import Refusal
 
 LIBRARIES = ("torch", "numpy", "pyarrow", "ray", "transformers", "stdlib")
 LANGUAGES = ("de", "en", "es", "fi", "fr", "it", "nl", "pl", "pt", "sv")
-KINDS = ("country", "subdivision", "currency", "language")
-DATA_PACKAGES = ("torch", "numpy", "pyarrow", "ray", "transformers", "babel", "pycountry", "vaderSentiment")
+DATA_PACKAGES = ("torch", "numpy", "pyarrow", "ray", "transformers", "babel", "vaderSentiment")
 """Distributions whose version changes the text (the interpreter's own version does too)."""
 
 _LEAKS = re.compile(
@@ -48,7 +48,8 @@ _SECTION = re.compile(
 )
 _MARKUP = re.compile(r":[\w:]+:(?=`)|[`*\\~]|\]\([^)]*\)|[\[\]]")
 _CYTHON = (".pyx", ".pxi")
-_CYTHON_DOC = re.compile(r'(?:def|class) [^"]*?:\n\s+r?"""(.*?)"""', re.DOTALL)
+_CYTHON_DOC = re.compile(r'(?:def|class) (?:[\w.]+ )*(\w+)\b[^"]*?:\n\s+r?"""(.*?)"""', re.DOTALL)
+_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _NOT_PROSE = re.compile(r">>>|defaults to|https?:")
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "thirdparty_files", "_vendor", "tests", "test"}
@@ -59,11 +60,12 @@ _ROWS_PER_FILE = 25
 
 @dataclass(frozen=True, slots=True, order=True)
 class Row:
-    """One labelled text; `group` names what must stay within one split."""
+    """One labelled text or pair; `group` names what must stay within one split."""
 
     text: str
     label: float
     group: str
+    text_b: str = ""
 
 
 def require(module: str) -> Path:
@@ -99,27 +101,64 @@ def ordered(seed: str, text: str) -> str:
 def docstring_rows() -> list[Row]:
     """First paragraphs of docstrings, labelled by library; a group is one source file.
 
-    Library names and their usual short forms are taken out, and only the first paragraph is kept, so that
-    neither the name nor the layout of the parameter section gives the library away. Arguable: topic words do
-    (`dispatch key`, `replica`, `tokenizer`), which is the task, and rows change with the packages' versions.
+    Library names and their usual short forms are taken out, and only the prose of the first paragraph is
+    kept, so that neither the name nor the layout of the parameter section gives the library away. Arguable:
+    topic words do (`dispatch key`, `replica`, `tokenizer`), which is the task; rows change with versions.
     """
+    return [Row(doc.text, LIBRARIES.index(doc.library), doc.group) for doc in _all_docs()]
+
+
+def described_rows() -> list[Row]:
+    """Pairs of a docstring and a name: label 1 when the docstring describes that function or class, else 0.
+
+    The wrong name is another one of the same file, so the topic does not tell; every docstring is used once,
+    and a group is one source file. Arguable: words that name and docstring share are a strong hint, and a
+    wrong name of the same file may fit nearly as well as the right one.
+    """
+    by_file: dict[str, list[_Doc]] = defaultdict(list)
+    for doc in _all_docs():
+        if len(doc.name.split()) >= 2:
+            by_file[doc.group].append(doc)
     rows = []
-    for label, library in enumerate(LIBRARIES):
-        root = Path(sysconfig.get_path("stdlib")) if library == "stdlib" else require(library)
-        found: list[Row] = []
-        for path in _sources(root):
-            name = path.relative_to(root).as_posix()
-            texts = sorted(_paragraphs(path), key=lambda text: ordered("docstring", text))[:_ROWS_PER_FILE]
-            found += (Row(text, label, f"{library}/{name}") for text in texts)
-            if len(found) >= _ROWS_PER_LIBRARY:
-                break
-        rows += found[:_ROWS_PER_LIBRARY]
+    for group, docs in by_file.items():
+        for here, doc in enumerate(docs):
+            others = [other.name for other in (*docs[here + 1 :], *docs[:here]) if other.name != doc.name]
+            is_right = int(ordered("described", doc.text)[0], 16) % 2 == 1
+            if is_right or others:
+                rows.append(Row(doc.text, float(is_right), group, doc.name if is_right else others[0]))
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Doc:
+    """The first paragraph of one docstring, with the name it describes in words (empty for a module)."""
+
+    library: str
+    group: str
+    name: str
+    text: str
+
+
+@lru_cache(maxsize=1)
+def _all_docs() -> tuple[_Doc, ...]:
+    """Read once for both tasks: parsing takes four seconds."""
+    found: dict[str, _Doc] = {}
+    for library in LIBRARIES:
+        root = Path(sysconfig.get_path("stdlib")) if library == "stdlib" else require(library)
+        before = len(found)
+        for path in _sources(root):
+            group = f"{library}/{path.relative_to(root).as_posix()}"
+            pairs = sorted(_paragraphs(path), key=lambda pair: ordered("docstring", pair[1]))
+            for name, text in pairs[:_ROWS_PER_FILE]:
+                found.setdefault(text.lower(), _Doc(library, group, name, text))
+            if len(found) - before >= _ROWS_PER_LIBRARY:
+                break
+    return tuple(found.values())
 
 
 def _sources(root: Path) -> list[Path]:
     """All source files below `root` in hash order; skipped folders are not entered (site-packages is large)."""
-    kept = []
+    kept: list[tuple[str, Path]] = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
         paths = [Path(folder, name) for name in files if name.endswith((".py", *_CYTHON))]
@@ -127,28 +166,28 @@ def _sources(root: Path) -> list[Path]:
     return [path for _, path in sorted(kept)]
 
 
-def _paragraphs(path: Path) -> Iterator[str]:
-    """First paragraphs of all docstrings of one file, without library names and markup; 5 to 60 words each."""
+def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
+    """Names in words and first paragraphs of all docstrings of one file, without library names and markup."""
     try:
         docs = _docstrings(path.read_text(encoding="utf-8"), cython=path.suffix in _CYTHON)
     except (SyntaxError, ValueError, OSError):
         return  # a template or another Python's syntax: the next file serves as well
-    for doc in docs:
+    for name, doc in docs:
         text = _SECTION.split(doc.strip().split("\n\n")[0])[0]
         text = " ".join(without_leaks(_MARKUP.sub(" ", text)).split())
         if 5 <= len(text.split()) <= 60 and text.isascii() and not _NOT_PROSE.search(text):
-            yield text
+            yield " ".join(without_leaks(_HUMP.sub(" ", name)).lower().split()), text
 
 
-def _docstrings(source: str, *, cython: bool) -> list[str]:
+def _docstrings(source: str, *, cython: bool) -> list[tuple[str, str]]:
     if cython:  # most of pyarrow is Cython, which ast does not read
         return _CYTHON_DOC.findall(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's files
         tree = ast.parse(source)
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
-    docs = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
-    return [doc for doc in docs if doc]
+    found = ((node, ast.get_docstring(node)) for node in ast.walk(tree) if isinstance(node, kinds))
+    return [(getattr(node, "name", ""), doc) for node, doc in found if doc]
 
 
 def without_leaks(text: str) -> str:
@@ -181,34 +220,6 @@ def name_language_rows() -> list[Row]:
                 if len(name) > 3 and name != code:
                     rows_by_name[name.lower()].append(Row(name.lower(), label, f"{kind} {code}"))
     return [min(same) for same in rows_by_name.values() if len({row.label for row in same}) == 1]
-
-
-def name_kind_rows() -> list[Row]:
-    """English names of ISO standards, labelled by the standard: what kind of thing the name is.
-
-    A group is one code (a country's short and official name stay together). Names that are of two kinds are
-    left out, and so are names that say their kind (`... language`, `... province`). Arguable: some currency
-    names are giveaways (`dollar`), many rare names can only be told by their looks, and the classes are
-    uneven, because there are few countries and currencies.
-    """
-    require("pycountry")
-    import pycountry
-
-    tables = (pycountry.countries, pycountry.subdivisions, pycountry.currencies, pycountry.languages)
-    rows_by_name: dict[str, list[Row]] = defaultdict(list)
-    for label, (kind, table) in enumerate(zip(KINDS, tables, strict=True)):
-        for entry in table:
-            fields = ("name", "official_name", "common_name") if kind == "country" else ("name",)
-            code = next(str(getattr(entry, key)) for key in ("code", "alpha_3") if hasattr(entry, key))
-            for name in (getattr(entry, field, None) for field in fields):
-                if name and len(name) > 2 and not _SAYS_KIND.search(name):
-                    rows_by_name[name.lower()].append(Row(name.lower(), label, f"{kind} {code}"))
-    return [min(same) for same in rows_by_name.values() if len({row.label for row in same}) == 1]
-
-
-_SAYS_KIND = re.compile(
-    r"\b(languages?|scripts?|country|currency|province|state|code|reserved)\b", re.IGNORECASE
-)
 
 
 def valence_rows() -> list[Row]:

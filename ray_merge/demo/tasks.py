@@ -1,7 +1,8 @@
 """The demo's tasks: what they are, their splits, and their parquet files.
 
 Owns: the table of tasks, the seeded splits by group, `<folder>/<task>/{train,val,test}.parquet` with the
-columns `text` and `label` (float = regression, integer = class index). Never does: training or scoring.
+columns `text`, for pairs `text_b`, and `label` (float = regression, integer = class index).
+Never does: training or scoring.
 Where each text comes from, under which licence and what is arguable about it: `sources.py`.
 """
 
@@ -19,7 +20,7 @@ from ray_merge.demo.sources import Row
 
 SPLITS = ("train", "val", "test")
 _VAL_SHARE, _TEST_SHARE = 0.08, 0.16
-_MOST_ROWS = {"val": 200, "test": 400}
+_MOST_ROWS = {"val": 200, "test": 300}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,16 +59,16 @@ class Task:
 
 TASKS: tuple[Task, ...] = (
     Task(name="docstring", labels=sources.LIBRARIES, max_length=32, rows_per_class=500, epochs=3),
+    Task(name="described", labels=("another", "this"), max_length=32, rows_per_class=1400, epochs=2),
     Task(name="name_language", labels=sources.LANGUAGES, max_length=24, rows_per_class=400, epochs=4),
-    Task(name="name_kind", labels=sources.KINDS, max_length=24, rows_per_class=1500, epochs=3),
     Task(name="valence", labels=(), max_length=12, rows_per_class=5000, epochs=4),
 )
 
 _ROWS: Mapping[str, Callable[[], list[Row]]] = MappingProxyType(
     {
         "docstring": sources.docstring_rows,
+        "described": sources.described_rows,
         "name_language": sources.name_language_rows,
-        "name_kind": sources.name_kind_rows,
         "valence": sources.valence_rows,
     }
 )
@@ -129,6 +130,8 @@ def write_task(task: Task, folder: Path) -> dict[str, int]:
     for split, rows in split_rows(task).items():
         labels = [row.label if task.is_regression else int(row.label) for row in rows]
         columns = {"text": pa.array([row.text for row in rows]), "label": pa.array(labels, type=kind)}
+        if any(row.text_b for row in rows):
+            columns["text_b"] = pa.array([row.text_b for row in rows])
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
         counts[split] = len(rows)
     return counts

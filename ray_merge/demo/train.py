@@ -87,7 +87,7 @@ def train_adapter(
     from peft import LoraConfig, TaskType, get_peft_model
 
     start = time.perf_counter()
-    with models.quiet(), torch.random.fork_rng(devices=()):
+    with models.quiet(), models.one_thread(), torch.random.fork_rng(devices=()):
         torch.manual_seed(settings.seed)
         config = LoraConfig(
             r=settings.rank,
@@ -106,12 +106,12 @@ def _fit(model: Any, tokenizer: Any, task: Task, train_file: Path, settings: Set
     import torch
 
     texts, labels = read_rows(train_file)
-    ids = models.tokenize(tokenizer, texts, task.max_length)
+    rows = models.tokenize(tokenizer, texts, task.max_length)
     batches = [
         batch
         for epoch in range(task.epochs)
         for batch in models.shuffled_batches(
-            [len(row) for row in ids], settings.batch_size, settings.seed + epoch
+            [len(row["input_ids"]) for row in rows], settings.batch_size, settings.seed + epoch
         )
     ][: settings.max_steps]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -123,9 +123,9 @@ def _fit(model: Any, tokenizer: Any, task: Task, train_file: Path, settings: Set
     )
     model.eval()
     for batch in batches:
-        target = torch.tensor([labels[row] for row in batch])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(**models.pad(tokenizer, [ids[row] for row in batch])).logits
+        target = torch.tensor([labels[index] for index in batch])
+        with models.fast_precision():
+            logits = model(**models.pad(tokenizer, [rows[index] for index in batch])).logits
         torch.autograd.backward(_loss(logits.float(), target, task))
         optimiser.step()
         schedule.step()

@@ -7,6 +7,7 @@ against measured peaks in `tests/methods/test_memory.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ray_merge.algebra.grid import chunk_rows
 from ray_merge.methods.declare import Method
@@ -29,7 +30,29 @@ QR_COPIES = 3
 """Input, LAPACK's copy, and Q."""
 
 
-def working_bytes(method: Method, space: str | None, shape: tuple[int, int], ranks: Sequence[int]) -> int:
+@dataclass(frozen=True, slots=True)
+class SiteBytes:
+    """Bytes of one merge at one site.
+
+    Args:
+        shared: factors and bases, held once for all merges of the same adapters.
+        held: what this merge keeps while the base's rows go by.
+        passing: temporaries; only one merge has them at a time.
+    """
+
+    shared: int
+    held: int
+    passing: int
+
+    @property
+    def total(self) -> int:
+        """What the merge takes by itself."""
+        return self.shared + self.held + self.passing
+
+
+def working_bytes(
+    method: Method, space: str | None, shape: tuple[int, int], ranks: Sequence[int]
+) -> SiteBytes:
     """Bytes held by the factors, bases, coordinates and temporaries of one merge at one site.
 
     Args:
@@ -38,20 +61,25 @@ def working_bytes(method: Method, space: str | None, shape: tuple[int, int], ran
         shape: (O, I).
         ranks: of the adapters that touch the site.
     """
-    rows, columns = shape
     total = sum(ranks)
-    factors = 2 * FLOAT32 * total * (rows + columns)
-    bases = FLOAT64 * (QR_COPIES * total * (rows + columns) + 4 * total * total)
+    thin = total * sum(shape)
     out = SUM_CHUNK_COPIES * FLOAT32 * _chunk_entries(shape)
+    bases = FLOAT64 * (thin + 2 * total * total)
+    while_made = FLOAT64 * ((QR_COPIES - 1) * thin + 2 * total * total)
     where = space or method.spaces[0]
     if method.family == "sum":
-        return factors + out + (bases if method.name == "svd" else 0)
+        extra = bases + while_made if method.name == "svd" else 0
+        return SiteBytes(FLOAT32 * thin, FLOAT32 * thin, out + extra)
     if where == "dense":
-        return factors + _entrywise(shape, FLOAT32)
-    left, right = min(total, rows), min(total, columns)
-    coordinates = (left, columns if where == "knots" else right)
-    merged = (2 * FLOAT64 + FLOAT32) * coordinates[0] * coordinates[1] + (FLOAT64 + FLOAT32) * left * rows
-    return factors + bases + merged + out + _entrywise(coordinates, FLOAT64)
+        return SiteBytes(2 * FLOAT32 * thin, 0, _entrywise(shape, FLOAT32))
+    left, right = min(total, shape[0]), min(total, shape[1])
+    coordinates = (left, shape[1] if where == "knots" else right)
+    n_merged = coordinates[0] * coordinates[1]
+    merged = FLOAT32 * (left * shape[0] + coordinates[0] * shape[1])
+    passing = (
+        while_made + 2 * FLOAT64 * n_merged + FLOAT64 * left * shape[0] + _entrywise(coordinates, FLOAT64)
+    )
+    return SiteBytes(2 * FLOAT32 * thin + bases, merged, out + passing)
 
 
 def _entrywise(shape: tuple[int, int], item_bytes: int) -> int:

@@ -28,7 +28,7 @@ def run(name, given, shape, ranks):
     delta = merge_site(name, SiteFactors(factors), parameters, names=names, site="s", seed=0)
     for start in range(0, shape[0], delta.chunk_rows):
         delta.rows(start, min(start + delta.chunk_rows, shape[0]))
-    return status("VmHWM") - before, working_bytes(method, given.get("space"), shape, ranks)
+    return status("VmHWM") - before, working_bytes(method, given.get("space"), shape, ranks).total
 
 run("knots_ties", {"scope": "tensor"}, (64, 64), [4, 4])
 cases = json.loads(sys.argv[1])

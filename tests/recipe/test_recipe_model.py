@@ -60,7 +60,7 @@ def test_an_optional_key_with_nothing_behind_it_counts_as_not_given(empty):
         ("    data: /data/b.parquet", "    data: {path: /d, txt: [x]}", 7, "'txt'; did you mean 'text'?"),
         ("  b:\n    path: /adapters/b", "  data:\n    pth: /adapters/b", 6, "'pth'; did you mean 'path'?"),
         ("    merge_method:", "    merge_metod:", 10, "'merge_metod'; did you mean 'merge_method'?"),
-        ("task_arithmetic\n", "ties\n    combinations: {chose: 2}\n", 11, "'chose'; known: choose"),
+        ("task_arithmetic\n", "ties\n    combinations: {chose: 2}\n", 11, "'chose'; did you mean 'choose'?"),
         ("task_arithmetic\n", "ties\ncalibration: {sample: 2}\n", 11, "'sample'; did you mean 'samples'?"),
         ("task_arithmetic\n", "ties\n    export: checkpiont\n", 11, "merges[0].export: input should be"),
         ("task_arithmetic\n", "ties\n    parameters: [1]\n", 11, "merges[0].parameters: input should be a mapping"),
