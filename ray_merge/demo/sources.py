@@ -185,9 +185,19 @@ def _docstrings(source: str, *, cython: bool) -> list[tuple[str, str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's files
         tree = ast.parse(source)
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
-    found = ((node, ast.get_docstring(node)) for node in ast.walk(tree) if isinstance(node, kinds))
-    return [(getattr(node, "name", ""), doc) for node, doc in found if doc]
+    found = ((getattr(node, "name", ""), ast.get_docstring(node)) for node in _definitions(tree))
+    return [(name, doc) for name, doc in found if doc]
+
+
+_Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _definitions(node: _Definition) -> Iterator[_Definition]:
+    """The module and the definitions nested in it; `ast.walk` would visit every expression too."""
+    yield node
+    for child in node.body:
+        if isinstance(child, _Definition):
+            yield from _definitions(child)
 
 
 def without_leaks(text: str) -> str:

@@ -58,10 +58,10 @@ class Task:
 
 
 TASKS: tuple[Task, ...] = (
-    Task(name="docstring", labels=sources.LIBRARIES, max_length=32, rows_per_class=500, epochs=3),
-    Task(name="described", labels=("another", "this"), max_length=32, rows_per_class=1400, epochs=2),
-    Task(name="name_language", labels=sources.LANGUAGES, max_length=24, rows_per_class=400, epochs=4),
-    Task(name="valence", labels=(), max_length=12, rows_per_class=5000, epochs=4),
+    Task(name="docstring", labels=sources.LIBRARIES, max_length=24, rows_per_class=400, epochs=2),
+    Task(name="described", labels=("another", "this"), max_length=32, rows_per_class=1200, epochs=2),
+    Task(name="name_language", labels=sources.LANGUAGES, max_length=16, rows_per_class=300, epochs=3),
+    Task(name="valence", labels=(), max_length=12, rows_per_class=4000, epochs=3),
 )
 
 _ROWS: Mapping[str, Callable[[], list[Row]]] = MappingProxyType(

@@ -6,7 +6,6 @@ own text, and no merge method but through the registry.
 
 from __future__ import annotations
 
-import json
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -23,7 +22,7 @@ from pydantic import (
 )
 
 from ray_merge.errors import RecipeError
-from ray_merge.recipe.source import MAX_RECIPE_BYTES, Source, nearest, parse_yaml
+from ray_merge.recipe.source import MAX_RECIPE_BYTES, Source, nearest, parse_yaml, plain_data
 from ray_merge.spec import FLOAT_DTYPES, Export
 
 NAME_PATTERN = r"[A-Za-z0-9._-]{1,64}"
@@ -183,7 +182,7 @@ def load_recipe(recipe: str | Path | dict[str, Any], text: str | None = None) ->
         RecipeError: the file is missing, no YAML, or not a valid recipe; with file, line and nearest key.
     """
     if isinstance(recipe, dict):
-        source = Source("recipe", _plain_data(recipe), {})
+        source = Source("recipe", plain_data(recipe), {})
     else:
         if text is None:
             try:
@@ -201,14 +200,6 @@ def load_recipe(recipe: str | Path | dict[str, Any], text: str | None = None) ->
         return Recipe.model_validate(source.value), source
     except ValidationError as error:
         raise RecipeError(_describe(error, source)) from error
-
-
-def _plain_data(recipe: dict[str, Any]) -> Any:
-    """What the same recipe would be in YAML: tuples, paths and numpy numbers become plain values."""
-    try:
-        return json.loads(json.dumps(recipe, default=lambda v: v.item() if hasattr(v, "item") else str(v)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RecipeError(f"recipe: not plain data ({error})") from error
 
 
 def _describe(error: ValidationError, source: Source) -> str:

@@ -7,6 +7,7 @@ time they are used, so a few lines that unfold to billions of values are refused
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,14 @@ def _collect(node: yaml.Node, path: Path, lines: dict[Path, int], name: str) -> 
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             _collect(item, (*path, index), lines, name)
+
+
+def plain_data(recipe: Mapping[str, Any]) -> Any:
+    """What the same recipe would be in YAML: tuples, paths and numpy numbers become plain values."""
+    try:
+        return json.loads(json.dumps(recipe, default=lambda v: v.item() if hasattr(v, "item") else str(v)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"recipe: not plain data ({error})") from error
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from ray_merge.demo import models, score
+from ray_merge.demo import models
 from ray_merge.demo.models import shuffled_batches
+from ray_merge.demo.score import _logits, accuracy, normalised, normalised_mean, pearson
 
 
 def test_pearson_is_torchs_correlation_and_is_free_of_scale_and_offset():
@@ -11,28 +12,28 @@ def test_pearson_is_torchs_correlation_and_is_free_of_scale_and_offset():
     x, y = pair_2N[0].tolist(), pair_2N[1].tolist()
     want = torch.corrcoef(pair_2N)[0, 1].item()
     # 50 terms of float64, so far below 1e-12.
-    assert score.pearson(x, y) == pytest.approx(want, abs=1e-12)
-    assert score.pearson([3 * value - 7 for value in x], y) == pytest.approx(want, abs=1e-12)
-    assert score.pearson([-value for value in x], y) == pytest.approx(-want, abs=1e-12)
+    assert pearson(x, y) == pytest.approx(want, abs=1e-12)
+    assert pearson([3 * value - 7 for value in x], y) == pytest.approx(want, abs=1e-12)
+    assert pearson([-value for value in x], y) == pytest.approx(-want, abs=1e-12)
 
 
 def test_a_constant_answer_correlates_with_nothing():
-    assert score.pearson([2.0, 2.0, 2.0], [1.0, 2.0, 3.0]) == 0.0
+    assert pearson([2.0, 2.0, 2.0], [1.0, 2.0, 3.0]) == 0.0
 
 
 def test_accuracy_is_the_share_of_equal_entries():
-    assert score.accuracy([0, 1, 2, 2], [0.0, 1.0, 1.0, 2.0]) == 0.75
+    assert accuracy([0, 1, 2, 2], [0.0, 1.0, 1.0, 2.0]) == 0.75
 
 
 def test_the_normalised_mean_averages_tasks_not_scores():
     merged, single = {"a": 0.4, "b": 0.9}, {"a": 0.8, "b": 0.9}
-    assert score.normalised(0.4, 0.8) == 50.0
-    assert score.normalised_mean(merged, single) == pytest.approx(75.0)
+    assert normalised(0.4, 0.8) == 50.0
+    assert normalised_mean(merged, single) == pytest.approx(75.0)
 
 
 def test_rows_come_back_in_their_own_order_although_they_are_scored_by_length():
     class Lengths(torch.nn.Module):
-        def forward(self, input_ids, attention_mask):
+        def forward(self, input_ids, token_type_ids, attention_mask):
             class Out:
                 logits = attention_mask.sum(1, keepdim=True).float()
 
@@ -40,13 +41,15 @@ def test_rows_come_back_in_their_own_order_although_they_are_scored_by_length():
 
     class Padder:
         def pad(self, batch, return_tensors):
-            rows = [torch.tensor(row) for row in batch["input_ids"]]
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+            ids = torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(row["input_ids"]) for row in batch], batch_first=True
+            )
+            return {"input_ids": ids, "token_type_ids": 0 * ids, "attention_mask": (ids > 0).long()}
 
-    ids = [[1] * (1 + (7 * row) % 13) for row in range(150)]
-    logits_NO = score._logits(Lengths(), Padder(), ids)
-    assert logits_NO[:, 0].tolist() == [float(len(row)) for row in ids]
+    lengths = [1 + (7 * row) % 13 for row in range(150)]
+    rows = [{"input_ids": [1] * n, "token_type_ids": [0] * n} for n in lengths]
+    logits_NO = _logits(Lengths(), Padder(), rows)
+    assert logits_NO[:, 0].tolist() == [float(n) for n in lengths]
 
 
 def test_batches_hold_every_row_once_and_waste_little_padding():
@@ -67,3 +70,10 @@ def test_quiet_gives_back_the_settings_it_found():
     with models.quiet():
         assert not logging.is_progress_bar_enabled()
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_one_thread_gives_back_the_threads_it_found():
+    before = torch.get_num_threads()
+    with models.one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before

@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
-from tiny import Q0, V1, factors, write_adapter
 
 from ray_merge.errors import AdapterError, CheckpointError
 from ray_merge.storage.adapter import read_adapter
 from ray_merge.storage.store import open_store
+from tiny import Q0, V1, factors, write_adapter
 
 P = "base_model.model."
 

@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fault_proxy import Drop, Hang, fault_proxy, nth
-from s3_server import BUCKET, make_client
 
+from fault_proxy import Drop, Hang, fault_proxy, nth
 from ray_merge.errors import StoreError
 from ray_merge.storage.cache import NodeCache
 from ray_merge.storage.store import open_store
+from s3_server import BUCKET, make_client
 
 DATA = random.Random(5).randbytes(300_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()

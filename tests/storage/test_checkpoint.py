@@ -3,11 +3,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import llama_tensors, write_base
 
 from ray_merge.errors import CheckpointError
 from ray_merge.storage.checkpoint import MAX_SIDE_FILE_BYTES, read_checkpoint, read_json
 from ray_merge.storage.store import open_store
+from tiny import llama_tensors, write_base
 
 
 def read(folder):
@@ -143,7 +143,7 @@ def test_a_damaged_config_is_refused(tmp_path, text, words):
 def test_a_missing_config_is_refused(tmp_path):
     folder = write_base(tmp_path / "base")
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="config.json does not exist"):
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         read_json(open_store(str(folder)), "config.json")
     assert "config.json does not exist" in refusal(folder)
 

@@ -62,7 +62,7 @@ def test_a_header_longer_than_the_first_request_is_read_whole(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="none.safetensors does not exist"):
+    with pytest.raises(CheckpointError, match=r"none\.safetensors does not exist"):
         read_header(open_store(str(tmp_path)), "none.safetensors")
 
 

@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
-from fault_proxy import Drop, Hang, Lose, Reply, Shorten, fault_proxy, nth
-from s3_server import BUCKET, SECRET_KEY, make_client
 
+from fault_proxy import Drop, Hang, Lose, Reply, Shorten, fault_proxy, nth
 from ray_merge.errors import StoreDenied, StoreError, StoreUnfit
 from ray_merge.storage.retry import Backoff
 from ray_merge.storage.s3 import open_s3
 from ray_merge.storage.store import open_store
+from s3_server import BUCKET, SECRET_KEY, make_client
 
 pytestmark = pytest.mark.s3
 

@@ -1,4 +1,5 @@
 import threading
+from itertools import pairwise
 
 import pytest
 
@@ -36,7 +37,7 @@ def test_byte_chunks_cover_the_tensor_in_whole_elements(n_bytes):
     entry = TensorEntry("w", "U8", (n_bytes,), "f", 24, 24 + n_bytes)
     chunks = byte_chunks(entry)
     assert sum(end - start for start, end in chunks) == n_bytes
-    assert all(a[1] == b[0] for a, b in zip(chunks, chunks[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(chunks))
     assert all((start - entry.start) % 8 == 0 for start, _ in chunks)
 
 

@@ -1,0 +1,164 @@
+import hashlib
+import json
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ray_merge.drive.outputs import Target
+from ray_merge.drive.publish import checkpoint_index, head_file, publish
+from ray_merge.errors import ShardConflict
+from ray_merge.spec import Receipt, SiteReport
+from ray_merge.storage.commit import MANIFEST
+from ray_merge.storage.store import open_store
+from tiny import Q0, factors, plan_of, write_adapter, write_base, write_recipe_files
+
+ID = "a" * 64
+
+
+def receipts(plan, worker="host:1"):
+    """Receipts of all shards, as if they had been made; publishing reads no shard."""
+    made = [
+        Receipt(
+            merge_id=ID, name=shard.name, n_bytes=shard.n_bytes, sha256=f"{shard.index:064x}",
+            tensors=len(shard.tensors), unit="u", worker=worker, seconds={"read": 0.1 if worker == "host:1" else 9.9},
+            sites=(SiteReport(site=Q0, tensor=f"{Q0}.weight", rank=2, update_norm=0.1, lost_share=0.0),)
+            if shard.index == 0 else (),
+        )
+        for shard in plan.shards
+    ]  # fmt: skip
+    return {receipt.name: receipt for receipt in made}
+
+
+def published(tmp_path, recipe, to="out", worker="host:1", reverse=False):
+    plan = plan_of(recipe)
+    url = str(tmp_path / to)
+    target = Target(root=url, url=url, merge_id=ID, inputs={"seed": 0}, complete=False, receipts={})
+    given = receipts(plan, worker)
+    publish(plan, plan.merges[0], target, dict(reversed(given.items())) if reverse else given)
+    return tmp_path / to
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_manifest_names_every_other_file_by_its_bytes(tmp_path):
+    folder = published(tmp_path, write_recipe_files(tmp_path))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    named = {entry["name"]: entry for entry in manifest["files"]}
+    assert list(named) == sorted(named)
+    for name, data in contents(folder).items():
+        if name != MANIFEST:
+            assert named[name] == {
+                "name": name,
+                "bytes": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
+    assert {
+        "config.json",
+        "model.safetensors.index.json",
+        "tokenizer_config.json",
+        "README.md",
+    } <= named.keys()
+    assert (manifest["id"], manifest["name"], manifest["sites"]) == (ID, "m", 2)
+
+
+def test_hosts_times_and_the_order_of_receipts_change_no_byte(tmp_path):
+    recipe = write_recipe_files(tmp_path)
+    one = contents(published(tmp_path, recipe, "one"))
+    assert contents(published(tmp_path, recipe, "two", worker="other:2", reverse=True)) == one
+
+
+def test_publishing_twice_adopts_everything(tmp_path):
+    recipe = write_recipe_files(tmp_path)
+    before = contents(published(tmp_path, recipe))
+    assert contents(published(tmp_path, recipe)) == before
+
+
+def test_another_manifest_in_the_way_is_a_conflict(tmp_path):
+    recipe = write_recipe_files(tmp_path)
+    published(tmp_path, recipe)
+    (tmp_path / "out" / MANIFEST).write_text("{}")
+    with pytest.raises(ShardConflict, match="MANIFEST"):
+        published(tmp_path, recipe)
+
+
+def test_the_config_is_the_bases_own_byte_for_byte_without_an_output_dtype(tmp_path):
+    recipe = write_recipe_files(tmp_path)
+    (tmp_path / "base" / "config.json").write_text('{ "model_type":"llama",  "b": 1}')
+    assert (published(tmp_path, recipe) / "config.json").read_text() == '{ "model_type":"llama",  "b": 1}'
+
+
+@pytest.mark.parametrize(("key", "other"), [("dtype", "torch_dtype"), ("torch_dtype", "dtype")])
+def test_the_output_dtype_stands_in_the_config_wherever_the_base_has_one(tmp_path, key, other):
+    recipe = write_recipe_files(tmp_path) | {"out_dtype": "bfloat16"}
+    config = {
+        "model_type": "x",
+        key: "float32",
+        "text_config": {key: "float32", "n": 1},
+        "limit": [0.0, math.inf],
+    }
+    write_base(tmp_path / "base", config=config)
+    found = json.loads((published(tmp_path, recipe) / "config.json").read_text())
+    assert found == {**config, key: "bfloat16", "text_config": {key: "bfloat16", "n": 1}}
+    assert other not in found
+
+
+def test_the_index_counts_bytes_and_places_every_tensor(tmp_path):
+    plan = plan_of(write_recipe_files(tmp_path) | {"out_dtype": "bfloat16"})
+    index = checkpoint_index(plan)
+    assert index["metadata"]["total_size"] == plan.base.n_bytes // 2
+    assert index["weight_map"].keys() == plan.base.tensors.keys()
+    assert set(index["weight_map"].values()) == {shard.name for shard in plan.shards}
+
+
+def with_head(tmp_path, **modules):
+    recipe = write_recipe_files(tmp_path)
+    head = {f"base_model.model.{name.replace('__', '.')}": tensor for name, tensor in modules.items()}
+    write_adapter(
+        tmp_path / "a", factors(Q0) | head, modules_to_save=["classifier", "pooler"], task_type="SEQ_CLS"
+    )
+    return recipe
+
+
+def test_a_head_is_saved_with_what_a_loader_must_know(tmp_path):
+    weight, bias = torch.arange(24.0).reshape(3, 8), torch.arange(3.0)
+    recipe = with_head(
+        tmp_path, classifier__weight=weight, classifier__bias=bias, pooler__dense__weight=torch.ones(8, 8)
+    )
+    plan = plan_of(recipe)
+    (tmp_path / "h.safetensors").write_bytes(head_file(plan, plan.adapters["a"]))
+    with safe_open(tmp_path / "h.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("classifier.weight"), weight)
+        assert torch.equal(file.get_tensor("classifier.bias"), bias)
+        metadata = file.metadata()
+    assert (metadata["num_labels"], metadata["task_type"]) == ("3", "SEQ_CLS")
+    assert metadata["problem_type"] == "single_label_classification"
+    assert json.loads(metadata["id2label"]) == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+
+
+@pytest.mark.parametrize(("labels", "task"), [(1, None), (3, "regression")])
+def test_one_output_or_the_recipes_word_make_a_regression(tmp_path, labels, task):
+    recipe = with_head(tmp_path, classifier__weight=torch.ones(labels, 8))
+    recipe["adapters"]["a"] = {"path": recipe["adapters"]["a"], "task": task}
+    plan = plan_of(recipe)
+    assert b'"problem_type":"regression"' in head_file(plan, plan.adapters["a"])
+
+
+def test_a_base_that_is_itself_a_result_passes_nothing_of_it_on(tmp_path):
+    recipe = write_recipe_files(tmp_path)
+    first = published(tmp_path, recipe, "first")
+    for name, data in contents(first).items():  # everything of the first result except its weights
+        target = tmp_path / "base" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name not in ("model.safetensors.index.json", "config.json"):
+            target.write_bytes(data)
+    second = published(tmp_path, recipe, "second")
+    assert json.loads((second / MANIFEST).read_text())["id"] == ID
+    assert open_store(str(second)).info("tokenizer_config.json") is not None
