@@ -57,8 +57,8 @@ def kind(pid: int, driver: int) -> str:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
     except OSError:
         return "daemon"
-    if command.startswith("ray::"):
-        return "idle" if "IDLE" in command else "worker"
+    if command.startswith("ray::"):  # Ray names its agents so too
+        return "idle" if "IDLE" in command else "daemon" if "Agent" in command else "worker"
     return "daemon" if any(word in command for word in DAEMONS) else "worker"
 
 

@@ -6,7 +6,6 @@ all. Never does: choosing data, deciding whether a cached adapter is good (`prep
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import uuid
@@ -102,7 +101,7 @@ def train_adapter(
 
 
 def _fit(model: Any, tokenizer: Any, task: Task, train_file: Path, settings: Settings) -> None:
-    """Optimises the adapter in place. Dropout stays off: it takes 12 % of a step here and gained nothing."""
+    """Optimises the adapter in place. Dropout stays off: it takes 12 % of a step here."""
     import torch
 
     texts, labels = read_rows(train_file)
@@ -148,4 +147,5 @@ def _save(model: Any, task: Task, target_dir: Path) -> None:
     models.save_head(model.base_model.model, task, target_dir / HEAD_FILE)
     # PEFT's blank model card says nothing about this adapter.
     (target_dir / "README.md").unlink(missing_ok=True)
-    os.chmod(target_dir / "adapter_model.safetensors", 0o644)
+    for file in target_dir.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes files that only their owner reads

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -10,15 +12,28 @@ from ray_merge.methods.registry import get
 from ray_merge.plan import Plan
 from ray_merge.spec import Merge, SiteReport
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
 WARN_LOST_SHARE = 0.05
 """More than 5 % of an update lost to rounding is worth a sentence to whoever uses the model."""
 
 
-def model_card(plan: Plan, merge: Merge, merge_id: str, reports: Mapping[str, Sequence[SiteReport]]) -> bytes:
-    """A Hugging Face model card with front matter."""
+def model_card(
+    plan: Plan,
+    merge: Merge,
+    merge_id: str,
+    inputs: Mapping[str, Any],
+    reports: Mapping[str, Sequence[SiteReport]],
+) -> bytes:
+    """A Hugging Face model card with front matter.
+
+    Inputs are named by content and not by place: the merge id does not know where they lay, so a merge that is
+    finished after they moved must get the same card.
+    """
     method = get(merge.method)
+    base = base_name(plan)
     front = {
-        "base_model": plan.base.config.get("_name_or_path") or plan.recipe.base_model,
+        "base_model": base,
         "library_name": "peft" if merge.export == "adapter" else "transformers",
         "tags": ["merge", "lora", "ray-merge"],
     }
@@ -28,8 +43,7 @@ def model_card(plan: Plan, merge: Merge, merge_id: str, reports: Mapping[str, Se
         "---",
         f"# {merge.name}",
         "",
-        f"{len(merge.adapters)} LoRA adapter(s) merged into `{plan.recipe.base_model}` by `{merge.method}` with "
-        "ray-merge.",
+        f"{len(merge.adapters)} LoRA adapter(s) merged into `{base}` by `{merge.method}` with ray-merge.",
         "",
         f"Method: {method.summary} ({method.reference}).",
         "",
@@ -39,9 +53,9 @@ def model_card(plan: Plan, merge: Merge, merge_id: str, reports: Mapping[str, Se
         f"| arithmetic | `{plan.recipe.dtype}` |",
         f"| stored as | `{plan.recipe.out_dtype or 'as the base'}` |",
         "",
-        "| adapter | from | sites | ranks | heads |",
+        "| adapter | weights | sites | ranks | heads |",
         "|---|---|---|---|---|",
-        *[_adapter_row(plan, name) for name in merge.adapters],
+        *[_adapter_row(plan, item["name"], item["files"]) for item in inputs["adapters"]],
         "",
         *_rounding(reports.get("checkpoint", ())),
         f"Merge id `{merge_id}`. What went in and every file that came out: `ray_merge/MANIFEST.json`; per site: "
@@ -55,12 +69,20 @@ def _cell(value: object) -> str:
     return str(value).replace("|", "\\|")  # a filter such as `q_proj|v_proj` would end the cell
 
 
-def _adapter_row(plan: Plan, name: str) -> str:
+def base_name(plan: Plan) -> str:
+    """What people call the base: the hub name that every adapter gives it, else the last part of its place."""
+    named = {str(adapter.config.get("base_model_name_or_path") or "") for adapter in plan.adapters.values()}
+    only = named.pop() if len(named) == 1 else ""
+    return only if HUB_NAME.fullmatch(only) else plan.recipe.base_model.rstrip("/").rpartition("/")[2]
+
+
+def _adapter_row(plan: Plan, name: str, files: Mapping[str, str]) -> str:
     adapter = plan.adapters[name]
+    version = files[adapter.file]
     ranks = sorted({factor.rank for factor in adapter.factors.values()})
     shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     head = f"`heads/{name}.safetensors`" if adapter.heads else ""
-    return f"| {name} | `{_cell(adapter.url)}` | {len(adapter.factors)} | {shown} | {head} |"
+    return f"| {name} | `{_cell(version[:23])}` | {len(adapter.factors)} | {shown} | {head} |"
 
 
 def _rounding(reports: Sequence[SiteReport]) -> list[str]:

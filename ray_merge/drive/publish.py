@@ -70,7 +70,7 @@ def publish(plan: Plan, merge: Merge, target: Target, receipts: Mapping[str, Rec
             files.put(f"heads/{name}.safetensors", head_file(plan, plan.adapters[name]))
     reports = {kind: _reports(receipts, kind == "adapter") for kind in ("checkpoint", "adapter")}
     files.put(SITES, _site_table(reports))
-    files.put(CARD, model_card(plan, merge, target.merge_id, reports))
+    files.put(CARD, model_card(plan, merge, target.merge_id, target.inputs, reports))
     if merge.export != "checkpoint":
         by_site = {report.site: report for report in reports["adapter"]}
         files.put("adapter/adapter_config.json", pretty_json(exported_config(plan, merge, by_site)))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ray_merge.errors import RunFailed
 from ray_merge.plan import ADAPTER_OBJECT, SHARD_METADATA
 from ray_merge.pool import worker_label
-from ray_merge.spec import FLOAT_DTYPES, Merge, Receipt, SiteReport
+from ray_merge.spec import FLOAT_DTYPES, Factor, Merge, Receipt, SiteReport
 from ray_merge.storage.adapter import PREFIX
 from ray_merge.storage.commit import commit, put_receipt
 from ray_merge.storage.store import open_store
@@ -42,19 +42,27 @@ def run_adapter(job: Job, unit: AdapterUnit, files: AdapterFiles) -> list[Receip
             raise RunFailed(
                 f"merge {merge.name!r}: {site.name} has no factors to export; use export: checkpoint"
             )
+        factor = _at_least_rank_one(factor)
         stored = {side: value.to(TORCH_DTYPES[dtype]) for side, value in (("A", factor.A), ("B", factor.B))}
         tensors |= {f"{PREFIX}{site.name}.lora_{side}.weight": value for side, value in stored.items()}
         reports.append(
             SiteReport(
                 site=site.name,
                 tensor=site.tensor,
-                rank=delta.rank,
+                rank=max(1, delta.rank),
                 update_norm=delta.norm(),
                 lost_share=0.0,
                 truncation_error=delta.truncation_error,
             )
         )
     return [_publish(job, unit, merge, tensors, dtype, tuple(reports), started)]
+
+
+def _at_least_rank_one(factor: Factor) -> Factor:
+    """An update of zero as factors of rank 1: PEFT has no rank 0, and a site may not get lost."""
+    if factor.B.shape[1]:
+        return factor
+    return Factor(factor.B.new_zeros((factor.B.shape[0], 1)), factor.A.new_zeros((1, factor.A.shape[1])))
 
 
 def _publish(

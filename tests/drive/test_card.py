@@ -2,7 +2,7 @@ import yaml
 
 from ray_merge.drive.card import WARN_LOST_SHARE, model_card
 from ray_merge.spec import SiteReport
-from tiny import Q0, factors, plan_of, write_adapter, write_base, write_recipe_files
+from tiny import Q0, factors, plan_of, write_adapter, write_recipe_files
 
 
 def report(site, lost):
@@ -11,23 +11,31 @@ def report(site, lost):
 
 def card(recipe, reports=()):
     plan = plan_of(recipe)
-    return model_card(plan, plan.merges[0], "c" * 64, {"checkpoint": list(reports)}).decode()
+    merge = plan.merges[0]
+    files = {"adapter_model.safetensors": "sha256:" + "d" * 64}
+    inputs = {"adapters": [{"name": name, "files": files} for name in merge.adapters]}
+    return model_card(plan, merge, "c" * 64, inputs, {"checkpoint": list(reports)}).decode()
 
 
 def test_the_front_matter_is_yaml_that_the_hub_reads(tmp_path):
     text = card(write_recipe_files(tmp_path))
     _, front, _ = text.split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "base_model": str(tmp_path / "base"),
+        "base_model": "base",
         "library_name": "transformers",
         "tags": ["merge", "lora", "ray-merge"],
     }
 
 
-def test_the_name_that_the_base_gives_itself_is_used(tmp_path):
+def test_the_hub_name_that_every_adapter_gives_the_base_is_used(tmp_path):
     recipe = write_recipe_files(tmp_path)
-    write_base(tmp_path / "base", config={"model_type": "llama", "_name_or_path": "org/model: a"})
-    assert yaml.safe_load(card(recipe).split("---\n")[1])["base_model"] == "org/model: a"
+    for name in recipe["adapters"]:
+        write_adapter(tmp_path / name, factors(Q0), base_model_name_or_path="org/model-7b")
+    assert yaml.safe_load(card(recipe).split("---\n")[1])["base_model"] == "org/model-7b"
+
+
+def test_no_place_of_an_input_is_named(tmp_path):
+    assert str(tmp_path) not in card(write_recipe_files(tmp_path))
 
 
 def test_an_adapter_is_for_peft(tmp_path):
@@ -39,7 +47,7 @@ def test_an_adapter_is_for_peft(tmp_path):
 def test_method_parameters_adapters_and_id_are_named(tmp_path):
     text = card(write_recipe_files(tmp_path))
     for part in ("# m\n", "`task_arithmetic`", "arXiv 2212.04089", "| lambda | `1.0` |", "| normalize | `False` |",
-                 "| stored as | `as the base` |", f"| a | `{tmp_path}/a` | 1 | 2 |", "c" * 64):  # fmt: skip
+                 "| stored as | `as the base` |", "| a | `sha256:dddddddddddddddd` | 1 | 2 |", "c" * 64):  # fmt: skip
         assert part in text
 
 

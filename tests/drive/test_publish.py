@@ -34,7 +34,9 @@ def receipts(plan, worker="host:1"):
 def published(tmp_path, recipe, to="out", worker="host:1", reverse=False):
     plan = plan_of(recipe)
     url = str(tmp_path / to)
-    target = Target(root=url, url=url, merge_id=ID, inputs={"seed": 0}, complete=False, receipts={})
+    files = {"adapter_model.safetensors": "sha256:" + "d" * 64}
+    inputs = {"seed": 0, "adapters": [{"name": name, "files": files} for name in plan.merges[0].adapters]}
+    target = Target(root=url, url=url, merge_id=ID, inputs=inputs, complete=False, receipts={})
     given = receipts(plan, worker)
     publish(plan, plan.merges[0], target, dict(reversed(given.items())) if reverse else given)
     return tmp_path / to
