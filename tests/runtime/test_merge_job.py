@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from zoo import llama_adapters, tiny_llama
 
 from ray_merge.storage.commit import MANIFEST
+from zoo import llama_adapters, tiny_llama
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

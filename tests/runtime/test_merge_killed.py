@@ -120,6 +120,6 @@ def test_nan_is_refused_through_ray_before_anything_is_written(ray_session, reci
     tensors[first][0, 0] = torch.inf
     save_file(tensors, adapter / "adapter_model.safetensors")
     bad = {**recipe, "adapters": {**recipe["adapters"], "a1": str(adapter)}, "output": str(tmp_path / "out")}
-    with pytest.raises(ray_merge.Refusal, match="a1.*NaN or Inf"):
+    with pytest.raises(ray_merge.Refusal, match=r"a1.*NaN or Inf"):
         ray_merge.run(bad, workers=2, cache_dir=tmp_path / "cache")
     assert not (tmp_path / "out").exists()
