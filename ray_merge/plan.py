@@ -21,7 +21,7 @@ from ray_merge.spec import DTYPE_BYTES, FLOAT_DTYPES, Adapter, Merge, Site, Tens
 from ray_merge.storage.adapter import read_adapter
 from ray_merge.storage.checkpoint import Checkpoint, read_checkpoint
 from ray_merge.storage.headers import make_header
-from ray_merge.storage.store import open_store
+from ray_merge.storage.store import Stores
 
 TRANSPOSED_MODELS = frozenset(
     {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_bigcode_legacy"}
@@ -124,14 +124,15 @@ class Plan:
 
 def read_inputs(recipe: Recipe, merges: Sequence[Merge]) -> tuple[Checkpoint, dict[str, Adapter]]:
     """Headers and configs of the base and of every adapter that a merge uses."""
-    base = read_checkpoint(open_store(recipe.base_model))
+    stores = Stores()
+    base = read_checkpoint(stores.open(recipe.base_model))
     used = {name for merge in merges for name in merge.adapters}
     adapters = {}
     for name, source in recipe.adapters.items():
         if name in used:
             if source.path is None:
                 raise RecipeError(f"adapter {name} has no path, which a merge needs")
-            adapters[name] = read_adapter(name, open_store(source.path))
+            adapters[name] = read_adapter(name, stores.open(source.path))
     return base, adapters
 
 

@@ -25,9 +25,8 @@ from ray_merge.spec import Merge, Site, TensorEntry
 from ray_merge.storage.commit import MANIFEST, RECIPE, hash_object, read_manifest
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.headers import read_header
-from ray_merge.storage.store import Store, open_store
+from ray_merge.storage.store import Store, Stores, open_store
 from ray_merge.work.factors import AdapterFiles
-from ray_merge.work.job import Job
 from ray_merge.work.shards import site_deltas
 from ray_merge.work.tensors import TORCH_DTYPES, from_bytes
 
@@ -128,29 +127,21 @@ def _verify_merge(store: Store, cache: Path, probe: bool) -> Verified:
 def _probe(store: Store, manifest: Mapping[str, Any], cache: Path) -> Iterator[float]:
     recipe, source = load_recipe(f"{store.url}/{RECIPE}", store.read(RECIPE).decode())
     merge = expand(recipe, source)[0]
+    stores = Stores()
     plan = make_plan(recipe, [merge], *read_inputs(recipe, [merge]))
-    inputs = merge_inputs(plan, merge, read_inputs_identity(plan, DigestCache(cache / "digests")))
+    inputs = merge_inputs(plan, merge, read_inputs_identity(plan, DigestCache(cache / "digests"), stores))
     if merge_id(inputs) != manifest["id"]:
         raise Refusal(
             f"{store.url}: an input has changed since the merge ({difference(manifest['inputs'], inputs)})"
         )
-    job = Job(
-        plan=plan,
-        merge_ids={merge.name: manifest["id"]},
-        outputs={merge.name: store.url},
-        roots={merge.name: store.url},
-        scratch=str(cache),
-        cache=str(cache / "adapters"),
-        attempt="verify",
-    )
     dtype = torch.float64 if recipe.dtype == "float64" else torch.float32
     merged = _merged_tensors(store, manifest)
     with (
         torch.inference_mode(),
-        AdapterFiles(Path(job.cache), dict(plan.adapters), device="cpu", dtype=dtype) as files,
+        AdapterFiles(cache / "adapters", plan.adapters, stores, device="cpu", dtype=dtype) as files,
     ):
         for site in _sample(plan, merge):
-            yield _probe_site(job, merge, site, store, merged, files)
+            yield _probe_site(plan, merge, site, store, merged, files)
 
 
 def _sample(plan: Plan, merge: Merge) -> Sequence[Site]:
@@ -172,13 +163,13 @@ def _merged_tensors(store: Store, manifest: Mapping[str, Any]) -> dict[str, Tens
 
 
 def _probe_site(
-    job: Job, merge: Merge, site: Site, store: Store, merged: Mapping[str, TensorEntry], files: AdapterFiles
+    plan: Plan, merge: Merge, site: Site, store: Store, merged: Mapping[str, TensorEntry], files: AdapterFiles
 ) -> float:
     """|y - expected| over the bound of rounding, at the worst output of one site."""
-    base = open_store(job.plan.base.url)
-    W_OI = _read(base, job.plan.base.tensors[site.tensor]).double()
+    base = open_store(plan.base.url)
+    W_OI = _read(base, plan.base.tensors[site.tensor]).double()
     x_I = torch.randn(site.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    delta = site_deltas(job, site, [merge], files)[0]
+    delta = site_deltas(site, [merge], files)[0]
     factor = delta.factors()
     if factor is None:
         dense_OI = delta.dense(torch.float64)

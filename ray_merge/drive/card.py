@@ -31,7 +31,7 @@ def model_card(
     finished after they moved must get the same card.
     """
     method = get(merge.method)
-    base = base_name(plan)
+    base = base_name(plan, merge)
     front = {
         "base_model": base,
         "library_name": "peft" if merge.export == "adapter" else "transformers",
@@ -69,9 +69,10 @@ def _cell(value: object) -> str:
     return str(value).replace("|", "\\|")  # a filter such as `q_proj|v_proj` would end the cell
 
 
-def base_name(plan: Plan) -> str:
+def base_name(plan: Plan, merge: Merge) -> str:
     """What people call the base: the hub name that every adapter gives it, else the last part of its place."""
-    named = {str(adapter.config.get("base_model_name_or_path") or "") for adapter in plan.adapters.values()}
+    configs = [plan.adapters[name].config for name in merge.adapters]
+    named = {str(config.get("base_model_name_or_path") or "") for config in configs}
     only = named.pop() if len(named) == 1 else ""
     return only if HUB_NAME.fullmatch(only) else plan.recipe.base_model.rstrip("/").rpartition("/")[2]
 

@@ -35,7 +35,7 @@ def exported_config(plan: Plan, merge: Merge, reports: Mapping[str, SiteReport])
         "lora_alpha": common,
         "rank_pattern": uneven,
         "alpha_pattern": uneven,
-        "target_modules": target_modules(plan, set(ranks)),
+        "target_modules": target_modules(plan, merge, set(ranks)),
         "modules_to_save": None,
         "init_lora_weights": True,
         "use_rslora": False,
@@ -47,7 +47,7 @@ def exported_config(plan: Plan, merge: Merge, reports: Mapping[str, SiteReport])
     }
 
 
-def target_modules(plan: Plan, sites: set[str]) -> list[str]:
+def target_modules(plan: Plan, merge: Merge, sites: set[str]) -> list[str]:
     """The last name of each site where it means these sites only (`q_proj`), else the whole runtime name.
 
     PEFT adapts every module whose path ends in `.<target>`, and servers read short names only.
@@ -58,6 +58,6 @@ def target_modules(plan: Plan, sites: set[str]) -> list[str]:
         for name in plan.base.tensors
         if name.endswith(".weight") and name not in adapted
     }
-    heads = [head.name for adapter in plan.adapters.values() for head in adapter.heads]
+    heads = [head.name for name in merge.adapters for head in plan.adapters[name].heads]
     others |= {name.rpartition(".")[0].rpartition(".")[2] for name in heads}  # `classifier.dense` is no site
     return sorted({site if (last := site.rpartition(".")[2]) in others else last for site in sites})

@@ -19,7 +19,7 @@ from ray_merge.spec import Merge
 from ray_merge.storage.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from ray_merge.storage.checkpoint import CONFIG_FILE, read_checkpoint
 from ray_merge.storage.digest import DigestCache
-from ray_merge.storage.store import Store, open_store
+from ray_merge.storage.store import Store, Stores, open_store
 
 Versions = Mapping[str, str]
 """File name -> version of its content."""
@@ -33,13 +33,13 @@ class Inputs:
     adapters: Mapping[str, Versions]
 
 
-def read_inputs_identity(plan: Plan, digests: DigestCache) -> Inputs:
+def read_inputs_identity(plan: Plan, digests: DigestCache, stores: Stores) -> Inputs:
     """Versions of everything that the plan's merges are made of; hashes local files."""
-    base_store = open_store(plan.base.url)
+    base_store = stores.open(plan.base.url)
     names = [info.path for info in (*plan.base.weight_files, *plan.base.side_files)]
     base = _versions(base_store, [*names, CONFIG_FILE], digests)
     adapters = {
-        name: _versions(open_store(adapter.url), [ADAPTER_CONFIG, adapter.file], digests)
+        name: _versions(stores.open(adapter.url), [ADAPTER_CONFIG, adapter.file], digests)
         for name, adapter in plan.adapters.items()
     }
     _check_training_base(plan, base, digests)

@@ -12,7 +12,7 @@ from ray_merge.errors import OutputConflict, RecipeError
 from ray_merge.identity import difference
 from ray_merge.spec import Receipt
 from ray_merge.storage.commit import RECIPE, STATE_FOLDER, read_manifest, read_receipts, recorded_id
-from ray_merge.storage.store import Store, join, open_store
+from ray_merge.storage.store import Store, Stores, join
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,16 +53,18 @@ def output_root(template: str, merge_id: str, date: str | None = None) -> str:
     return root
 
 
-def look(template: str, name: str, merge_id: str, inputs: Mapping[str, Any], date: str | None) -> Target:
+def look(
+    template: str, name: str, merge_id: str, inputs: Mapping[str, Any], date: str | None, stores: Stores
+) -> Target:
     """What is at a merge's place.
 
     Raises:
         OutputConflict: another merge, or files that this package did not write.
     """
-    root = open_store(output_root(template, merge_id, date)).url
+    root = stores.open(output_root(template, merge_id, date)).url
     url = join(root, *name.split("/"))
-    store = open_store(url)
-    _refuse_inside(root, name)
+    store = stores.open(url)
+    _refuse_inside(root, name, stores)
     manifest = read_manifest(store)
     if manifest is not None:
         _check_owner(store, str(manifest.get("id")), merge_id, difference(manifest.get("inputs", {}), inputs))
@@ -81,11 +83,11 @@ def look(template: str, name: str, merge_id: str, inputs: Mapping[str, Any], dat
     return Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=False, receipts=receipts)
 
 
-def _refuse_inside(root: str, name: str) -> None:
+def _refuse_inside(root: str, name: str, stores: Stores) -> None:
     # `scale/lambda=0.2` inside a merge `scale` of another recipe: the outer folder would not be one merge.
     parts = name.split("/")
     for count in range(1, len(parts)):
-        outer = open_store(join(root, *parts[:count]))
+        outer = stores.open(join(root, *parts[:count]))
         owner = recorded_id(outer)
         if owner is not None:
             raise OutputConflict(

@@ -25,7 +25,7 @@ from ray_merge.spec import Adapter, Merge, Receipt, SiteReport
 from ray_merge.storage.checkpoint import CONFIG_FILE, INDEX_FILE
 from ray_merge.storage.commit import MANIFEST, SITES, commit_bytes, pretty_json
 from ray_merge.storage.headers import make_header
-from ray_merge.storage.store import Store, open_store
+from ray_merge.storage.store import Store, Stores
 
 CARD = "README.md"
 MANIFEST_FORMAT = 1
@@ -60,14 +60,16 @@ class _Files:
         self.entries.append({"name": name, "bytes": n_bytes, "sha256": sha256})
 
 
-def publish(plan: Plan, merge: Merge, target: Target, receipts: Mapping[str, Receipt]) -> None:
+def publish(
+    plan: Plan, merge: Merge, target: Target, receipts: Mapping[str, Receipt], stores: Stores
+) -> None:
     """Complete one merge whose shards and adapter are all receipted."""
-    files = _Files(open_store(target.url), target.merge_id)
+    files = _Files(stores.open(target.url), target.merge_id)
     for receipt in sorted(receipts.values(), key=lambda receipt: receipt.name):
         files.note(receipt.name, receipt.n_bytes, receipt.sha256)
     for name in merge.adapters:
         if plan.adapters[name].heads:
-            files.put(f"heads/{name}.safetensors", head_file(plan, plan.adapters[name]))
+            files.put(f"heads/{name}.safetensors", head_file(plan, plan.adapters[name], stores))
     reports = {kind: _reports(receipts, kind == "adapter") for kind in ("checkpoint", "adapter")}
     files.put(SITES, _site_table(reports))
     files.put(CARD, model_card(plan, merge, target.merge_id, target.inputs, reports))
@@ -75,12 +77,12 @@ def publish(plan: Plan, merge: Merge, target: Target, receipts: Mapping[str, Rec
         by_site = {report.site: report for report in reports["adapter"]}
         files.put("adapter/adapter_config.json", pretty_json(exported_config(plan, merge, by_site)))
     if merge.export != "adapter":
-        _put_checkpoint_files(plan, files)
+        _put_checkpoint_files(plan, files, stores)
     commit_bytes(files.store, MANIFEST, _manifest(plan, merge, target, files), target.merge_id)
 
 
-def _put_checkpoint_files(plan: Plan, files: _Files) -> None:
-    base = open_store(plan.base.url)
+def _put_checkpoint_files(plan: Plan, files: _Files, stores: Stores) -> None:
+    base = stores.open(plan.base.url)
     for info in plan.base.side_files:
         if info.path != CARD:
             files.put(info.path, base.read(info.path))
@@ -119,9 +121,9 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
-def head_file(plan: Plan, adapter: Adapter) -> bytes:
+def head_file(plan: Plan, adapter: Adapter, stores: Stores) -> bytes:
     """An adapter's heads under their runtime names, as one safetensors file with what a loader must know."""
-    store = open_store(adapter.url)
+    store = stores.open(adapter.url)
     ordered = sorted(adapter.heads, key=lambda entry: entry.name)
     # A head's inner layers (`classifier.dense`, `pooler.dense`) are as wide as the model, its last one is not.
     labels = min((e.shape[0] for e in ordered if len(e.shape) == 2), default=0)

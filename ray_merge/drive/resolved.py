@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -9,6 +10,7 @@ import yaml
 from ray_merge.plan import Plan
 from ray_merge.spec import Merge
 from ray_merge.storage.commit import id_line
+from ray_merge.storage.store import open_store
 
 
 def resolved_recipe(plan: Plan, merge: Merge, merge_id: str) -> bytes:
@@ -22,9 +24,9 @@ def resolved_recipe(plan: Plan, merge: Merge, merge_id: str) -> bytes:
         "adapters": {
             name: {
                 **recipe.adapters[name].model_dump(exclude_none=True, mode="json"),
-                "path": plan.adapters[name].url,
+                **_url(plan, name),
             }
-            for name in merge.adapters
+            for name in _adapters(plan, merge)
         },
         "merges": [_entry(merge)],
     }
@@ -33,6 +35,24 @@ def resolved_recipe(plan: Plan, merge: Merge, merge_id: str) -> bytes:
     if recipe.out_dtype is not None:
         document["out_dtype"] = recipe.out_dtype
     return (id_line(merge_id) + yaml.safe_dump(document, sort_keys=False, allow_unicode=True)).encode()
+
+
+def _adapters(plan: Plan, merge: Merge) -> list[str]:
+    # A combination takes its part of a mapping that the sweep has for all adapters; the others must stay known.
+    named = set(_keys([value for _, value in merge.sweep])) if merge.combined else set()
+    return [name for name in plan.recipe.adapters if name in merge.adapters or name in named]
+
+
+def _keys(value: Any) -> Iterator[str]:
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _keys(item)
+    if isinstance(value, Mapping):
+        yield from value
+
+
+def _url(plan: Plan, name: str) -> dict[str, str]:
+    path = plan.recipe.adapters[name].path
+    return {} if path is None else {"path": open_store(path).url}
 
 
 def _entry(merge: Merge) -> dict[str, Any]:

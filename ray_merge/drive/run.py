@@ -27,7 +27,7 @@ from ray_merge.pool import Pool, Task
 from ray_merge.spec import Merge, Receipt
 from ray_merge.storage.commit import STATE_FOLDER, probe
 from ray_merge.storage.digest import DigestCache
-from ray_merge.storage.store import open_store
+from ray_merge.storage.store import Stores, open_store
 from ray_merge.work.job import AdapterCheck, AdapterUnit, Job, PreflightUnit, ShardUnit, Unit
 
 PoolFactory = Callable[[Job, int], Pool]
@@ -97,6 +97,17 @@ class _Open:
     receipts: dict[str, Receipt] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """What every step of one run needs."""
+
+    plan: Plan
+    settings: Settings
+    inputs: Inputs
+    stores: Stores
+    progress: Callable[[Event], None]
+
+
 def object_names(plan: Plan, merge: Merge) -> list[str]:
     """The objects of a merge that units make."""
     shards = [shard.name for shard in plan.shards] if merge.export != "adapter" else []
@@ -113,14 +124,16 @@ def run(
         RunFailed: found later; running again finishes what is left.
     """
     started = time.monotonic()
-    inputs = read_inputs_identity(plan, DigestCache(settings.cache / "digests"))
-    targets = _targets(plan, inputs, settings)
+    stores = Stores()
+    inputs = read_inputs_identity(plan, DigestCache(settings.cache / "digests"), stores)
+    context = _Context(plan, settings, inputs, stores, progress)
+    targets = _targets(context)
     unfinished = [
         _Open(merge, target, set(object_names(plan, merge)) - set(target.receipts), dict(target.receipts))
         for merge, target in zip(plan.merges, targets, strict=True)
         if not target.complete
     ]
-    units_run = _finish(plan, settings, inputs, unfinished, make_pool, progress) if unfinished else 0
+    units_run = _finish(context, unfinished, make_pool) if unfinished else 0
     return RunResult(
         merges=tuple(
             MergeResult(name=merge.name, id=target.merge_id, url=target.url, done=not target.complete)
@@ -133,13 +146,13 @@ def run(
     )
 
 
-def _targets(plan: Plan, inputs: Inputs, settings: Settings) -> list[Target]:
-    targets = []
+def _targets(context: _Context) -> list[Target]:
+    plan, targets = context.plan, []
     seen: dict[str, str] = {}
-    date = settings.date or today()  # one day for the whole run
+    date = context.settings.date or today()  # one day for the whole run
     for merge in plan.merges:
-        document = merge_inputs(plan, merge, inputs)
-        target = look(plan.recipe.output, merge.name, merge_id(document), document, date)
+        document = merge_inputs(plan, merge, context.inputs)
+        target = look(plan.recipe.output, merge.name, merge_id(document), document, date, context.stores)
         if f"{target.url}/".startswith(f"{plan.base.url}/"):
             # Its files would count as the base's own: other ids, and the next run would copy them.
             raise OutputConflict(
@@ -152,14 +165,8 @@ def _targets(plan: Plan, inputs: Inputs, settings: Settings) -> list[Target]:
     return targets
 
 
-def _finish(
-    plan: Plan,
-    settings: Settings,
-    inputs: Inputs,
-    unfinished: Sequence[_Open],
-    make_pool: PoolFactory,
-    progress: Callable[[Event], None],
-) -> int:
+def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFactory) -> int:
+    plan, settings, progress = context.plan, context.settings, context.progress
     job = Job(
         plan=plan,
         merge_ids={item.merge.name: item.target.merge_id for item in unfinished},
@@ -180,14 +187,14 @@ def _finish(
     try:
         if not units:
             with _later():
-                _publish_ready(plan, unfinished, progress, (0, 0), (0, 0))
+                _publish_ready(context, unfinished, (0, 0), (0, 0))
             return 0
         with make_pool(job, max(len(units), len(adapters))) as pool:
-            _preflight(pool, adapters, inputs)
+            _preflight(pool, adapters, context.inputs)
             for item in unfinished:
-                _probe(plan, item)
+                _probe(context, item)
             with _later():
-                _publish_ready(plan, unfinished, progress, (0, n_units), (0, total_bytes))
+                _publish_ready(context, unfinished, (0, n_units), (0, total_bytes))
                 written = 0
                 by_id = {unit.id: unit for unit in units}
                 by_name = {item.merge.name: item for item in unfinished}
@@ -195,7 +202,7 @@ def _finish(
                     written += _note_receipts(by_name, by_id[done.id], done.value)
                     numbers = ((count, n_units), (written, total_bytes))
                     progress(Event(kind="unit", text=done.id, units=numbers[0], n_bytes=numbers[1]))
-                    _publish_ready(plan, unfinished, progress, *numbers)
+                    _publish_ready(context, unfinished, *numbers)
     finally:
         _sweep(job)
     return n_units
@@ -251,9 +258,9 @@ def _preflight(pool: Pool, adapters: Sequence[str], inputs: Inputs) -> None:
             raise AdapterError(f"adapter {check.adapter} changed while the run was starting; run again")
 
 
-def _probe(plan: Plan, item: _Open) -> None:
-    recipe = resolved_recipe(plan, item.merge, item.target.merge_id)
-    probe(open_store(item.target.url), recipe, item.target.merge_id)
+def _probe(context: _Context, item: _Open) -> None:
+    recipe = resolved_recipe(context.plan, item.merge, item.target.merge_id)
+    probe(context.stores.open(item.target.url), recipe, item.target.merge_id)
 
 
 def _note_receipts(
@@ -268,17 +275,16 @@ def _note_receipts(
 
 
 def _publish_ready(
-    plan: Plan,
+    context: _Context,
     unfinished: Sequence[_Open],
-    progress: Callable[[Event], None],
     units: tuple[int, int],
     n_bytes: tuple[int, int],
 ) -> None:
     for item in unfinished:
         if not item.missing and item.receipts:
-            publish(plan, item.merge, item.target, item.receipts)
+            publish(context.plan, item.merge, item.target, item.receipts, context.stores)
             item.receipts.clear()
-            progress(Event(kind="merge", text=item.merge.name, units=units, n_bytes=n_bytes))
+            context.progress(Event(kind="merge", text=item.merge.name, units=units, n_bytes=n_bytes))
 
 
 def _sweep(job: Job) -> None:

@@ -21,7 +21,7 @@ from ray_merge.pool import worker_label
 from ray_merge.spec import FLOAT_DTYPES, Factor, Merge, Receipt, Site, SiteReport
 from ray_merge.storage.adapter import PREFIX
 from ray_merge.storage.commit import commit, put_receipt
-from ray_merge.storage.store import open_store
+from ray_merge.storage.store import Stores
 from ray_merge.storage.writer import ScratchFile
 from ray_merge.work.factors import AdapterFiles
 from ray_merge.work.job import AdapterUnit, Job
@@ -32,7 +32,7 @@ from ray_merge.work.tensors import TORCH_DTYPES, to_bytes
 COPY_BYTES = 2**20
 
 
-def run_adapter(job: Job, unit: AdapterUnit, files: AdapterFiles) -> list[Receipt]:
+def run_adapter(job: Job, unit: AdapterUnit, files: AdapterFiles, stores: Stores) -> list[Receipt]:
     """Make, publish and receipt the exported adapter of one merge.
 
     The header of a safetensors file needs every rank, and ranks are known when the last site is merged: tensors
@@ -48,7 +48,7 @@ def run_adapter(job: Job, unit: AdapterUnit, files: AdapterFiles) -> list[Receip
     folder = scratch_folder(job, merge.name)
     with TemporaryFile(dir=folder) as spool:
         for site in sites:
-            delta = site_deltas(job, site, [merge], files)[0]
+            delta = site_deltas(site, [merge], files)[0]
             factor = delta.factors()
             if factor is None:
                 raise RunFailed(
@@ -60,7 +60,7 @@ def run_adapter(job: Job, unit: AdapterUnit, files: AdapterFiles) -> list[Receip
                 layout.append((f"{PREFIX}{site.name}.lora_{side}.weight", dtype, tuple(tensor.shape)))
                 spool.write(to_bytes(tensor))
             reports.append(_report(merge, site, delta, factor, stored))
-        return [_publish(job, unit, merge, layout, spool, tuple(reports), started)]
+        return [_publish(job, unit, merge, layout, spool, tuple(reports), started, stores)]
 
 
 def _at_least_rank_one(factor: Factor) -> Factor:
@@ -98,6 +98,7 @@ def _publish(
     spool: IO[bytes],
     reports: tuple[SiteReport, ...],
     started: float,
+    stores: Stores,
 ) -> Receipt:
     merge_id = job.merge_ids[merge.name]
     path = scratch_folder(job, merge.name) / f"{merge_id[:12]}-adapter-{uuid.uuid4().hex[:8]}"
@@ -107,7 +108,7 @@ def _publish(
         while data := spool.read(COPY_BYTES):
             file.write(data)
         sha256 = file.close()
-        store = open_store(job.outputs[merge.name])
+        store = stores.open(job.outputs[merge.name])
         adopted = commit(store, ADAPTER_OBJECT, path, sha256=sha256, merge_id=merge_id)
     finally:
         file.discard()

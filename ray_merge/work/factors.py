@@ -6,7 +6,7 @@ site needs them (the page cache keeps them), so a worker's memory does not grow 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from ray_merge.algebra.site import SiteFactors
 from ray_merge.errors import NotFinite
 from ray_merge.spec import Adapter, Factor
 from ray_merge.storage.cache import CachedFile, NodeCache
-from ray_merge.storage.store import ObjectInfo
+from ray_merge.storage.store import ObjectInfo, Stores
 from ray_merge.work.job import AdapterCheck
 from ray_merge.work.tensors import TORCH_DTYPES, TensorFile
 
@@ -25,15 +25,23 @@ class AdapterFiles:
 
     Args:
         cache_folder: the node's cache.
+        stores: of this worker.
         adapters: by name.
         device: where factors are put.
         dtype: arithmetic dtype; float64 makes every later step float64.
     """
 
     def __init__(
-        self, cache_folder: Path, adapters: dict[str, Adapter], *, device: str, dtype: torch.dtype
+        self,
+        cache_folder: Path,
+        adapters: Mapping[str, Adapter],
+        stores: Stores,
+        *,
+        device: str,
+        dtype: torch.dtype,
     ) -> None:
         self._cache = NodeCache(cache_folder)
+        self._stores = stores
         self._adapters = adapters
         self._device = device
         self._dtype = dtype
@@ -51,7 +59,7 @@ class AdapterFiles:
         """The adapter's weights file on this node."""
         adapter = self._adapters[name]
         planned = ObjectInfo(adapter.file, adapter.file_bytes, adapter.file_version)
-        return self._cache.fetch(adapter.url, adapter.file, planned)
+        return self._cache.fetch(self._stores.open(adapter.url), adapter.file, planned)
 
     def _file(self, name: str) -> TensorFile:
         if name not in self._open:

@@ -26,7 +26,7 @@ from ray_merge.pool import worker_label
 from ray_merge.spec import DTYPE_BYTES, Merge, Receipt, Site, SiteReport
 from ray_merge.storage.checkpoint import Checkpoint
 from ray_merge.storage.commit import commit, put_receipt
-from ray_merge.storage.store import Store, open_store
+from ray_merge.storage.store import Store, Stores
 from ray_merge.storage.stream import Reader, byte_chunks, row_chunks, rows_to_bytes
 from ray_merge.storage.writer import ScratchFile
 from ray_merge.work.factors import AdapterFiles
@@ -58,14 +58,14 @@ class _Clock:
         self._last = now
 
 
-def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles) -> list[Receipt]:
+def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles, stores: Stores) -> list[Receipt]:
     """Make, publish and receipt one shard for every merge of the unit."""
     plan, shard = job.plan, job.plan.shards[unit.shard]
     merges = [merge for merge in plan.merges if merge.name in unit.merges]
     clock = _Clock()
     with ExitStack() as stack:
         outputs = [stack.enter_context(_output(job, shard, merge)) for merge in merges]
-        base = open_store(plan.base.url)
+        base = stores.open(plan.base.url)
         _check_base(base, plan.base, {tensor.source.file for tensor in shard.tensors})
         reader = stack.enter_context(Reader(base))
         for tensor in shard.tensors:
@@ -74,7 +74,7 @@ def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles) -> list[Receipt]:
                 _merge_tensor(job, tensor, outputs, touching, reader, files, clock)
             else:
                 _pass_through(tensor, outputs, reader, clock)
-        return [_publish(job, unit, shard, output, clock) for output in outputs]
+        return [_publish(job, unit, shard, output, clock, stores) for output in outputs]
 
 
 def _check_base(store: Store, base: Checkpoint, names: set[str]) -> None:
@@ -121,7 +121,7 @@ def _merge_tensor(
 ) -> None:
     """Stream one touched weight through every merge: the base's rows are read and decoded once."""
     source, site = tensor.source, job.plan.sites[tensor.source.name]
-    deltas = site_deltas(job, site, [output.merge for output in touching], files)
+    deltas = site_deltas(site, [output.merge for output in touching], files)
     sums = [Rounding() for _ in touching]
     clock.lap("merge")
     rows = row_chunks(source, chunk_rows(site.shape[1]))
@@ -145,7 +145,7 @@ def _merge_tensor(
         output.reports.append(_report(site, output.merge, delta, total, tensor.dtype))
 
 
-def site_deltas(job: Job, site: Site, merges: Sequence[Merge], files: AdapterFiles) -> list[Delta]:
+def site_deltas(site: Site, merges: Sequence[Merge], files: AdapterFiles) -> list[Delta]:
     """The update of one site in each merge; merges of the same adapters share factors and bases."""
     shared: dict[tuple[str, ...], SiteFactors] = {}
     deltas = []
@@ -182,9 +182,11 @@ def _report(site: Site, merge: Merge, delta: Delta, total: Rounding, dtype: str)
     )
 
 
-def _publish(job: Job, unit: ShardUnit, shard: Shard, output: _Output, clock: _Clock) -> Receipt:
+def _publish(
+    job: Job, unit: ShardUnit, shard: Shard, output: _Output, clock: _Clock, stores: Stores
+) -> Receipt:
     merge_id = job.merge_ids[output.merge.name]
-    store = open_store(job.outputs[output.merge.name])
+    store = stores.open(job.outputs[output.merge.name])
     sha256 = output.file.close()
     adopted = commit(store, shard.name, output.file.path, sha256=sha256, merge_id=merge_id)
     clock.lap("upload")

@@ -10,6 +10,7 @@ import torch
 
 from ray_merge.errors import Refusal
 from ray_merge.spec import Receipt
+from ray_merge.storage.store import Stores
 from ray_merge.work.adapter_export import run_adapter
 from ray_merge.work.factors import AdapterFiles
 from ray_merge.work.job import AdapterCheck, Job, PreflightUnit, ShardUnit, Unit
@@ -23,7 +24,7 @@ class MergeWorker:
     """Runs units of one job in this process.
 
     Args:
-        job: what to do; nothing else is kept between calls.
+        job: what to do; nothing else is kept between calls but connections.
 
     Raises:
         Refusal: the device that was asked for is not there.
@@ -38,21 +39,21 @@ class MergeWorker:
         if job.device.startswith("cuda") and not torch.cuda.is_available():
             raise Refusal(f"device {job.device} was asked for, but this worker has no GPU; use --device cpu")
         self._job = job
+        self._stores = Stores()
 
     def run(self, unit: Unit) -> AdapterCheck | list[Receipt]:
         """Do one unit: check an adapter, make one shard of some merges, or make one exported adapter."""
         job = self._job
         dtype = torch.float64 if job.plan.recipe.dtype == "float64" else torch.float32
-        adapters = dict(job.plan.adapters)
-        with (
-            torch.inference_mode(),
-            AdapterFiles(Path(job.cache), adapters, device=job.device, dtype=dtype) as files,
-        ):
+        opened = AdapterFiles(
+            Path(job.cache), job.plan.adapters, self._stores, device=job.device, dtype=dtype
+        )
+        with torch.inference_mode(), opened as files:
             if isinstance(unit, PreflightUnit):
                 return files.check(unit.adapter)
             if isinstance(unit, ShardUnit):
-                return run_shard(job, unit, files)
-            return run_adapter(job, unit, files)
+                return run_shard(job, unit, files, self._stores)
+            return run_adapter(job, unit, files, self._stores)
 
 
 def _keep_blocks() -> None:

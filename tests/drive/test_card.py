@@ -34,6 +34,14 @@ def test_the_hub_name_that_every_adapter_gives_the_base_is_used(tmp_path):
     assert yaml.safe_load(card(recipe).split("---\n")[1])["base_model"] == "org/model-7b"
 
 
+def test_the_adapters_of_other_merges_do_not_change_the_card(tmp_path):
+    recipe = write_recipe_files(tmp_path)
+    write_adapter(tmp_path / "a", factors(Q0), base_model_name_or_path="org/model-7b")
+    alone = {"name": "alone", "merge_method": "cat", "adapters": ["a"]}
+    both = {"name": "both", "merge_method": "cat"}
+    assert card(recipe | {"merges": [alone, both]}) == card(recipe | {"merges": [alone]})
+
+
 def test_no_place_of_an_input_is_named(tmp_path):
     assert str(tmp_path) not in card(write_recipe_files(tmp_path))
 

@@ -20,6 +20,11 @@ def reports(**ranks):
     }
 
 
+def _first(recipe):
+    plan = plan_of(recipe)
+    return plan, plan.merges[0]
+
+
 def config_of(tmp_path, ranks, **adapter):
     recipe = write_recipe_files(tmp_path)
     write_adapter(tmp_path / "a", factors(Q0), **adapter)
@@ -72,14 +77,16 @@ def test_the_base_is_the_one_that_all_inputs_name_else_that_of_the_recipe(tmp_pa
 
 def test_short_names_are_used_where_they_mean_these_sites_only(tmp_path):
     plan = plan_of(write_recipe_files(tmp_path))
-    assert target_modules(plan, {Q0}) == [Q0]  # layer 1 has a q_proj too, which is not adapted
+    assert target_modules(plan, plan.merges[0], {Q0}) == [
+        Q0
+    ]  # layer 1 has a q_proj too, which is not adapted
     every = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     write_adapter(tmp_path / "a", factors(every[0]) | factors(every[1]))
     plan = plan_of(write_recipe_files(tmp_path) | {"adapters": {"a": str(tmp_path / "a")}})
     write_adapter(tmp_path / "a", factors(every[0]) | factors(every[1]))
     recipe = {"base_model": str(tmp_path / "base"), "output": "/o", "adapters": {"a": str(tmp_path / "a")},
               "merges": [{"name": "m", "merge_method": "cat"}]}  # fmt: skip
-    assert target_modules(plan_of(recipe), set(every)) == ["q_proj"]
+    assert target_modules(*_first(recipe), set(every)) == ["q_proj"]
 
 
 def test_the_name_of_a_layer_of_a_head_is_not_used_short(tmp_path):
@@ -90,10 +97,10 @@ def test_the_name_of_a_layer_of_a_head_is_not_used_short(tmp_path):
     write_adapter(tmp_path / "a", factors(site) | head, modules_to_save=["classifier"])
     recipe = {"base_model": str(tmp_path / "base"), "output": "/o", "adapters": {"a": str(tmp_path / "a")},
               "merges": [{"name": "m", "merge_method": "cat"}]}  # fmt: skip
-    assert target_modules(plan_of(recipe), {site}) == [site]
+    assert target_modules(*_first(recipe), {site}) == [site]
 
 
 def test_targets_come_in_one_order(tmp_path):
     assert llama_tensors().keys() >= {f"{Q0}.weight", f"{V1}.weight"}
     plan = plan_of(write_recipe_files(tmp_path))
-    assert target_modules(plan, {V1, Q0}) == sorted([V1, Q0])
+    assert target_modules(plan, plan.merges[0], {V1, Q0}) == sorted([V1, Q0])

@@ -8,6 +8,7 @@ from ray_merge.drive.identify import merge_id, merge_inputs, read_inputs_identit
 from ray_merge.errors import AdapterError
 from ray_merge.identity import difference
 from ray_merge.storage.digest import DigestCache
+from ray_merge.storage.store import Stores
 from tiny import Q0, V1, factors, llama_tensors, plan_of, write_adapter, write_base, write_recipe_files
 
 
@@ -18,7 +19,7 @@ def recipe(tmp_path):
 
 def document(recipe, tmp_path, number=0):
     plan = plan_of(recipe)
-    inputs = read_inputs_identity(plan, DigestCache(tmp_path / "digests", settle_seconds=0))
+    inputs = read_inputs_identity(plan, DigestCache(tmp_path / "digests", settle_seconds=0), Stores())
     return merge_inputs(plan, plan.merges[number], inputs)
 
 

@@ -6,14 +6,14 @@ from ray_merge.drive.outputs import look, output_root, today
 from ray_merge.errors import OutputConflict, RecipeError
 from ray_merge.spec import Receipt
 from ray_merge.storage.commit import MANIFEST, commit_bytes, id_line, pretty_json, probe, put_receipt
-from ray_merge.storage.store import open_store
+from ray_merge.storage.store import Stores, open_store
 
 ID, OTHER = "a" * 64, "b" * 64
 INPUTS = {"seed": 0}
 
 
 def at(tmp_path, name="m", merge_id=ID, inputs=INPUTS):
-    return look(str(tmp_path / "out"), name, merge_id, inputs, None)
+    return look(str(tmp_path / "out"), name, merge_id, inputs, None, Stores())
 
 
 def store(tmp_path, name="m"):

@@ -7,6 +7,7 @@ from ray_merge.plan import make_plan, read_inputs
 from ray_merge.recipe import expand, load_recipe
 from ray_merge.storage.commit import id_line
 from ray_merge.storage.digest import DigestCache
+from ray_merge.storage.store import Stores
 from tiny import plan_of, write_recipe_files
 
 ENTRIES = {
@@ -16,6 +17,10 @@ ENTRIES = {
     "both": {
         "merge_method": "dare_ties", "seed": 7, "combinations": {"choose": 1}, "sweep": {"compat": ["paper", "peft"]},
         "parameters": {"density": [{"filter": "q_proj|v_proj", "value": {"a": 0.5, "b": 0.25}}]},
+    },
+    "part": {
+        "merge_method": "cat", "combinations": {"choose": 1},
+        "sweep": {"weight": [{"a": 1, "b": 2}, [{"filter": "q", "value": {"a": 3, "b": 4}}]]},
     },
     "export": {"merge_method": "svd", "parameters": {"rank": 2}, "export": "both", "adapters": ["b", "a"]},
 }  # fmt: skip
@@ -29,14 +34,14 @@ def test_the_resolved_recipe_makes_the_same_merge_with_the_same_id(tmp_path, kin
     }
     plan = plan_of(recipe)
     digests = DigestCache(tmp_path / "digests")
-    inputs = read_inputs_identity(plan, digests)
+    inputs = read_inputs_identity(plan, digests, Stores())
     for merge in plan.merges:
         ident = merge_id(merge_inputs(plan, merge, inputs))
         again, source = load_recipe("recipe.yaml", resolved_recipe(plan, merge, ident).decode())
         (same,) = expand(again, source)
         assert (same.name, same.parameters, same.adapters) == (merge.name, merge.parameters, merge.adapters)
         second = make_plan(again, [same], *read_inputs(again, [same]))
-        assert merge_id(merge_inputs(second, same, read_inputs_identity(second, digests))) == ident
+        assert merge_id(merge_inputs(second, same, read_inputs_identity(second, digests, Stores()))) == ident
 
 
 def test_the_first_line_names_the_id_and_a_second_writing_gives_the_same_bytes(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from ray_merge.errors import Refusal, StoreError, StoreUnfit
 from ray_merge.storage.remote import RemoteStore
 from ray_merge.storage.retry import Backoff
-from ray_merge.storage.store import ObjectInfo, Store, join, open_store, redact
+from ray_merge.storage.store import ObjectInfo, Store, Stores, join, open_store, redact
 
 
 @pytest.fixture
@@ -160,3 +160,13 @@ def test_exclusive_create_of_the_library_decides_where_it_is_atomic(memory):
             store.put_if_absent("b", b"x", {})
     finally:
         del memory.pipe_file
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a/b c/", "s3://bucket", "gs:x", "plain/path", "/tmp/x"])
+def test_stores_open_what_open_store_opens(url):
+    assert Stores().open(url).url == open_store(url).url
+
+
+def test_stores_refuse_credentials_like_open_store():
+    with pytest.raises(Refusal, match="credentials"):
+        Stores().open("s3://key:secret@bucket/path")
