@@ -123,7 +123,7 @@ class ShardConflict(RunFailed):
         url, there, ours = self.args
         return (
             f"{url} is there already with {there}, this run made {ours}; "
-            "look at it with `ray-merge gc`, remove that folder or choose another output"
+            "remove that merge's folder and run again, or choose another output"
         )
 
 

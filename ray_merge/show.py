@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
@@ -90,7 +91,8 @@ class Progress:
                 f"{event.units[0]}/{event.units[1]} units, {human_bytes(done)} of {human_bytes(total)}, "
                 f"{human_bytes(rate)}/s{left}"
             )
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):  # a log that nobody reads any more (`2>&1 | head`) must not end a merge
+            print(line, file=sys.stderr, flush=True)
 
 
 def _sentence(event: Event) -> str:

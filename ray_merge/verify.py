@@ -8,7 +8,7 @@ and the adapters of the recipe to be where they were.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ray_merge.algebra.grid import chunk_spans
 from ray_merge.drive.identify import merge_id, merge_inputs, read_inputs_identity
 from ray_merge.errors import Refusal, RunFailed
 from ray_merge.identity import difference
@@ -167,13 +168,13 @@ def _probe_site(
 ) -> float:
     """|y - expected| over the bound of rounding, at the worst output of one site."""
     base = open_store(plan.base.url)
-    W_OI = _read(base, plan.base.tensors[site.tensor]).double()
     x_I = torch.randn(site.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     delta = site_deltas(site, [merge], files)[0]
     factor = delta.factors()
     if factor is None:
-        dense_OI = delta.dense(torch.float64)
-        update_O, reach_O = dense_OI @ x_I, dense_OI.abs() @ x_I.abs()
+        chunks = (delta.rows(*span).double() for span in chunk_spans(site.shape))
+        pairs = [(chunk_NI @ x_I, chunk_NI.abs() @ x_I.abs()) for chunk_NI in chunks]
+        update_O, reach_O = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     else:
         B_OR, A_RI = factor.B.double(), factor.A.double()
         update_O, reach_O = B_OR @ (A_RI @ x_I), B_OR.abs() @ (A_RI.abs() @ x_I.abs())
@@ -181,9 +182,17 @@ def _probe_site(
     ratios = []
     if site.tensor in merged:
         entry = merged[site.tensor]
-        stored_OI = _read(store, entry).double()
-        off_O = stored_OI @ x_I - W_OI @ x_I - update_O
-        lost_O = DEVIATIONS * torch.linalg.vector_norm(_rounding(stored_OI, entry) * x_I, dim=1)
+        moved, lost = [], []
+        for span in chunk_spans(
+            site.shape
+        ):  # rows at a time: a weight may be larger than this machine's memory
+            W_NI, stored_NI = (
+                _read(source, _rows(of, *span)).double()
+                for source, of in ((base, plan.base.tensors[site.tensor]), (store, entry))
+            )
+            moved.append((stored_NI - W_NI) @ x_I)
+            lost.append(torch.linalg.vector_norm(_rounding(stored_NI, entry) * x_I, dim=1))
+        off_O, lost_O = torch.cat(moved) - update_O, DEVIATIONS * torch.cat(lost)
         ratios.append(_ratio(off_O, lost_O + slack_O))
         # A small update drowns in the rounding of each output; along the update all outputs count together.
         along_O = update_O / update_O.norm().clamp_min(TINY)
@@ -207,10 +216,20 @@ def _step(entry: TensorEntry) -> float:
     return torch.finfo(TORCH_DTYPES[entry.dtype]).eps
 
 
-def _rounding(stored_OI: Tensor, entry: TensorEntry) -> Tensor:
+def _rows(entry: TensorEntry, start: int, stop: int) -> TensorEntry:
+    row_bytes = entry.n_bytes // entry.shape[0]
+    return replace(
+        entry,
+        shape=(stop - start, *entry.shape[1:]),
+        start=entry.start + start * row_bytes,
+        end=entry.start + stop * row_bytes,
+    )
+
+
+def _rounding(stored_NI: Tensor, entry: TensorEntry) -> Tensor:
     """The most that rounding to nearest can have moved each entry."""
     kind = torch.finfo(TORCH_DTYPES[entry.dtype])
-    return (stored_OI.abs() + kind.smallest_normal) * (kind.eps / 2)
+    return (stored_NI.abs() + kind.smallest_normal) * (kind.eps / 2)
 
 
 def _ratio(off_O: Tensor, bound_O: Tensor) -> float:

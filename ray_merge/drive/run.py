@@ -8,6 +8,7 @@ running the same recipe again, and a finished one is a no-op that does not even 
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 import uuid
@@ -153,7 +154,7 @@ def _targets(context: _Context) -> list[Target]:
     for merge in plan.merges:
         document = merge_inputs(plan, merge, context.inputs)
         target = look(plan.recipe.output, merge.name, merge_id(document), document, date, context.stores)
-        if f"{target.url}/".startswith(f"{plan.base.url}/"):
+        if f"{_real(target.url)}/".startswith(f"{_real(plan.base.url)}/"):
             # Its files would count as the base's own: other ids, and the next run would copy them.
             raise OutputConflict(
                 f"{target.url} lies inside the base model {plan.base.url}; choose another output"
@@ -163,6 +164,10 @@ def _targets(context: _Context) -> list[Target]:
         seen[target.url] = merge.name
         targets.append(target)
     return targets
+
+
+def _real(url: str) -> str:
+    return url if "://" in url else os.path.realpath(url)  # links hide where a folder lies
 
 
 def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFactory) -> int:

@@ -88,7 +88,10 @@ def resolve(
     owner: dict[str, str] = {}
     for module, name in result.items():
         if name in owner:
-            raise AdapterError(f"modules {owner[name]} and {module} both resolve to {name} in {base}")
+            raise AdapterError(
+                f"modules {owner[name]} and {module} both resolve to {name} in {base}; adapters of different model "
+                "classes are not merged together: save them from one class"
+            )
         owner[name] = module
     return naming, result
 

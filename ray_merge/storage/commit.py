@@ -94,7 +94,9 @@ def probe(store: Store, recipe: bytes, merge_id: str) -> None:
         return
     owner = recorded_id(store)
     if owner != merge_id:
-        raise OutputConflict(f"{store.url} belongs to merge id {owner}, this is {merge_id}")
+        raise OutputConflict(
+            f"{store.url} belongs to merge id {owner}, this is {merge_id}; choose another output, or put {{id}} into it"
+        )
 
 
 def id_line(merge_id: str) -> str:

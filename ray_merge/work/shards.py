@@ -99,15 +99,21 @@ def _pass_through(tensor: OutTensor, outputs: Sequence[_Output], reader: Reader,
     requests = [(source.file, start, end) for start, end in byte_chunks(source)]
     for data in reader.stream(requests):
         clock.lap("read")
-        stored = data if tensor.dtype == source.dtype else _cast(data, source.dtype, tensor.dtype)
+        stored = data if tensor.dtype == source.dtype else _cast(data, tensor)
         for output in outputs:
             output.file.write(stored)
         clock.lap("write")
 
 
-def _cast(data: bytes, dtype: str, out_dtype: str) -> memoryview:
-    count = len(data) // DTYPE_BYTES[dtype]
-    return to_bytes(from_bytes(data, dtype, (count,)).to(TORCH_DTYPES[out_dtype]))
+def _cast(data: bytes, tensor: OutTensor) -> memoryview:
+    source = tensor.source
+    given = from_bytes(data, source.dtype, (len(data) // DTYPE_BYTES[source.dtype],))
+    stored = given.to(TORCH_DTYPES[tensor.dtype])
+    if bool((stored.isinf() & ~given.isinf()).any()):
+        raise RunFailed(
+            f"{source.name} of the base holds values that do not fit {tensor.dtype}; use out_dtype: bfloat16 or float32"
+        )
+    return to_bytes(stored)
 
 
 def _merge_tensor(
@@ -137,7 +143,7 @@ def _merge_tensor(
             output.file.write(to_bytes(stored_NI))
             clock.lap("write")
         if untouched:
-            same = data if tensor.dtype == source.dtype else _cast(data, source.dtype, tensor.dtype)
+            same = data if tensor.dtype == source.dtype else _cast(data, tensor)
             for output in untouched:
                 output.file.write(same)
             clock.lap("write")

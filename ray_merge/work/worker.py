@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,13 +34,9 @@ class MergeWorker:
     """
 
     def __init__(self, job: Job) -> None:
-        # One thread per worker: results must not depend on how many cores a node has, and W workers with
-        # C threads each on C cores were measured 9 times slower than one thread each on small matrices.
-        torch.set_num_threads(1)
         _keep_blocks()
         torch.backends.cuda.matmul.allow_tf32 = False
-        if job.device.startswith("cuda") and not torch.cuda.is_available():
-            raise Refusal(f"device {job.device} was asked for, but this worker has no GPU; use --device cpu")
+        _check_device(job.device)
         self._job = job
         self._stores = Stores()
 
@@ -48,12 +47,36 @@ class MergeWorker:
         opened = AdapterFiles(
             Path(job.cache), job.plan.adapters, self._stores, device=job.device, dtype=dtype
         )
-        with torch.inference_mode(), opened as files:
+        with torch.inference_mode(), _one_thread(), opened as files:
             if isinstance(unit, PreflightUnit):
                 return files.check(unit.adapter)
             if isinstance(unit, ShardUnit):
                 return run_shard(job, unit, files, self._stores)
             return run_adapter(job, unit, files, self._stores)
+
+
+def _check_device(device: str) -> None:
+    found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", device)
+    if found is None:
+        raise Refusal(f"device {device!r} is unknown; use cpu, cuda or cuda:N")
+    if device != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
+        there = f"{torch.cuda.device_count()} GPU(s)" if torch.cuda.is_available() else "no GPU"
+        raise Refusal(f"device {device} was asked for, but this worker has {there}; use --device cpu")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread, and what was set before afterwards: a worker may live in a user's own process.
+
+    Results must not depend on how many cores a node has, and W workers with C threads each on C cores were
+    measured 9 times slower than one thread each on small matrices.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _keep_blocks() -> None:

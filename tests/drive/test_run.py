@@ -218,6 +218,25 @@ def test_merges_that_say_the_same_in_two_ways_are_all_completed(inputs, tmp_path
     assert len(ray_merge.verify(str(tmp_path / "out"))) == 2
 
 
+def test_an_output_inside_the_base_by_way_of_a_link_is_refused(tmp_path):
+    tiny_llama(tmp_path / "base", layers=1)
+    adapters = llama_adapters(tmp_path / "base", tmp_path / "adapters", 1)
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    before = sorted((tmp_path / "base").rglob("*"))
+    with pytest.raises(ray_merge.Refusal, match="lies inside the base model"):
+        ray_merge.run(
+            {
+                "base_model": str(tmp_path / "link"),
+                "output": str(tmp_path / "base" / "out"),
+                "adapters": adapters,
+                "merges": [{"name": "m", "merge_method": "cat"}],
+            },
+            engine="local",
+            cache_dir=tmp_path / "cache",
+        )
+    assert sorted((tmp_path / "base").rglob("*")) == before
+
+
 def test_output_with_id_and_date(inputs, tmp_path):
     result = ray_merge.run(
         recipe(inputs, tmp_path / "{date}" / "{id}"),
@@ -249,3 +268,18 @@ def test_kill_9_of_the_driver_then_run_again_gives_the_same_bytes(inputs, undist
     assert result.units_run < 5
     shutil.rmtree(tmp_path / "out" / ".ray_merge", ignore_errors=True)
     assert digests(tmp_path / "out") == digests(undisturbed)
+
+
+def test_a_run_in_this_process_leaves_torch_as_it_was(inputs, tmp_path):
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ray_merge.run(
+            recipe(inputs, tmp_path / "out"), engine="local", cache_dir=tmp_path / "cache", only=["knots"]
+        )
+        assert torch.get_num_threads() == 2
+        assert not torch.is_inference_mode_enabled()
+    finally:
+        torch.set_num_threads(before)

@@ -123,12 +123,13 @@ def test_unfinished_files_are_neither_listed_nor_found(store):
     assert store.info(".tmp-1-ab") is None
 
 
-def test_a_file_in_the_place_of_a_folder_is_an_error(store):
+def test_a_file_in_the_place_of_a_folder_is_refused(store):
     store.put_if_absent("a", b"x", {})
     assert store.info("a/b") is None
     assert list(store.list("a")) == []
-    with pytest.raises(StoreError, match=r"Not a directory|File exists"):
-        store.put_if_absent("a/b", b"y", {})
+    for path in ("a/b", "a/b/c"):
+        with pytest.raises(StoreDenied, match="Not a directory"):
+            store.put_if_absent(path, b"y", {})
 
 
 def test_a_folder_of_thousands_of_files_lists_in_one_pass(store):
