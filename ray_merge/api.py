@@ -19,7 +19,8 @@ from ray_merge.plan import DEFAULT_MEMORY_BYTES, Plan, make_plan, read_inputs
 from ray_merge.pool import LocalPool, Pool
 from ray_merge.recipe import Recipe, Source, expand, load_recipe, parse_size, select
 from ray_merge.storage.store import open_store
-from ray_merge.work.job import Job, WorkerFactory
+from ray_merge.work.factory import WorkerFactory
+from ray_merge.work.job import Job
 
 Engine = Literal["ray", "local"]
 

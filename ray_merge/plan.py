@@ -11,22 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_merge.errors import AdapterError, AdapterShapeError, RecipeError
+from ray_merge.errors import RecipeError
+from ray_merge.fit import check_bases, find_sites
 from ray_merge.methods.memory import SiteBytes, working_bytes
 from ray_merge.methods.registry import get, gives_factors
 from ray_merge.models.blocks import cut_shards
-from ray_merge.models.names import Naming, resolve
+from ray_merge.models.names import Naming
 from ray_merge.recipe import Recipe
 from ray_merge.spec import DTYPE_BYTES, FLOAT_DTYPES, Adapter, Merge, Site, TensorEntry
 from ray_merge.storage.adapter import read_adapter
 from ray_merge.storage.checkpoint import Checkpoint, read_checkpoint
 from ray_merge.storage.headers import make_header
 from ray_merge.storage.store import Stores
-
-TRANSPOSED_MODELS = frozenset(
-    {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_bigcode_legacy"}
-)
-"""Model types whose linear weights are HF Conv1D, stored (I, O): a square one cannot be told by its shape."""
 
 DEFAULT_MEMORY_BYTES = 640 * 10**6
 """Ceiling per worker; two workers and the driver then stay under 1.5 GB."""
@@ -37,8 +33,8 @@ RUNTIME_BYTES = 300 * 10**6
 STREAM_BYTES = 40 * 10**6
 """Chunks read ahead, and the float32 copies of the one being merged (storage/stream.py: 2 MiB as stored)."""
 
-MAX_GROUP = 64
-"""Merges that share one pass over the base; more only keeps more scratch files open."""
+MAX_GROUP = 16
+"""Merges that share one pass over the base. Each has one unfinished shard on the worker's disk meanwhile."""
 
 
 ADAPTER_OBJECT = "adapter/adapter_model.safetensors"
@@ -156,8 +152,8 @@ def make_plan(
     Raises:
         Refusal: an adapter that does not fit the base, a merge that cannot be exported as asked.
     """
-    naming, sites = _sites(base, adapters)
-    warnings = _check_bases(recipe, base, adapters)
+    naming, sites = find_sites(base, adapters)
+    warnings = check_bases(recipe, base, adapters)
     shards = _shards(recipe, base)
     for merge in merges:
         _check_export(merge, adapters)
@@ -181,96 +177,6 @@ def make_plan(
         peak_bytes=peak,
         warnings=tuple(warnings),
     )
-
-
-def _sites(base: Checkpoint, adapters: Mapping[str, Adapter]) -> tuple[Naming, dict[str, Site]]:
-    naming, disk = resolve(
-        {name: adapter.factors for name, adapter in adapters.items()}, base.tensors, base.url
-    )
-    sites: dict[str, Site] = {}
-    for adapter in adapters.values():
-        for module, factor in adapter.factors.items():
-            entry = base.tensors[disk[module]]
-            _check_weight(module, entry, base)
-            rows, columns = entry.shape
-            source = f"{adapter.url}/{adapter.file}"
-            if factor.A.shape[1] != columns:
-                raise AdapterShapeError(
-                    module, "lora_A", factor.A.shape, source, f"takes {columns} inputs", base.url
-                )
-            if factor.B.shape[0] != rows:
-                raise AdapterShapeError(
-                    module, "lora_B", factor.B.shape, source, f"gives {rows} outputs", base.url
-                )
-            sites[entry.name] = Site(module, entry.name, (rows, columns))
-        _check_heads(adapter, naming, base)
-    return naming, sites
-
-
-def _check_weight(module: str, entry: TensorEntry, base: Checkpoint) -> None:
-    if len(entry.shape) != 2:
-        raise AdapterError(
-            f"{module}: base weight {entry.name} has shape {entry.shape}; only matrices are merged"
-        )
-    if entry.dtype not in FLOAT_DTYPES.values():
-        raise AdapterError(f"{module}: base weight {entry.name} is stored as {entry.dtype}, not as floats")
-    if base.config.get("model_type") in TRANSPOSED_MODELS:
-        raise AdapterError(
-            f"{module}: {base.config['model_type']} stores linear weights transposed (HF Conv1D), which is not "
-            "supported; merge with PEFT's merge_and_unload"
-        )
-    if base.config.get("tie_word_embeddings") and re.search(r"(^|\.)(lm_head|embed_out)$", module):
-        raise AdapterError(
-            f"{module} is tied to the input embedding in {base.url}: a merge would change both; untie them first"
-        )
-
-
-def _check_heads(adapter: Adapter, naming: Naming, base: Checkpoint) -> None:
-    for head in adapter.heads:
-        module, _, leaf = head.name.rpartition(".")
-        weight = naming.disk(module, base.tensors)
-        if weight is not None or f"{module}.{leaf}" in base.tensors:
-            raise AdapterError(
-                f"adapter {adapter.name}: {head.name} (modules_to_save) replaces a weight of the base, which is not "
-                "supported; train without modules_to_save on it"
-            )
-
-
-def _check_bases(recipe: Recipe, base: Checkpoint, adapters: Mapping[str, Adapter]) -> list[str]:
-    """Compare the base that each adapter names with the recipe's; shapes were compared already."""
-    accepted = {name.lower() for name in recipe.base_model_names}
-    hub = re.fullmatch(r"hf://(?:models/)?([^/@]+/[^/@]+)(?:@.*)?/?", recipe.base_model)
-    warnings: dict[str, str] = {}
-    named: dict[str, tuple[str, str]] = {}
-    for adapter in adapters.values():
-        name = str(adapter.config.get("base_model_name_or_path") or "")
-        if not name or name.lower() in accepted:
-            continue
-        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-        if hub and is_hub_id and name.lower() != hub[1].lower():
-            raise AdapterError(
-                f"adapter {adapter.name} was trained on {name}, the recipe's base is {hub[1]}; if they are the same "
-                f"weights, add base_model_names: [{name}]"
-            )
-        if is_hub_id:
-            named.setdefault(name.lower(), (adapter.name, name))
-        if not (hub and is_hub_id) and not _same_folder(name, hub[1] if hub else recipe.base_model):
-            warnings[name] = (
-                f"adapter {adapter.name} says it was trained on {name}; {recipe.base_model} has the same names and "
-                f"shapes, which does not prove the same weights (base_model_names: [{name}] says that it is so)"
-            )
-    if len(named) > 1:
-        (first, one), (second, other) = list(named.values())[:2]
-        raise AdapterError(
-            f"adapter {first} was trained on {one}, adapter {second} on {other}; if they are the same weights, add "
-            f"base_model_names: [{one}, {other}]"
-        )
-    return list(warnings.values())
-
-
-def _same_folder(name: str, base: str) -> bool:
-    last = name.rstrip("/").rpartition("/")[2].lower()
-    return last == base.rstrip("/").rpartition("/")[2].lower()
 
 
 def _shards(recipe: Recipe, base: Checkpoint) -> tuple[Shard, ...]:

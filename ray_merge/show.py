@@ -40,7 +40,8 @@ class Progress:
         self._console = Console(stderr=True)
         self._live: RichProgress | None = None
         self._task: Any = None
-        self._started = self._last = time.monotonic()
+        self._last = time.monotonic()
+        self._first: tuple[float, int] | None = None
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -79,20 +80,27 @@ class Progress:
     def _show_plain(self, event: Event) -> None:
         now = time.monotonic()
         finished = event.units[0] == event.units[1]
+        if event.kind == "unit" and self._first is None:
+            self._first = (
+                now,
+                event.n_bytes[0],
+            )  # the clock starts here: before it Ray and torch were starting
         if event.kind == "unit" and not finished and now - self._last < PLAIN_SECONDS:
             return
         self._last = now
-        line = _sentence(event)
-        if event.kind == "unit":
-            done, total = event.n_bytes
-            rate = done / max(now - self._started, 1e-9)
-            left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-            line = (
-                f"{event.units[0]}/{event.units[1]} units, {human_bytes(done)} of {human_bytes(total)}, "
-                f"{human_bytes(rate)}/s{left}"
-            )
+        line = self._unit_line(event, now) if event.kind == "unit" else _sentence(event)
         with suppress(OSError):  # a log that nobody reads any more (`2>&1 | head`) must not end a merge
             print(line, file=sys.stderr, flush=True)
+
+    def _unit_line(self, event: Event, now: float) -> str:
+        done, total = event.n_bytes
+        line = f"{event.units[0]}/{event.units[1]} units, {human_bytes(done)} of {human_bytes(total)}"
+        since, before = self._first or (now, done)
+        rate = (done - before) / (now - since) if now > since else 0.0
+        if not rate:
+            return line
+        left = f", {(total - done) / rate:.0f} s left" if done < total else ""
+        return f"{line}, {human_bytes(rate)}/s{left}"
 
 
 def _sentence(event: Event) -> str:

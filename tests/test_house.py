@@ -18,6 +18,7 @@ LAYERS = (
     ("algebra", "storage"),
     ("methods", "models"),
     ("recipe",),
+    ("fit",),
     ("plan",),
     ("pool",),
     ("work",),

@@ -245,9 +245,9 @@ def test_merges_share_passes_over_the_base_and_exports_need_none(recipe):
         {"name": "x", "merge_method": "cat", "export": "adapter"},
     ]
     plan = plan_of(recipe)
-    assert [len(group) for group in plan.groups] == [64, 6]
+    assert [len(group) for group in plan.groups] == [16, 16, 16, 16, 6]
     assert sorted(index for group in plan.groups for index in group) == list(range(70))
-    assert plan.read_bytes == 2 * plan.base.n_bytes
+    assert plan.read_bytes == 5 * plan.base.n_bytes
     assert plan.peak_bytes <= DEFAULT_MEMORY_BYTES
 
 

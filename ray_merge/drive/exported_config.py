@@ -13,6 +13,10 @@ from typing import Any
 from ray_merge.plan import Plan
 from ray_merge.spec import Merge, SiteReport
 
+HEADED_TASKS = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
+"""Task types for which PEFT itself adds a head to modules_to_save and then fails to load an adapter without one.
+Heads of several adapters are not merged, so their export names no task and loads into any class of the base."""
+
 
 def exported_config(plan: Plan, merge: Merge, reports: Mapping[str, SiteReport]) -> dict[str, Any]:
     """adapter_config.json of an exported merge: r = alpha = rank, so that PEFT's scale is 1 everywhere.
@@ -29,7 +33,7 @@ def exported_config(plan: Plan, merge: Merge, reports: Mapping[str, SiteReport])
     bases = {str(config.get("base_model_name_or_path") or "") for config in configs}
     return {
         "peft_type": "LORA",
-        "task_type": configs[0].get("task_type"),
+        "task_type": None if (kind := configs[0].get("task_type")) in HEADED_TASKS else kind,
         "base_model_name_or_path": (bases.pop() if len(bases) == 1 else "") or plan.recipe.base_model,
         "r": common,
         "lora_alpha": common,

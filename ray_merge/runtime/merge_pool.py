@@ -13,7 +13,8 @@ from ray_merge.errors import Refusal
 from ray_merge.pool import Done, Pool, Task
 from ray_merge.runtime.ray_pool import RayPool
 from ray_merge.runtime.session import open_session
-from ray_merge.work.job import Job, WorkerFactory
+from ray_merge.work.factory import WorkerFactory
+from ray_merge.work.job import Job
 
 
 class MergePool:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ray_merge.plan import Plan
-from ray_merge.pool import Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,16 +82,3 @@ class AdapterCheck:
     sha256: str
     n_bytes: int
     tensors: int
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerFactory:
-    """Makes the worker in the process where it will run; picklable, and torch is imported only there."""
-
-    job: Job
-
-    def __call__(self) -> Worker:
-        """The worker of this process."""
-        from ray_merge.work.worker import MergeWorker
-
-        return MergeWorker(self.job)

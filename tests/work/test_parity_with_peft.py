@@ -183,3 +183,27 @@ def test_exported_adapter_loads_in_peft_and_equals_the_checkpoint(tmp_path):
         want = causal_logits(AutoModelForCausalLM.from_pretrained(folder))
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "adapter")
         assert relative_error(causal_logits(loaded), want) <= TOLERANCE
+
+
+def test_an_exported_classifier_adapter_loads_in_peft_with_its_head_attached_after(tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    base = tiny_bert(tmp_path / "base")
+    for index in range(2):
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+        lora(model, tmp_path / f"a{index}", ["query", "value"], seed=index, task_type="SEQ_CLS")
+    recipe = {
+        "base_model": str(base),
+        "output": str(tmp_path / "out"),
+        "adapters": {f"a{index}": str(tmp_path / f"a{index}") for index in range(2)},
+        "merges": [{"name": "m", "merge_method": "task_arithmetic", "export": "both"}],
+    }
+    ray_merge.run(recipe, engine="local", cache_dir=tmp_path / "cache")
+    folder, ids = tmp_path / "out" / "m", torch.arange(20).reshape(2, 10)
+    head = folder / "heads" / "a1.safetensors"
+    merged = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    want = classify(ray_merge.load_head(merged, head), ids)
+    start = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    loaded = PeftModel.from_pretrained(ray_merge.load_head(start, head), folder / "adapter")
+    assert relative_error(classify(loaded, ids), want) <= TOLERANCE
