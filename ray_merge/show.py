@@ -220,7 +220,8 @@ def verified(results: Sequence[Verified], *, as_json: bool) -> None:
 
 def methods_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the registry of methods."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    width = None if sys.stdout.isatty() else 160  # a pipe has no width of its own; 80 would cut the words
+    console = Console(highlight=False, markup=False, width=width)
     table = Table("method", "what it does", "spaces", "parameters", "reference", box=None, pad_edge=False)
     for row in rows:
         parameters = ", ".join(

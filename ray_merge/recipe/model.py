@@ -99,12 +99,19 @@ class Evaluation(_Model):
     metric: Literal["accuracy", "f1", "mcc", "pearson", "spearman", "perplexity", "exact_match"]
 
 
+TaskKind = Literal[
+    "classification", "regression", "generation",
+    "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION",
+]  # fmt: skip
+"""What an adapter's head is for: in plain words, or as PEFT's task types."""
+
+
 class AdapterSource(_Model):
     """One adapter: its folder and, for methods that learn or measure, its data."""
 
     path: str | None = None
     data: Annotated[DataSource | None, BeforeValidator(_only_path)] = None
-    task: str | None = None
+    task: TaskKind | None = None
     eval: Evaluation | None = None
 
 

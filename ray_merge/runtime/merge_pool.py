@@ -34,9 +34,9 @@ class MergePool:
             resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             room = int(resources.get("GPU" if gpus else "CPU", 0))
             if workers is None and room < 1:
-                wanted = "GPU" if gpus else "CPU"
+                wanted, else_ = ("GPU", "use --device cpu") if gpus else ("CPU", "give --workers N")
                 raise Refusal(
-                    f"the Ray cluster at {address} has no {wanted} for a worker; add nodes or --workers N"
+                    f"the Ray cluster at {address} has no {wanted} for a worker; add nodes or {else_}"
                 )
             self._pool: Pool = stack.enter_context(
                 RayPool(

@@ -53,6 +53,8 @@ def read_adapter(name: str, store: Store) -> Adapter:
         AdapterError: a variant, tensor, rank or shape that cannot be merged exactly.
         CheckpointError: a missing, truncated or malformed file.
     """
+    if store.url.endswith((".safetensors", ".bin", ".json")):
+        raise AdapterError(f"adapter {name}: {store.url} is a file; give the folder that holds {CONFIG_FILE}")
     config = read_json(store, CONFIG_FILE)
     scaling = check_config(config, f"adapter {name}: {store.url}/{CONFIG_FILE}")
     if store.info(WEIGHTS_FILE) is None and store.info("adapter_model.bin") is not None:

@@ -77,7 +77,8 @@ def read_checkpoint(store: Store) -> Checkpoint:
     """
     files = {info.path: info for info in store.list()}
     if not files:
-        raise CheckpointError(f"{store.url} does not exist or is empty")
+        hub = "; a model on a hub is written hf://org/name" if store.local_root is not None else ""
+        raise CheckpointError(f"{store.url} does not exist or is empty{hub}")
     config = read_json(store, CONFIG_FILE)
     if config.get("quantization_config"):
         raise CheckpointError(
