@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from pathlib import Path
@@ -97,3 +98,12 @@ def suite() -> Path:
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every published file but the ones that name times, hosts or the output itself."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "receipts" not in path.parts and path.name != "recipe.yaml"
+    }

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 import ray_merge
 from ray_merge.storage.commit import MANIFEST
-from zoo import llama_adapters, tiny_llama
+from zoo import digests, llama_adapters, tiny_llama
 
 SWEEP = [0.2, 0.4]
 
@@ -59,15 +59,6 @@ NAMES = ["scale/lambda=0.2", "scale/lambda=0.4", "pairs/a0__a1", "pairs/a0__a2",
 
 def merge(inputs, output, cache, **keys):
     return ray_merge.run(recipe(inputs, output, **keys), engine="local", cache_dir=cache)
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every published file but the ones that name times, hosts or the output itself."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and "receipts" not in path.parts and path.name != "recipe.yaml"
-    }
 
 
 @pytest.fixture(scope="module")

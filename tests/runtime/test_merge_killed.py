@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import threading
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ray_merge
-from zoo import llama_adapters, tiny_llama
+from zoo import digests, llama_adapters, tiny_llama
 
 pytestmark = pytest.mark.ray
 
@@ -32,14 +31,6 @@ def recipe(tmp_path_factory):
         },
     ]
     return {"base_model": str(folder / "base"), "adapters": adapters, "merges": merges}
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and "receipts" not in path.parts and path.name != "recipe.yaml"
-    }
 
 
 @pytest.fixture(scope="module")
