@@ -21,6 +21,7 @@ from ray_merge.recipe import Recipe, Source, expand, load_recipe, parse_size, se
 from ray_merge.storage.store import open_store
 from ray_merge.work.factory import WorkerFactory
 from ray_merge.work.job import Job
+from ray_merge.work.pickles import unpickler
 
 Engine = Literal["ray", "local"]
 
@@ -28,6 +29,10 @@ Engine = Literal["ray", "local"]
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/ray-merge`, else `~/.cache/ray-merge`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray-merge"
+
+
+def _cache(cache_dir: str | Path | None) -> Path:
+    return Path(default_cache_dir() if cache_dir is None else cache_dir).expanduser().absolute()
 
 
 def read_recipe(recipe: str | Path | dict[str, Any]) -> tuple[Recipe, Source]:
@@ -47,6 +52,7 @@ def plan(
     output: str | None = None,
     only: Sequence[str] = (),
     memory: str | int | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Plan:
     """What a recipe would read, merge and write, and whether it can; reads headers and configs alone.
 
@@ -55,6 +61,7 @@ def plan(
         output: in place of the recipe's own.
         only: names or globs of merges; all of them when empty.
         memory: ceiling per worker, for example "640MB".
+        cache_dir: node-local folder, where pickled adapters that the recipe allows are converted.
 
     Raises:
         Refusal: the recipe cannot be run; the message says where and what to do.
@@ -63,7 +70,7 @@ def plan(
     if output is not None:
         parsed = parsed.model_copy(update={"output": output})
     merges = select(expand(parsed, source), only)
-    base, adapters = read_inputs(parsed, merges)
+    base, adapters = read_inputs(parsed, merges, unpickler(_cache(cache_dir) / "adapters"))
     return make_plan(parsed, merges, base, adapters, memory_bytes=_memory(memory))
 
 
@@ -107,9 +114,8 @@ def run(
         Refusal: nothing was written.
         RunFailed: the run stopped later; run again to finish it.
     """
-    planned = plan(recipe, output=output, only=only, memory=memory)
-    cache = Path(default_cache_dir() if cache_dir is None else cache_dir).expanduser().absolute()
-    settings = Settings(cache=cache, device=device, date=date)
+    planned = plan(recipe, output=output, only=only, memory=memory, cache_dir=cache_dir)
+    settings = Settings(cache=_cache(cache_dir), device=device, date=date)
     make_pool = _local_pool if engine == "local" else _ray_pools(address, workers)
     return drive_run(planned, settings, make_pool, progress)
 

@@ -15,10 +15,14 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from ray_merge.spec import FactorEntry, SavedEntry
+
 if TYPE_CHECKING:
     from ray_merge.drive.run import Event, RunResult
     from ray_merge.plan import Plan
     from ray_merge.verify import Verified
+
+MAX_NAMES_SHOWN = 6
 
 PLAIN_SECONDS = 5.0
 """Plain progress lines come at most this often; a nightly log stays readable."""
@@ -111,9 +115,15 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """A plan as JSON-able data."""
     return {
         "base": {"url": plan.base.url, "bytes": plan.base.n_bytes, "tensors": len(plan.base.tensors)},
-        "names": plan.naming.describe(),
+        "names": {name: adapter.names for name, adapter in plan.adapters.items()},
+        "renamed": {name: dict(sorted(found.items())) for name, found in plan.renamed.items()},
+        "base_numerics": "dequantised" if plan.base.quantised else "as stored",
+        "untied": plan.base.untied or None,
         "adapters": {name: _adapter_facts(plan, name) for name in plan.adapters},
-        "sites": [{"site": s.name, "tensor": s.tensor, "shape": list(s.shape)} for s in plan.sites.values()],
+        "sites": [
+            {"site": s.name, "tensor": s.tensor, "shape": list(s.shape), "layout": s.layout}
+            for s in plan.sites.values()
+        ],
         "merges": [
             {
                 "name": merge.name,
@@ -137,13 +147,19 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 def _adapter_facts(plan: Plan, name: str) -> dict[str, Any]:
     adapter = plan.adapters[name]
     factors = adapter.factors.values()
+    scales = {product.scale for factor in factors if isinstance(factor, FactorEntry) for product in factor.products}
     return {
         "url": adapter.url,
         "bytes": adapter.file_bytes,
         "sites": len(adapter.factors),
         "ranks": sorted({factor.rank for factor in factors}),
-        "scales": sorted({round(factor.scale, 6) for factor in factors}),
+        "scales": sorted({round(scale, 6) for scale in scales if scale > 0}),
+        "dora": any(isinstance(factor, FactorEntry) and factor.magnitude is not None for factor in factors),
+        "biases": sorted(adapter.modules[site] for site, one in adapter.factors.items() if isinstance(one, SavedEntry)),
         "heads": [head.name for head in adapter.heads],
+        "replaced": sorted(adapter.replaced),
+        "tokens": {tensor: list(rows.indices) for tensor, rows in sorted(adapter.tokens.items())},
+        "ignored": dict(sorted(adapter.ignored.items())),
     }
 
 
@@ -154,10 +170,15 @@ def plan_table(plan: Plan) -> None:
     console.print(
         f"base      {plan.base.url}: {len(plan.base.tensors)} tensors, {human_bytes(plan.base.n_bytes)}"
     )
-    console.print(f"names     {plan.naming.describe()}; {len(plan.sites)} sites")
-    adapters = Table("adapter", "sites", "ranks", "scales", "heads", "size", box=None, pad_edge=False)
+    for line in _names_lines(plan):
+        console.print(f"names     {line}")
+    if plan.base.quantised:
+        console.print(f"numerics  {len(plan.base.quantised)} quantised weights are dequantised; the result is not quantised")
+    if plan.base.untied:
+        console.print(f"untied    {plan.base.untied} becomes a weight of its own")
+    adapters = Table("adapter", "sites", "ranks", "scales", "saved", "size", box=None, pad_edge=False)
     for name, row in facts["adapters"].items():
-        cells = [_span(row["ranks"]), _span(row["scales"]), ", ".join(row["heads"]) or "-"]
+        cells = [_span(row["ranks"]) + (" DoRA" if row["dora"] else ""), _span(row["scales"]), _saved_words(row)]
         adapters.add_row(name, str(row["sites"]), *cells, human_bytes(row["bytes"]))
     console.print(adapters)
     merges = Table("merge", "method", "adapters", "parameters", "export", box=None, pad_edge=False)
@@ -178,7 +199,32 @@ def plan_table(plan: Plan) -> None:
         console.print(f"warning   {warning}")
 
 
+def _names_lines(plan: Plan) -> list[str]:
+    """How runtime names became disk names: the rule of each adapter, and the first few that differ."""
+    lines = [f"{len(plan.sites)} sites"]
+    for rule in dict.fromkeys(adapter.names for adapter in plan.adapters.values()):
+        of = [name for name, adapter in plan.adapters.items() if adapter.names == rule]
+        lines.append(f"{', '.join(of)}: {rule}")
+    table = {name: tensors for found in plan.renamed.values() for name, tensors in found.items()}
+    for name, tensors in list(table.items())[:MAX_NAMES_SHOWN]:
+        more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+        lines.append(f"  {name} -> {tensors[0]}{more}")
+    if len(table) > MAX_NAMES_SHOWN:
+        lines.append(f"  ... {len(table) - MAX_NAMES_SHOWN} more (--json lists all)")
+    return lines
+
+
+def _saved_words(row: Mapping[str, Any]) -> str:
+    words = [*row["heads"], *(f"{name} replaced" for name in row["replaced"])]
+    words += [f"{len(rows)} token(s) of {tensor}" for tensor, rows in row["tokens"].items()]
+    words += [f"{len(row['biases'])} bias(es)"] if row["biases"] else []
+    words += [f"{len(row['ignored'])} ignored"] if row["ignored"] else []
+    return ", ".join(words) or "-"
+
+
 def _span(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
 
 

@@ -35,11 +35,14 @@ class Factor:
         B: (O, R), any floating dtype.
         A: (R, I), same R. R may be 0: the adapter does not touch this site.
         scale: alpha / r, or alpha / sqrt(r) for rsLoRA; it is not folded into B or A.
+        magnitude: of DoRA (arXiv 2402.09353), else None: (O, 1) sets the norm of every row of W + scale B A,
+            (1, I) that of every column. The delta is then dense and depends on the base weight W.
     """
 
     B: Tensor
     A: Tensor
     scale: float = 1.0
+    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,55 +62,173 @@ class TensorEntry:
         return self.end - self.start
 
 
+Layout = Literal["linear", "conv1d", "embedding", "conv", "mha", "expert", "raw"]
+"""What kind of layer a site's weight belongs to: HF Conv1D is stored (in, out); `expert` is one expert of a 3-D
+parameter or a part of one; `raw` is a bias or another parameter that adapters save as it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One base weight that adapters touch, shape (O, I).
+    """One base weight, or one slab of rows of it, that adapters touch; shape (O, I) in the order it is stored.
 
     Args:
-        name: runtime name of the module (`bert.encoder.layer.0.attention.self.query`).
+        name: unique; the disk name without `.weight`, so that it depends on the base alone. `[3]` behind it is
+            expert 3 of a fused tensor, `[34 rows]` a table that an adapter has resized.
         tensor: disk name of its weight (`encoder.layer.0.attention.self.query.weight`).
-        shape: (O, I).
+        shape: (O, I); a convolution has I = inputs * kernel, a bias I = 1.
+        start: its first row where the tensor is seen as rows of length I.
+        layout: kind of layer.
     """
 
     name: str
     tensor: str
     shape: tuple[int, int]
+    start: int = 0
+    layout: Layout = "linear"
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How a stored tensor becomes a matrix: reshape, pick, blocks, transpose, cut; in this order.
+
+    Args:
+        entry: the stored tensor.
+        shape: it is reshaped to this first.
+        pick: (axis, index) of the one slice that is kept (one expert of many).
+        blocks: rows are cut into so many chunks, which are put on a diagonal (BD-LoRA).
+        transpose: rows and columns are swapped.
+        cut: (axis, start, stop) of what is kept in the end (the gate half of a fused gate_up).
+    """
+
+    entry: TensorEntry
+    shape: tuple[int, ...]
+    pick: tuple[int, int] | None = None
+    blocks: int = 1
+    transpose: bool = False
+    cut: tuple[int, int, int] | None = None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns) of the result."""
+        shape = [size for axis, size in enumerate(self.shape) if self.pick is None or axis != self.pick[0]]
+        rows, columns = shape[0], shape[1] * self.blocks
+        rows, columns = (columns, rows) if self.transpose else (rows, columns)
+        if self.cut is None:
+            return rows, columns
+        kept = self.cut[2] - self.cut[1]
+        return (kept, columns) if self.cut[0] == 0 else (rows, kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """`scale * B @ A` of one adapter at one site; without an A it is the identity, and B the delta itself."""
+
+    B: View
+    A: View | None
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.B.matrix[1]
 
 
 @dataclass(frozen=True, slots=True)
 class FactorEntry:
-    """Where the factor of one adapter at one site lies."""
+    """The low-rank update of one adapter at one site: a sum of products, and the magnitude if it is DoRA.
 
-    B: TensorEntry
-    A: TensorEntry
-    scale: float
-    rank: int
+    Args:
+        products: usually one; a second one takes the initial factors of PiSSA, OLoRA ... away again.
+        initial: how many of the last products lie in the initial adapter's file.
+        magnitude: DoRA's, as an (O, 1) or (1, I) matrix.
+    """
+
+    products: tuple[Product, ...]
+    initial: int = 0
+    magnitude: View | None = None
+
+    @property
+    def rank(self) -> int:
+        """Sum of the ranks of its products."""
+        return sum(product.rank for product in self.products)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedEntry:
+    """An adapter's own value of a whole parameter, trained and saved as it is: the delta is `saved - base`."""
+
+    saved: View
+
+    @property
+    def rank(self) -> int:
+        """Of the delta as a product with an identity."""
+        return min(self.saved.matrix)
+
+
+Update = FactorEntry | SavedEntry
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows of an embedding table that an adapter sets: row `indices[k]` becomes row k of `entry`."""
+
+    entry: TensorEntry
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SameValues:
+    """Two stored tensors that must hold the same numbers for the adapter to be merged exactly; `why` says so."""
+
+    one: View
+    other: View
+    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """One PEFT adapter, known from its headers alone.
+    """One PEFT adapter, known from its headers alone, fitted to a base.
 
     Args:
         name: the recipe's name of it.
         url: the folder that holds adapter_config.json and adapter_model.safetensors.
         config: the parsed adapter_config.json.
-        factors: runtime site name -> where its factor lies.
-        heads: saved extra tensors that have no counterpart in the base (classification heads), under
-            their runtime names.
+        factors: site name -> its update there.
+        modules: site name -> runtime name of the module in the class that the adapter was trained in.
+        heads: saved extra tensors of task heads, under their runtime names.
+        replaced: disk tensor -> the saved tensor that takes its place (modules_to_save, resized embeddings).
+        tables: the disk tensors in `replaced` that PEFT saved by itself beside LoRA on an embedding; several
+            adapters may carry them as long as they are equal.
+        tokens: disk tensor -> rows that are set.
+        same: what preflight must find equal.
+        ignored: saved tensors that do not enter a merge -> why.
+        names: how its runtime names became disk names, in words.
         file: name of the weights file inside `url`.
         file_bytes: its size.
         file_version: the store's version of it when the headers were read; another one stops the run.
+        pickled: the file is a pickle, converted on every node before use.
+        side_files: names of tokenizer files beside it; they follow a resized vocabulary.
+        initial: the adapter that training started from, where its factors must be taken away.
     """
 
     name: str
     url: str
     config: Mapping[str, Any]
-    factors: Mapping[str, FactorEntry]
+    factors: Mapping[str, Update]
+    modules: Mapping[str, str]
     heads: tuple[TensorEntry, ...]
+    replaced: Mapping[str, TensorEntry]
+    tables: frozenset[str]
+    tokens: Mapping[str, TokenRows]
+    same: tuple[SameValues, ...]
+    ignored: Mapping[str, str]
+    names: str
     file: str
     file_bytes: int
     file_version: str
+    pickled: bool = False
+    side_files: tuple[str, ...] = ()
+    initial: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +241,8 @@ class Merge:
         adapters: in recipe order.
         parameters: by the recipe's keys, canonical (methods/resolve.py).
         export: what is written.
+        export_rank: rank that an exported adapter is truncated to at every site, or None.
+        export_tolerance: relative error allowed to a truncated export at every site, or None.
         seed: of every random mask.
         sweep: the point of the sweep as the recipe has it, key and value; empty without a sweep.
         combined: whether the entry asked for combinations.
@@ -130,6 +253,8 @@ class Merge:
     adapters: tuple[str, ...]
     parameters: Mapping[str, Any]
     export: Export = "checkpoint"
+    export_rank: int | None = None
+    export_tolerance: float | None = None
     seed: int = 0
     sweep: tuple[tuple[str, Any], ...] = ()
     combined: bool = False
@@ -137,16 +262,18 @@ class Merge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteReport:
-    """What a merge did to one site; deterministic, so it may enter sites.parquet.
+    """What a merge did to one site; all but the seconds is deterministic and enters sites.parquet.
 
     Args:
-        site: runtime name.
+        site: its name.
         tensor: disk name.
         rank: rank of the update as factors, or -1 where it is only known densely.
         update_norm: Frobenius norm of the update, before rounding.
         lost_share: Frobenius norm of (stored - base - update) over update_norm: what rounding to the
             output dtype took; 0 for an update of zero.
         truncation_error: relative Frobenius error of a rank truncation, 0 without one.
+        n_bytes: of the stored weight, or of the exported factors.
+        seconds: that its update took in the worker; kept in receipts only.
     """
 
     site: str
@@ -155,6 +282,8 @@ class SiteReport:
     update_norm: float
     lost_share: float
     truncation_error: float = 0.0
+    n_bytes: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,15 +20,19 @@ from ray_merge.algebra.grid import chunk_spans
 from ray_merge.drive.identify import merge_id, merge_inputs, read_inputs_identity
 from ray_merge.errors import Refusal, RunFailed
 from ray_merge.identity import difference
-from ray_merge.plan import Plan, make_plan, read_inputs
+from ray_merge.plan import OutTensor, Plan, make_plan, read_inputs
 from ray_merge.recipe import expand, load_recipe
-from ray_merge.spec import Merge, Site, TensorEntry
+from ray_merge.spec import DTYPE_BYTES, Factor, Merge, Site, TensorEntry
 from ray_merge.storage.commit import MANIFEST, RECIPE, hash_object, read_manifest
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.headers import read_header
 from ray_merge.storage.store import Store, Stores, open_store
+from ray_merge.storage.stream import Reader
+from ray_merge.work.adapter_export import exported_tensors, truncated
 from ray_merge.work.factors import AdapterFiles
+from ray_merge.work.pickles import unpickler
 from ray_merge.work.shards import site_deltas
+from ray_merge.work.sources import Sources
 from ray_merge.work.tensors import TORCH_DTYPES, from_bytes
 
 PROBE_SITES = 8
@@ -129,7 +133,7 @@ def _probe(store: Store, manifest: Mapping[str, Any], cache: Path) -> Iterator[f
     recipe, source = load_recipe(f"{store.url}/{RECIPE}", store.read(RECIPE).decode())
     merge = expand(recipe, source)[0]
     stores = Stores()
-    plan = make_plan(recipe, [merge], *read_inputs(recipe, [merge]))
+    plan = make_plan(recipe, [merge], *read_inputs(recipe, [merge], unpickler(cache / "adapters")))
     inputs = merge_inputs(plan, merge, read_inputs_identity(plan, DigestCache(cache / "digests"), stores))
     if merge_id(inputs) != manifest["id"]:
         raise Refusal(
@@ -137,19 +141,32 @@ def _probe(store: Store, manifest: Mapping[str, Any], cache: Path) -> Iterator[f
         )
     dtype = torch.float64 if recipe.dtype == "float64" else torch.float32
     merged = _merged_tensors(store, manifest)
+    begins = {tensor.name: tensor for shard in plan.shards for tensor in plan.tensors(merge, shard)}
     with (
         torch.inference_mode(),
         AdapterFiles(cache / "adapters", plan.adapters, stores, device="cpu", dtype=dtype) as files,
+        Reader(stores.open(plan.base.url)) as reader,
     ):
+        probe = _Probe(plan, merge, store, merged, begins, files, Sources(plan.base, reader, files))
         for site in _sample(plan, merge):
-            yield _probe_site(plan, merge, site, store, merged, files)
+            yield _probe_site(probe, site)
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """What every probed site of one merge needs."""
+
+    plan: Plan
+    merge: Merge
+    store: Store
+    merged: Mapping[str, TensorEntry]
+    begins: Mapping[str, OutTensor]
+    files: AdapterFiles
+    sources: Sources
 
 
 def _sample(plan: Plan, merge: Merge) -> Sequence[Site]:
-    touched = plan.touched(merge)
-    sites = sorted(
-        (site for site in plan.sites.values() if site.tensor in touched), key=lambda site: site.name
-    )
+    sites = sorted(plan.touched(merge), key=lambda site: site.name)
     step = max(1, len(sites) // PROBE_SITES)
     return sites[::step][:PROBE_SITES]
 
@@ -163,64 +180,86 @@ def _merged_tensors(store: Store, manifest: Mapping[str, Any]) -> dict[str, Tens
     return {entry.name: entry for name in files for entry in read_header(store, name).tensors.values()}
 
 
-def _probe_site(
-    plan: Plan, merge: Merge, site: Site, store: Store, merged: Mapping[str, TensorEntry], files: AdapterFiles
-) -> float:
+def _probe_site(probe: _Probe, site: Site) -> float:
     """|y - expected| over the bound of rounding, at the worst output of one site."""
-    base = open_store(plan.base.url)
     x_I = torch.randn(site.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    delta = site_deltas(site, [merge], files)[0]
+    begin, whole = probe.begins[site.tensor], (site.start, site.start + site.shape[0])
+    delta = site_deltas(
+        site, [probe.merge], probe.files, lambda: probe.sources.matrix(begin, whole, site.shape[1])
+    )[0]
     factor = delta.factors()
     if factor is None:
         chunks = (delta.rows(*span).double() for span in chunk_spans(site.shape))
         pairs = [(chunk_NI @ x_I, chunk_NI.abs() @ x_I.abs()) for chunk_NI in chunks]
         update_O, reach_O = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     else:
-        B_OR, A_RI = factor.B.double(), factor.A.double()
-        update_O, reach_O = B_OR @ (A_RI @ x_I), B_OR.abs() @ (A_RI.abs() @ x_I.abs())
-    slack_O = FLOAT32_SLACK * reach_O
+        update_O, reach_O = _product(factor, x_I)
     ratios = []
-    if site.tensor in merged:
-        entry = merged[site.tensor]
-        moved, lost = [], []
-        for span in chunk_spans(
-            site.shape
-        ):  # rows at a time: a weight may be larger than this machine's memory
-            W_NI, stored_NI = (
-                _read(source, _rows(of, *span)).double()
-                for source, of in ((base, plan.base.tensors[site.tensor]), (store, entry))
-            )
-            moved.append((stored_NI - W_NI) @ x_I)
-            lost.append(torch.linalg.vector_norm(_rounding(stored_NI, entry) * x_I, dim=1))
-        off_O, lost_O = torch.cat(moved) - update_O, DEVIATIONS * torch.cat(lost)
-        ratios.append(_ratio(off_O, lost_O + slack_O))
-        # A small update drowns in the rounding of each output; along the update all outputs count together.
-        along_O = update_O / update_O.norm().clamp_min(TINY)
-        bound = torch.linalg.vector_norm(along_O * lost_O) + along_O.abs() @ slack_O
-        ratios.append(_ratio((along_O @ off_O)[None], bound[None]))
-    prefix = f"base_model.model.{site.name}.lora_"
-    if f"{prefix}A.weight" in merged:
-        stored_A, stored_B = (_read(store, merged[f"{prefix}{side}.weight"]).double() for side in "AB")
-        bound_O = 2 * _step(merged[f"{prefix}A.weight"]) * reach_O + slack_O
-        ratios.append(_ratio(stored_B @ (stored_A @ x_I) - update_O, bound_O))
+    if site.tensor in probe.merged:
+        ratios += _checkpoint_ratios(probe, site, x_I, update_O, FLOAT32_SLACK * reach_O)
+    if factor is not None:
+        ratios += _adapter_ratios(probe, site, factor, x_I)
     worst = max(ratios)
     if not worst <= 1.0:
         raise RunFailed(
-            f"{store.url}: (W + dW) x at {site.name} is off by {worst:.3g} times what rounding allows: the published "
+            f"{probe.store.url}: (W + dW) x at {site.name} is off by {worst:.3g} times what rounding allows: the published "
             "weight is not base plus update; remove this merge and run again"
         )
     return worst
+
+
+def _product(factor: Factor, x_I: Tensor) -> tuple[Tensor, Tensor]:
+    """B A x, and the same of magnitudes."""
+    B_OR, A_RI = factor.B.double(), factor.A.double()
+    return B_OR @ (A_RI @ x_I), B_OR.abs() @ (A_RI.abs() @ x_I.abs())
+
+
+def _checkpoint_ratios(
+    probe: _Probe, site: Site, x_I: Tensor, update_O: Tensor, slack_O: Tensor
+) -> list[float]:
+    entry = probe.merged[site.tensor]
+    moved, lost = [], []
+    spans = [(site.start + start, site.start + stop) for start, stop in chunk_spans(site.shape)]
+    if probe.plan.base.quantised:
+        spans = probe.sources.spans(
+            probe.begins[site.tensor], (site.start, site.start + site.shape[0]), site.shape[1], 1
+        )
+    # Rows at a time: a weight may be larger than this machine's memory.
+    begins = probe.sources.rows(probe.begins[site.tensor], spans, site.shape[1])
+    for span, begin_NI in zip(spans, begins, strict=True):
+        W_NI, stored_NI = begin_NI.double(), _read(probe.store, _rows(entry, *span, site.shape[1])).double()
+        moved.append((stored_NI - W_NI) @ x_I)
+        lost.append(torch.linalg.vector_norm(_rounding(stored_NI, entry) * x_I, dim=1))
+    off_O, lost_O = torch.cat(moved) - update_O, DEVIATIONS * torch.cat(lost)
+    # A small update drowns in the rounding of each output; along the update all outputs count together.
+    along_O = update_O / update_O.norm().clamp_min(TINY)
+    bound = torch.linalg.vector_norm(along_O * lost_O) + along_O.abs() @ slack_O
+    return [_ratio(off_O, lost_O + slack_O), _ratio((along_O @ off_O)[None], bound[None])]
+
+
+def _adapter_ratios(probe: _Probe, site: Site, factor: Factor, x_I: Tensor) -> list[float]:
+    kept, _ = truncated(probe.merge, factor)
+    names = [name for name, _ in exported_tensors(probe.plan, probe.merge, site, kept)]
+    if any(name not in probe.merged for name in names):
+        return []
+    A, B = (_read(probe.store, probe.merged[name]).double() for name in names)
+    A, B = A.flatten(1), B.flatten(1)
+    stored = Factor(A.T, B.T) if site.layout in ("conv1d", "embedding") else Factor(B, A)
+    update_O, reach_O = _product(kept, x_I)
+    bound_O = (2 * _step(probe.merged[names[0]]) + FLOAT32_SLACK) * reach_O
+    return [_ratio(_product(stored, x_I)[0] - update_O, bound_O)]
 
 
 def _step(entry: TensorEntry) -> float:
     return torch.finfo(TORCH_DTYPES[entry.dtype]).eps
 
 
-def _rows(entry: TensorEntry, start: int, stop: int) -> TensorEntry:
-    row_bytes = entry.n_bytes // entry.shape[0]
+def _rows(entry: TensorEntry, start: int, stop: int, columns: int) -> TensorEntry:
+    """Rows of a stored tensor that is seen with `columns` columns."""
+    row_bytes = DTYPE_BYTES[entry.dtype] * columns
     return replace(
         entry,
-        shape=(stop - start, *entry.shape[1:]),
+        shape=(stop - start, columns),
         start=entry.start + start * row_bytes,
         end=entry.start + stop * row_bytes,
     )
@@ -237,4 +276,4 @@ def _ratio(off_O: Tensor, bound_O: Tensor) -> float:
 
 
 def _read(store: Store, entry: TensorEntry) -> Tensor:
-    return from_bytes(store.read(entry.file, entry.start, entry.end), entry.dtype, entry.shape)
+    return from_bytes(store.read(entry.file, entry.start, entry.end), TORCH_DTYPES[entry.dtype], entry.shape)

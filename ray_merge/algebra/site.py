@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from ray_merge.algebra.bases import CoreBasis, KnotsBasis, core_basis, knots_basis
+from ray_merge.algebra.delta import BlockDelta, Delta, LowRankDelta
+from ray_merge.algebra.dora import dora_gain, dora_rows
 from ray_merge.algebra.dtypes import to_work, work_dtype
+from ray_merge.algebra.grid import chunk_rows
 from ray_merge.algebra.spaces import CoreSpace, DenseSpace, KnotsSpace, Space
 from ray_merge.spec import Factor
 
@@ -23,12 +26,13 @@ class SiteFactors:
 
     Args:
         factors: one per adapter, B (O, R_i) and A (R_i, I) of any floating dtype. R_i may be 0.
+        base: the base weight (O, I), which DoRA's deltas depend on.
 
     Raises:
-        ValueError: no factors, or shapes that do not fit together.
+        ValueError: no factors, shapes that do not fit together, a magnitude without a base.
     """
 
-    def __init__(self, factors: Sequence[Factor]) -> None:
+    def __init__(self, factors: Sequence[Factor], base: Tensor | None = None) -> None:
         if not factors:
             raise ValueError("a site needs the factors of at least one adapter")
         shapes = {(factor.B.shape[0], factor.A.shape[1]) for factor in factors}
@@ -41,6 +45,10 @@ class SiteFactors:
         self.B: tuple[Tensor, ...] = tuple(to_work(factor.B, self.dtype) for factor in factors)
         self.A: tuple[Tensor, ...] = tuple(to_work(factor.A, self.dtype) for factor in factors)
         self.scales: tuple[float, ...] = tuple(float(factor.scale) for factor in factors)
+        self.magnitudes: tuple[Tensor | None, ...] = tuple(factor.magnitude for factor in factors)
+        self._base = base
+        if self.is_dense and (base is None or tuple(base.shape) != self.shape):
+            raise ValueError(f"DoRA at a site of {self.shape} needs its base weight, got {base and tuple(base.shape)}")
 
     def __len__(self) -> int:
         return len(self.B)
@@ -57,6 +65,40 @@ class SiteFactors:
             (B_OR, A_RI if scale == 1.0 else A_RI * scale)
             for B_OR, A_RI, scale in zip(self.B, self.A, self.scales, strict=True)
         )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a delta is no product of factors: one of the adapters is DoRA here."""
+        return any(magnitude is not None for magnitude in self.magnitudes)
+
+    @cached_property
+    def _gains(self) -> tuple[Tensor | None, ...]:
+        return tuple(
+            None if magnitude is None or self._base is None else dora_gain(self._base, *pair, magnitude)
+            for pair, magnitude in zip(self.pairs, self.magnitudes, strict=True)
+        )
+
+    def delta_chunk(self, adapter: int, index: int) -> Tensor:
+        """Rows of chunk `index` of tau of one adapter."""
+        left_OR, right_RI = self.pairs[adapter]
+        gain = self._gains[adapter]
+        if gain is not None and self._base is not None:
+            return dora_rows(self._base, left_OR, right_RI, gain, index)
+        step = chunk_rows(self.shape[1])
+        return left_OR[index * step : (index + 1) * step] @ right_RI
+
+    def sum(self, weights: Sequence[float]) -> Delta:
+        """sum_i weights[i] * tau_i: as factors, or by rows where an adapter is DoRA."""
+        if not self.is_dense:
+            return LowRankDelta(*self.weighted_sum(weights))
+
+        def rows(index: int) -> Tensor:
+            total = self.delta_chunk(0, index) * weights[0]
+            for adapter in range(1, len(self)):
+                total += self.delta_chunk(adapter, index) * weights[adapter]
+            return total
+
+        return BlockDelta(self.shape, self.dtype, self.device, rows)
 
     def weighted_sum(self, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Factors B (O, R) and A (R, I), R the sum of ranks, of sum_i weights[i] * tau_i; exact."""
@@ -75,9 +117,15 @@ class SiteFactors:
         return core_basis(self.B, self.A, self.scales)
 
     def space(self, name: str) -> Space:
-        """The coordinates of every delta in the space called `name`: dense, core or knots."""
+        """The coordinates of every delta in the space called `name`: dense, core or knots.
+
+        Raises:
+            ValueError: core or knots where an adapter is DoRA.
+        """
+        if name != "dense" and self.is_dense:
+            raise ValueError(f"{name} space needs factors, but an adapter is DoRA here; use space: dense")
         if name == "core":
             return CoreSpace(self.core, self.dtype)
         if name == "knots":
             return KnotsSpace(self.knots, self.dtype)
-        return DenseSpace(self.pairs, self.shape, self.dtype)
+        return DenseSpace(self.pairs, self.shape, self.dtype, self.delta_chunk)

@@ -79,10 +79,19 @@ class DenseSpace(Space):
     """The entries of the deltas themselves, in the work dtype; the merged update stays a rule."""
 
     def __init__(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, int], dtype: torch.dtype
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        delta_chunk: Callable[[int, int], Tensor],
     ) -> None:
         super().__init__(pairs, shape)
         self._dtype = dtype
+        self._delta_chunk = delta_chunk
+
+    def chunk(self, adapter: int, index: int) -> Tensor:
+        """Rows of chunk `index` of one adapter's delta, DoRA's magnitude included."""
+        return self._delta_chunk(adapter, index)
 
     def lift(self, rule: Rule) -> Delta:
         """A delta that runs the rule for the rows it is asked for."""

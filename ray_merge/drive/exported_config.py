@@ -24,9 +24,10 @@ def exported_config(plan: Plan, merge: Merge, reports: Mapping[str, SiteReport])
     Args:
         plan: the run's plan.
         merge: the merge that was exported.
-        reports: runtime site name -> what was made there.
+        reports: site name -> what was made there.
     """
-    ranks = {site: report.rank for site, report in sorted(reports.items())}
+    modules = {site: name for adapter in reversed(merge.adapters) for site, name in plan.adapters[adapter].modules.items()}
+    ranks = {modules[site]: report.rank for site, report in sorted(reports.items())}
     common = Counter(ranks.values()).most_common(1)[0][0]
     uneven = {site: rank for site, rank in ranks.items() if rank != common}
     configs = [plan.adapters[name].config for name in merge.adapters]
@@ -39,24 +40,33 @@ def exported_config(plan: Plan, merge: Merge, reports: Mapping[str, SiteReport])
         "lora_alpha": common,
         "rank_pattern": uneven,
         "alpha_pattern": uneven,
-        "target_modules": target_modules(plan, merge, set(ranks)),
+        "target_modules": target_modules(plan, merge, {site: modules[site] for site in reports}),
         "modules_to_save": None,
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(plan.sites[site].layout == "conv1d" for site in reports),
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
 
 
-def target_modules(plan: Plan, merge: Merge, sites: set[str]) -> list[str]:
-    """The last name of each site where it means these sites only (`q_proj`), else the whole runtime name.
+def target_modules(plan: Plan, merge: Merge, modules: Mapping[str, str]) -> list[str]:
+    """The last name of each module where it means these modules only (`q_proj`), else the whole runtime name.
 
-    PEFT adapts every module whose path ends in `.<target>`, and servers read short names only.
+    PEFT adapts every module whose path ends in `.<target>`, and servers read short names only. Where the class
+    calls its modules otherwise than the disk does, the other modules' names are not known, and whole names are safe.
+
+    Args:
+        plan: the run's plan.
+        merge: the merge that was exported.
+        modules: site name -> runtime name of its module.
     """
-    adapted = {site.tensor for site in plan.sites.values() if site.name in sites}
+    last = {module: module.rpartition(".")[2] for module in modules.values()}
+    if any(plan.sites[site].name.rpartition(".")[2] != last[module] for site, module in modules.items()):
+        return sorted(modules.values())
+    adapted = {plan.sites[site].tensor for site in modules}
     others = {
         name.removesuffix(".weight").rpartition(".")[2]
         for name in plan.base.tensors
@@ -64,4 +74,4 @@ def target_modules(plan: Plan, merge: Merge, sites: set[str]) -> list[str]:
     }
     heads = [head.name for name in merge.adapters for head in plan.adapters[name].heads]
     others |= {name.rpartition(".")[0].rpartition(".")[2] for name in heads}  # `classifier.dense` is no site
-    return sorted({site if (last := site.rpartition(".")[2]) in others else last for site in sites})
+    return sorted({module if last[module] in others else last[module] for module in modules.values()})

@@ -15,7 +15,7 @@ from typing import Any
 from ray_merge.errors import AdapterError, CheckpointError, StoreDenied
 from ray_merge.identity import ALGORITHM_VERSION, digest
 from ray_merge.plan import Plan
-from ray_merge.spec import Merge
+from ray_merge.spec import Adapter, Merge
 from ray_merge.storage.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from ray_merge.storage.checkpoint import CONFIG_FILE, read_checkpoint
 from ray_merge.storage.digest import DigestCache
@@ -38,12 +38,19 @@ def read_inputs_identity(plan: Plan, digests: DigestCache, stores: Stores) -> In
     base_store = stores.open(plan.base.url)
     names = [info.path for info in (*plan.base.weight_files, *plan.base.side_files)]
     base = _versions(base_store, [*names, CONFIG_FILE], digests)
-    adapters = {
-        name: _versions(stores.open(adapter.url), [ADAPTER_CONFIG, adapter.file], digests)
-        for name, adapter in plan.adapters.items()
-    }
+    adapters = {name: _adapter_versions(adapter, digests, stores) for name, adapter in plan.adapters.items()}
     _check_training_base(plan, base, digests)
     return Inputs(base, adapters)
+
+
+def _adapter_versions(adapter: Adapter, digests: DigestCache, stores: Stores) -> Versions:
+    """Versions of an adapter's files; those of the adapter that it started from are called `initial/...`."""
+    resized = adapter.side_files if adapter.tables else ()  # a tokenizer matters to resized embeddings only
+    versions = dict(_versions(stores.open(adapter.url), [ADAPTER_CONFIG, adapter.file, *resized], digests))
+    if adapter.initial is not None:
+        before = _versions(stores.open(adapter.initial.url), [ADAPTER_CONFIG, adapter.initial.file], digests)
+        versions |= {f"initial/{name}": version for name, version in before.items()}
+    return versions
 
 
 def _versions(store: Store, names: list[str], digests: DigestCache) -> Versions:
@@ -102,15 +109,25 @@ def merge_inputs(plan: Plan, merge: Merge, inputs: Inputs) -> dict[str, Any]:
         "dtype": recipe.dtype,
         "out_dtype": recipe.out_dtype,
         "max_shard_size": recipe.max_shard_size,
+        "tied": recipe.tied,
+        "base_numerics": recipe.base_numerics,
+        "key_mapping": list(recipe.key_mapping.items()),
     }
+    if merge.export != "checkpoint":
+        document |= {"export_rank": merge.export_rank, "export_tolerance": merge.export_tolerance}
     result: dict[str, Any] = json.loads(json.dumps(document))
     return result
 
 
 def _adapter_input(plan: Plan, name: str, files: Versions) -> dict[str, Any]:
-    task = plan.recipe.adapters[name].task
-    # The task is written into the saved head, so it decides bytes there and nowhere else.
-    kept = {"task": task} if task is not None and plan.adapters[name].heads else {}
+    source = plan.recipe.adapters[name]
+    kept: dict[str, Any] = {}
+    if source.task is not None and plan.adapters[name].heads:
+        kept["task"] = source.task  # written into the saved head, so it decides bytes there and nowhere else
+    if source.key_mapping:
+        kept["key_mapping"] = list(source.key_mapping.items())
+    if source.moe_lora_b_layout:
+        kept["moe_lora_b_layout"] = source.moe_lora_b_layout
     return {"name": name, "files": dict(files), **kept}
 
 

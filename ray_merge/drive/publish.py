@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_merge.drive.card import model_card
+from ray_merge.drive.card import WARN_LOST_SHARE, model_card
+from ray_merge.drive.config import checkpoint_config, vocabulary_owner
 from ray_merge.drive.exported_config import exported_config
 from ray_merge.drive.outputs import Target
 from ray_merge.models.blocks import natural_key
@@ -35,13 +37,15 @@ SITE_SCHEMA = pa.schema(
         ("site", pa.string()),
         ("tensor", pa.string()),
         ("export", pa.string()),
+        ("layout", pa.string()),
         ("rank", pa.int32()),
         ("update_norm", pa.float64()),
         ("lost_share", pa.float64()),
         ("truncation_error", pa.float64()),
+        ("bytes", pa.int64()),
     ]
 )
-"""Columns of sites.parquet; what they mean is in `spec.SiteReport`."""
+"""Columns of sites.parquet; what they mean is in `spec.SiteReport`. Seconds differ between runs: receipts have them."""
 
 
 class _Files:
@@ -62,8 +66,12 @@ class _Files:
 
 def publish(
     plan: Plan, merge: Merge, target: Target, receipts: Mapping[str, Receipt], stores: Stores
-) -> None:
-    """Complete one merge whose shards and adapter are all receipted."""
+) -> list[str]:
+    """Complete one merge whose shards and adapter are all receipted.
+
+    Returns:
+        Warnings about what rounding took.
+    """
     files = _Files(stores.open(target.url), target.merge_id)
     for receipt in sorted(receipts.values(), key=lambda receipt: receipt.name):
         files.note(receipt.name, receipt.n_bytes, receipt.sha256)
@@ -71,54 +79,55 @@ def publish(
         if plan.adapters[name].heads:
             files.put(f"heads/{name}.safetensors", head_file(plan, plan.adapters[name], stores))
     reports = {kind: _reports(receipts, kind == "adapter") for kind in ("checkpoint", "adapter")}
-    files.put(SITES, _site_table(reports))
+    files.put(SITES, _site_table(plan, reports))
     files.put(CARD, model_card(plan, merge, target.merge_id, target.inputs, reports))
     if merge.export != "checkpoint":
         by_site = {report.site: report for report in reports["adapter"]}
         files.put("adapter/adapter_config.json", pretty_json(exported_config(plan, merge, by_site)))
     if merge.export != "adapter":
-        _put_checkpoint_files(plan, files, stores)
+        _put_checkpoint_files(plan, merge, files, stores)
     commit_bytes(files.store, MANIFEST, _manifest(plan, merge, target, files), target.merge_id)
+    return rounding_warnings(merge, reports)
 
 
-def _put_checkpoint_files(plan: Plan, files: _Files, stores: Stores) -> None:
+def rounding_warnings(merge: Merge, reports: Mapping[str, Sequence[SiteReport]]) -> list[str]:
+    """What a person should know of the rounding of a published merge."""
+    lossy = [report for some in reports.values() for report in some if report.lost_share > WARN_LOST_SHARE]
+    if not lossy:
+        return []
+    worst = max(lossy, key=lambda report: report.lost_share)
+    total = sum(len(some) for some in reports.values())
+    return [
+        f"merge {merge.name!r}: rounding to the stored dtype took more than {WARN_LOST_SHARE:.0%} of the update at "
+        f"{len(lossy)} of {total} site(s), at most {worst.lost_share:.1%} at {worst.site}; out_dtype: float32 or "
+        "export: adapter keeps it"
+    ]
+
+
+def _put_checkpoint_files(plan: Plan, merge: Merge, files: _Files, stores: Stores) -> None:
     base = stores.open(plan.base.url)
+    tokenizer = vocabulary_owner(plan, merge)
+    own = () if tokenizer is None else tokenizer.side_files
     for info in plan.base.side_files:
-        if info.path != CARD:
+        if info.path != CARD and info.path not in own:
             files.put(info.path, base.read(info.path))
-    files.put(INDEX_FILE, pretty_json(checkpoint_index(plan)))
-    files.put(CONFIG_FILE, _config(plan, base))
+    for path in own:
+        assert tokenizer is not None
+        files.put(path, stores.open(tokenizer.url).read(path))
+    files.put(INDEX_FILE, pretty_json(checkpoint_index(plan, merge)))
+    files.put(CONFIG_FILE, checkpoint_config(plan, merge, base))
 
 
-def checkpoint_index(plan: Plan) -> dict[str, Any]:
+def checkpoint_index(plan: Plan, merge: Merge) -> dict[str, Any]:
     """model.safetensors.index.json; `total_size` is the bytes of all tensors."""
-    placed = [(tensor, shard) for shard in plan.shards for tensor in shard.tensors]
+    placed = [(tensor, shard) for shard in plan.shards for tensor in plan.tensors(merge, shard)]
     return {
-        "metadata": {"total_size": sum(tensor.n_bytes for tensor, _ in placed)},
-        "weight_map": {tensor.source.name: shard.name for tensor, shard in placed},
+        "metadata": {
+            "total_parameters": sum(math.prod(tensor.shape) for tensor, _ in placed),
+            "total_size": sum(tensor.n_bytes for tensor, _ in placed),
+        },
+        "weight_map": {tensor.name: shard.name for tensor, shard in placed},
     }
-
-
-def _config(plan: Plan, base: Store) -> bytes:
-    if plan.recipe.out_dtype is None:
-        return base.read(CONFIG_FILE)
-    # transformers 5 writes `dtype`, older ones `torch_dtype`; both read either.
-    key = "dtype" if "dtype" in plan.base.config else "torch_dtype"
-    config = {**_with_dtype(plan.base.config, plan.recipe.out_dtype), key: plan.recipe.out_dtype}
-    # Not pretty_json: some configs hold Infinity (Mamba2's time_step_limit), which transformers writes and reads.
-    return (json.dumps(config, sort_keys=True, indent=1) + "\n").encode()
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    # Vision-language models name the dtype again in text_config and vision_config.
-    changed: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            changed[key] = dtype
-        else:
-            nested = isinstance(value, dict) and key.endswith("_config")
-            changed[key] = _with_dtype(value, dtype) if nested else value
-    return changed
 
 
 def head_file(plan: Plan, adapter: Adapter, stores: Stores) -> bytes:
@@ -146,8 +155,12 @@ def _reports(receipts: Mapping[str, Receipt], of_adapter: bool) -> list[SiteRepo
     return sorted(reports, key=lambda report: natural_key(report.site))
 
 
-def _site_table(reports: Mapping[str, Sequence[SiteReport]]) -> bytes:
-    rows = [{**asdict(report), "export": kind} for kind, some in reports.items() for report in some]
+def _site_table(plan: Plan, reports: Mapping[str, Sequence[SiteReport]]) -> bytes:
+    rows = [
+        {**asdict(report), "export": kind, "layout": plan.sites[report.site].layout, "bytes": report.n_bytes}
+        for kind, some in reports.items()
+        for report in some
+    ]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=SITE_SCHEMA), buffer)
     return buffer.getvalue()
@@ -155,10 +168,7 @@ def _site_table(reports: Mapping[str, Sequence[SiteReport]]) -> bytes:
 
 def _manifest(plan: Plan, merge: Merge, target: Target, files: _Files) -> bytes:
     """Proof that the merge is complete: what went in, every file that came out. Deterministic."""
-    adapters = {
-        name: {"factors": len(plan.adapters[name].factors), "heads": len(plan.adapters[name].heads)}
-        for name in merge.adapters
-    }
+    adapters = {name: _used(plan.adapters[name]) for name in merge.adapters}
     return pretty_json(
         {
             "format": MANIFEST_FORMAT,
@@ -166,8 +176,20 @@ def _manifest(plan: Plan, merge: Merge, target: Target, files: _Files) -> bytes:
             "name": merge.name,
             "inputs": target.inputs,
             "adapters": adapters,
+            "base_numerics": "dequantised" if plan.base.quantised else "as stored",
             "sites": len(plan.touched(merge)),
             "tensors": 0 if merge.export == "adapter" else len(plan.base.tensors),
             "files": sorted(files.entries, key=lambda entry: str(entry["name"])),
         }
     )
+
+
+def _used(adapter: Adapter) -> dict[str, Any]:
+    """How many tensors of an adapter went where; with those that were ignored they are all of them."""
+    return {
+        "factors": len(adapter.factors),
+        "heads": len(adapter.heads),
+        "replaced": sorted(adapter.replaced),
+        "tokens": {tensor: list(rows.indices) for tensor, rows in sorted(adapter.tokens.items())},
+        "ignored": dict(sorted(adapter.ignored.items())),
+    }

@@ -23,13 +23,17 @@ def resolved_recipe(plan: Plan, merge: Merge, merge_id: str) -> bytes:
         "max_shard_size": recipe.max_shard_size,
         "adapters": {
             name: {
-                **recipe.adapters[name].model_dump(exclude_none=True, mode="json"),
+                **recipe.adapters[name].model_dump(exclude_none=True, exclude_defaults=True, mode="json"),
                 **_url(plan, name),
             }
             for name in _adapters(plan, merge)
         },
         "merges": [_entry(merge)],
     }
+    for key in ("tied", "base_numerics", "key_mapping"):
+        value = getattr(recipe, key)
+        if value != type(recipe).model_fields[key].get_default(call_default_factory=True):
+            document[key] = value
     if recipe.base_model_names:
         document["base_model_names"] = list(recipe.base_model_names)
     if recipe.out_dtype is not None:
@@ -52,7 +56,9 @@ def _keys(value: Any) -> Iterator[str]:
 
 def _url(plan: Plan, name: str) -> dict[str, str]:
     path = plan.recipe.adapters[name].path
-    return {} if path is None else {"path": open_store(path).url}
+    initial = plan.recipe.adapters[name].initial
+    urls = {} if path is None else {"path": open_store(path).url}
+    return urls | ({} if initial is None else {"initial": open_store(initial).url})
 
 
 def _entry(merge: Merge) -> dict[str, Any]:
@@ -64,6 +70,8 @@ def _entry(merge: Merge) -> dict[str, Any]:
         "adapters": list(merge.adapters),
         "parameters": {key: value for key, value in merge.parameters.items() if key not in swept},
         "export": merge.export,
+        "export_rank": merge.export_rank,
+        "export_tolerance": merge.export_tolerance,
         "seed": merge.seed,
     }
     if swept:

@@ -107,6 +107,7 @@ class _Context:
     inputs: Inputs
     stores: Stores
     progress: Callable[[Event], None]
+    warnings: list[str]
 
 
 def object_names(plan: Plan, merge: Merge) -> list[str]:
@@ -127,7 +128,7 @@ def run(
     started = time.monotonic()
     stores = Stores()
     inputs = read_inputs_identity(plan, DigestCache(settings.cache / "digests"), stores)
-    context = _Context(plan, settings, inputs, stores, progress)
+    context = _Context(plan, settings, inputs, stores, progress, list(plan.warnings))
     targets = _targets(context)
     unfinished = [
         _Open(merge, target, set(object_names(plan, merge)) - set(target.receipts), dict(target.receipts))
@@ -143,7 +144,7 @@ def run(
         units_run=units_run,
         units_adopted=sum(len(item.target.receipts) for item in unfinished),
         seconds=time.monotonic() - started,
-        warnings=plan.warnings,
+        warnings=tuple(context.warnings),
     )
 
 
@@ -195,7 +196,7 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
                 _publish_ready(context, unfinished, (0, 0), (0, 0))
             return 0
         with make_pool(job, max(len(units), len(adapters))) as pool:
-            _preflight(pool, adapters, context.inputs)
+            _preflight(pool, adapters, context.inputs, [item.merge for item in unfinished])
             for item in unfinished:
                 _probe(context, item)
             with _later():
@@ -251,16 +252,33 @@ def _describe(units: Sequence[Unit], unfinished: Sequence[_Open]) -> str:
     return f"{len(units)} unit(s) for {len(unfinished)} merge(s){again}"
 
 
-def _preflight(pool: Pool, adapters: Sequence[str], inputs: Inputs) -> None:
+def _preflight(pool: Pool, adapters: Sequence[str], inputs: Inputs, merges: Sequence[Merge]) -> None:
     """Every number of every adapter is looked at before anything is written."""
     tasks = [Task(unit.id, unit) for unit in map(PreflightUnit, adapters)]
+    tables: dict[str, Mapping[str, str]] = {}
     for done in pool.run(tasks):
         check: AdapterCheck = done.value
+        tables[check.adapter] = check.tables
         expected = next(
-            v for name, v in inputs.adapters[check.adapter].items() if name.endswith(".safetensors")
+            v for name, v in inputs.adapters[check.adapter].items() if name.startswith("adapter_model.")
         )
         if expected.startswith("sha256:") and expected != f"sha256:{check.sha256}":
             raise AdapterError(f"adapter {check.adapter} changed while the run was starting; run again")
+    for merge in merges:
+        _check_tables(merge, tables)
+
+
+def _check_tables(merge: Merge, tables: Mapping[str, Mapping[str, str]]) -> None:
+    """Embedding tables that PEFT saved beside several adapters of a merge must be copies of one."""
+    first: dict[str, tuple[str, str]] = {}
+    for name in merge.adapters:
+        for tensor, sha256 in tables.get(name, {}).items():
+            owner, digest = first.setdefault(tensor, (name, sha256))
+            if digest != sha256:
+                raise AdapterError(
+                    f"merge {merge.name!r}: adapters {owner} and {name} were saved with different {tensor}; only one of them "
+                    "can be right: merge them apart, or leave one out with adapters: [...]"
+                )
 
 
 def _probe(context: _Context, item: _Open) -> None:
@@ -287,7 +305,9 @@ def _publish_ready(
 ) -> None:
     for item in unfinished:
         if not item.missing and item.receipts:
-            publish(context.plan, item.merge, item.target, item.receipts, context.stores)
+            context.warnings.extend(
+                publish(context.plan, item.merge, item.target, item.receipts, context.stores)
+            )
             item.receipts.clear()
             context.progress(Event(kind="merge", text=item.merge.name, units=units, n_bytes=n_bytes))
 

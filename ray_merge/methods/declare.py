@@ -109,6 +109,7 @@ class Method:
         aliases: other names for exactly the same thing.
         spaces: where it can work; the first is the default.
         low_rank_spaces: those in which its result has factors, so that it can be exported as an adapter.
+        factors_only: cannot take a delta that is no product of factors (DoRA), whatever the space.
         needs: inputs beyond the factors: "moments", "phi", "base".
         rule: completes and checks parameters that depend on each other.
     """
@@ -122,6 +123,7 @@ class Method:
     aliases: tuple[str, ...] = ()
     spaces: tuple[Space, ...] = ("dense",)
     low_rank_spaces: tuple[Space, ...] = ()
+    factors_only: bool = False
     needs: tuple[str, ...] = ()
     rule: Rule | None = None
 

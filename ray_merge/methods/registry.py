@@ -48,6 +48,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         name="cat",
+        factors_only=True,
         family="sum",
         summary="the exact weighted sum as concatenated factors",
         reference="PEFT add_weighted_adapter(cat)",
@@ -57,6 +58,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         name="svd",
+        factors_only=True,
         family="sum",
         summary="the weighted sum truncated to `rank`, with the relative error reported",
         reference="PEFT add_weighted_adapter(svd)",
@@ -149,6 +151,7 @@ __all__ = [
     "get",
     "gives_factors",
     "resolve_parameters",
+    "takes_dense",
     "working_bytes",
 ]
 
@@ -169,6 +172,13 @@ def get(name: str) -> Method:
 def gives_factors(method: Method, space: str | None = None) -> bool:
     """Whether the result of `method` has factors in `space` (default: its own default space)."""
     return (space or method.spaces[0]) in method.low_rank_spaces
+
+
+def takes_dense(method: Method, parameters: Mapping[str, Any]) -> bool:
+    """Whether `method`, with resolved `parameters`, can take a delta that has no factors (DoRA)."""
+    if method.factors_only or (method.family == "sum" and parameters.get("compat") == "peft"):
+        return False
+    return parameters.get("space", method.spaces[0]) == "dense"
 
 
 def describe(method: Method) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ray_merge.algebra.delta import LowRankDelta
+from ray_merge.algebra.delta import Delta, LowRankDelta
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.algebra.truncate import truncate
 from ray_merge.errors import MethodError
@@ -19,17 +19,15 @@ from ray_merge.methods.context import Context
 from ray_merge.methods.parameters import Concatenate, Linear, Sum, Truncate
 
 
-def task_arithmetic(site: SiteFactors, p: Sum, context: Context) -> LowRankDelta:
+def task_arithmetic(site: SiteFactors, p: Sum, context: Context) -> Delta:
     """Sum weight_i * delta_i, times lambda, divided by the sum of weights if `normalize`."""
-    return LowRankDelta(*site.weighted_sum(_coefficients(p.weight, p.lambda_, p.normalize)))
+    return site.sum(_coefficients(p.weight, p.lambda_, p.normalize))
 
 
-def linear(site: SiteFactors, p: Linear, context: Context) -> LowRankDelta:
+def linear(site: SiteFactors, p: Linear, context: Context) -> Delta:
     """The same, normalised by default; `compat: peft` multiplies sums of factors, cross terms included."""
     coefficients = _coefficients(p.weight, p.lambda_, p.normalize)
-    if p.compat == "peft":
-        return _cross_terms(site, coefficients, context)
-    return LowRankDelta(*site.weighted_sum(coefficients))
+    return _cross_terms(site, coefficients, context) if p.compat == "peft" else site.sum(coefficients)
 
 
 def cat(site: SiteFactors, p: Concatenate, context: Context) -> LowRankDelta:

@@ -128,6 +128,8 @@ def _expand_entry(entry: MergeSource, recipe: Recipe, where: str) -> Iterator[Me
                 adapters=tuple(subset),
                 parameters=parameters,
                 export=entry.export,
+                export_rank=entry.export_rank,
+                export_tolerance=entry.export_tolerance,
                 seed=entry.seed,
                 sweep=tuple(point.items()),
                 combined=entry.combinations is not None,

@@ -75,8 +75,22 @@ def _none_is_empty(value: Any) -> Any:
     return {} if value is None else value  # `parameters:` with nothing behind it
 
 
+def _check_mapping(value: Any) -> Any:
+    """Rules that rewrite names, each tried once here so that a broken one is refused at its line."""
+    for pattern, replacement in value.items() if isinstance(value, dict) else ():
+        try:
+            # The text of a replacement is checked only where something matches: an empty branch always does.
+            re.compile(str(pattern))
+            re.sub(f"(?:{pattern})|", str(replacement), "")
+        except (re.error, IndexError) as error:
+            raise ValueError(f"{pattern!r}: {replacement!r} is no rule for names ({error})") from error
+    return value
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
 Name = Annotated[str, BeforeValidator(check_name)]
+KeyMapping = Annotated[dict[str, str], BeforeValidator(_check_mapping)]
+"""Regular expressions on runtime names -> what takes their place, in order."""
 
 
 class _Model(BaseModel):
@@ -107,12 +121,20 @@ TaskKind = Literal[
 
 
 class AdapterSource(_Model):
-    """One adapter: its folder and, for methods that learn or measure, its data."""
+    """One adapter: its folder and, for methods that learn or measure, its data.
+
+    `initial` is the adapter that PiSSA, OLoRA ... training started from; `moe_lora_b_layout` says how the experts'
+    lora_B is packed where an adapter does not (Unsloth).
+    """
 
     path: str | None = None
     data: Annotated[DataSource | None, BeforeValidator(_only_path)] = None
     task: TaskKind | None = None
     eval: Evaluation | None = None
+    initial: str | None = None
+    allow_pickle: bool = False
+    key_mapping: KeyMapping = Field(default_factory=dict)
+    moe_lora_b_layout: Literal["rank_major", "grouped_by_expert"] | None = None
 
 
 class Calibration(_Model):
@@ -140,6 +162,8 @@ class MergeSource(_Model):
     sweep: dict[str, list[Any]] | None = None
     combinations: Combinations | None = None
     export: Export = "checkpoint"
+    export_rank: int | None = Field(default=None, ge=1)
+    export_tolerance: float | None = Field(default=None, ge=0, lt=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
@@ -157,6 +181,9 @@ class Recipe(_Model):
     adapters: dict[Name, AdapterSource]
     calibration: Calibration | None = None
     placement: Literal["spread", "one_per_node"] = "spread"
+    tied: Literal["refuse", "untie"] = "refuse"
+    base_numerics: Literal["reject", "dequantise"] = "reject"
+    key_mapping: KeyMapping = Field(default_factory=dict)
     merges: list[MergeSource]
 
     @model_validator(mode="before")

@@ -1,161 +1,262 @@
-"""A PEFT adapter folder, known from its headers: every tensor becomes a factor or a head, or is refused.
+"""A PEFT adapter folder, known from its headers: every tensor gets a meaning, or the adapter is refused.
 
-Owns the key grammar `base_model.model.<runtime module>.lora_A.weight`. Reads no tensor data.
-Layout and deltas: PEFT 0.21 `utils/save_and_load.py`, `tuners/lora/layer.py`.
+Owns: which files make an adapter and how its tensors belong together. What they mean for a base is decided by
+`fit/`. Reads no tensor data. Layout: PEFT 0.21 `utils/save_and_load.py`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ray_merge.errors import AdapterError, CheckpointError
-from ray_merge.spec import Adapter, FactorEntry, TensorEntry
-from ray_merge.storage.adapter_config import Scaling, check_config, pattern_matches
+from ray_merge.spec import SameValues, TensorEntry, View
+from ray_merge.storage.adapter_config import Settings, read_settings
+from ray_merge.storage.adapter_names import Name, Role, read_name
 from ray_merge.storage.checkpoint import read_json
 from ray_merge.storage.headers import read_header
-from ray_merge.storage.store import Store
+from ray_merge.storage.store import ObjectInfo, Store
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
+PICKLE_FILE = "adapter_model.bin"
+CARD_FILE = "README.md"
+MAX_CARD_BYTES = 1_000_000
+
 FLOATS = ("F32", "F16", "BF16", "F64")
 
-VARIANT_TENSORS = {
-    "lora_embedding_A": "LoRA on an embedding",
-    "lora_embedding_B": "LoRA on an embedding",
-    "lora_magnitude_vector": "a DoRA magnitude",
-    "lora_diag": "a KaSA diagonal",
-    "lora_E": "an AdaLoRA diagonal",
-    "lora_B.bias": "a bias on B (lora_bias)",
-    "base_layer": "a changed base layer",
-    "token_adapter": "trainable tokens",
-}
-"""What a tensor name betrays when it is neither a plain factor nor a head."""
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
+)  # fmt: skip
+"""What a trainer saves beside an adapter whose vocabulary grew."""
+
+Pickles = Any
+"""A function (store, info) -> path of a local safetensors file with the pickle's tensors; see storage/pickled.py."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
-    A: TensorEntry | None = None
-    B: TensorEntry | None = None
+class StoredModule:
+    """The tensors of one adapted module, under their roles."""
+
+    name: str
+    depth: int
+    tensors: Mapping[Role, TensorEntry]
 
 
-def read_adapter(name: str, store: Store) -> Adapter:
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A whole parameter that an adapter saved, under its runtime name; `wrapped` if inside an adapted layer."""
+
+    name: str
+    entry: TensorEntry
+    wrapped: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAdapter:
+    """One adapter folder.
+
+    Args:
+        name: the recipe's name of it.
+        url: its folder.
+        config: the parsed adapter_config.json.
+        settings: what it says about the delta.
+        modules: adapted modules, sorted.
+        saved: whole parameters, sorted.
+        tokens: runtime path of an embedding -> its trained rows.
+        same: tensors that stand twice and must be equal.
+        ignored: tensor names that do not enter a merge -> why.
+        file, file_bytes, file_version, pickled: its weights; see `spec.Adapter`.
+        unsloth: its card or config mentions Unsloth.
+        side_files: tokenizer files beside it.
+        initial: the adapter that training started from, if the recipe gives one.
+    """
+
+    name: str
+    url: str
+    config: Mapping[str, Any]
+    settings: Settings
+    modules: tuple[StoredModule, ...]
+    saved: tuple[StoredTensor, ...]
+    tokens: Mapping[str, TensorEntry]
+    same: tuple[SameValues, ...]
+    ignored: Mapping[str, str]
+    file: str
+    file_bytes: int
+    file_version: str
+    pickled: bool = False
+    unsloth: bool = False
+    side_files: tuple[ObjectInfo, ...] = ()
+    initial: StoredAdapter | None = None
+
+    @property
+    def where(self) -> str:
+        """How messages call its weights."""
+        return f"adapter {self.name}: {self.url}/{self.file}"
+
+
+@dataclass(slots=True)
+class _Sorted:
+    modules: dict[tuple[str, int], dict[Role, TensorEntry]] = field(default_factory=dict)
+    saved: dict[str, StoredTensor] = field(default_factory=dict)
+    tokens: dict[str, TensorEntry] = field(default_factory=dict)
+    same: list[SameValues] = field(default_factory=list)
+    ignored: dict[str, str] = field(default_factory=dict)
+
+
+def read_adapter(
+    name: str, store: Store, *, initial: Store | None = None, unpickle: Pickles = None
+) -> StoredAdapter:
     """Headers and config of one adapter.
 
     Args:
         name: the recipe's name of it.
         store: the adapter's folder.
+        initial: the folder of the adapter that training started from (PiSSA, OLoRA ...).
+        unpickle: converts adapter_model.bin; None refuses it.
 
     Raises:
-        AdapterError: a variant, tensor, rank or shape that cannot be merged exactly.
+        AdapterError: a setting or tensor that cannot be merged exactly.
         CheckpointError: a missing, truncated or malformed file.
     """
     if store.url.endswith((".safetensors", ".bin", ".json")):
         raise AdapterError(f"adapter {name}: {store.url} is a file; give the folder that holds {CONFIG_FILE}")
     config = read_json(store, CONFIG_FILE)
-    scaling = check_config(config, f"adapter {name}: {store.url}/{CONFIG_FILE}")
-    if store.info(WEIGHTS_FILE) is None and store.info("adapter_model.bin") is not None:
-        raise CheckpointError(
-            f"adapter {name}: {store.url} holds a pickle, adapter_model.bin; save it as safetensors"
-        )
-    info = store.info(WEIGHTS_FILE)  # before the header: a file replaced in between is noticed later
-    header = read_header(store, WEIGHTS_FILE)
-    where = f"adapter {name}: {store.url}/{WEIGHTS_FILE}"
-    pairs, heads = _sort_tensors(header.tensors, config, where)
-    factors = {module: _factor(module, pair, scaling, where) for module, pair in sorted(pairs.items())}
-    if not factors:
-        raise AdapterError(f"{where} holds no LoRA factor")
-    _check_patterns(scaling, factors, where)
-    return Adapter(
+    settings = read_settings(config, f"adapter {name}: {store.url}/{CONFIG_FILE}")
+    started = None if initial is None else read_adapter(f"{name} (initial)", initial, unpickle=unpickle)
+    file = _weights_file(name, store, unpickle)
+    info = store.info(file)  # before the header: a file replaced in between is noticed later
+    where = f"adapter {name}: {store.url}/{file}"
+    tensors = _tensors(store, file, info, unpickle)
+    found = _sort_tensors(tensors, settings, where)
+    return StoredAdapter(
         name=name,
         url=store.url,
         config=config,
-        factors=factors,
-        heads=tuple(heads),
-        file=WEIGHTS_FILE,
+        settings=settings,
+        modules=tuple(StoredModule(*key, tensors) for key, tensors in sorted(found.modules.items())),
+        saved=tuple(found.saved[key] for key in sorted(found.saved)),
+        tokens=found.tokens,
+        same=tuple(found.same),
+        ignored=found.ignored,
+        file=file,
         file_bytes=0 if info is None else info.n_bytes,
         file_version="" if info is None else info.version,
+        pickled=file == PICKLE_FILE,
+        unsloth=_mentions_unsloth(store, config),
+        side_files=tuple(item for path in TOKENIZER_FILES if (item := store.info(path)) is not None),
+        initial=started,
     )
 
 
-def _sort_tensors(
-    tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], where: str
-) -> tuple[dict[str, _Pair], list[TensorEntry]]:
-    pairs: dict[str, _Pair] = {}
-    heads: list[TensorEntry] = []
-    saved = config.get("modules_to_save") or []
-    for key, entry in tensors.items():
-        if not key.startswith(PREFIX):
+def _weights_file(name: str, store: Store, unpickle: Pickles) -> str:
+    if store.info(WEIGHTS_FILE) is not None or store.info(PICKLE_FILE) is None:
+        return WEIGHTS_FILE
+    if unpickle is None:
+        raise CheckpointError(
+            f"adapter {name}: {store.url} holds a pickle, {PICKLE_FILE}, which can run code when it is loaded; save it "
+            "as safetensors, or write allow_pickle: true behind its path to have tensors alone read from it"
+        )
+    return PICKLE_FILE
+
+
+def _tensors(store: Store, file: str, info: ObjectInfo | None, unpickle: Pickles) -> Mapping[str, TensorEntry]:
+    if file == WEIGHTS_FILE:
+        return read_header(store, file).tensors
+    converted: Path = unpickle(store, info)
+    from ray_merge.storage.store import open_store
+
+    tensors = read_header(open_store(str(converted.parent)), converted.name).tensors
+    return {key: replace(entry, file=file) for key, entry in tensors.items()}
+
+
+def _mentions_unsloth(store: Store, config: Mapping[str, Any]) -> bool:
+    """Unsloth packed the experts' B in another order, and shapes do not show it."""
+    texts = [str(config.get("base_model_name_or_path")), str(config.get("auto_mapping"))]
+    card = store.info(CARD_FILE) if config.get("target_parameters") else None
+    if card is not None and card.n_bytes:
+        texts.append(store.read(CARD_FILE, 0, min(card.n_bytes, MAX_CARD_BYTES)).decode("utf-8", "replace"))
+    return any("unsloth" in text.lower() for text in texts)
+
+
+def _sort_tensors(tensors: Mapping[str, TensorEntry], settings: Settings, where: str) -> _Sorted:
+    found = _Sorted()
+    for key, entry in sorted(tensors.items()):
+        name = read_name(key, sampler=settings.sampler)
+        if isinstance(name, str):
             raise AdapterError(
-                f"{where}: tensor {key!r} does not begin with {PREFIX!r}; save the adapter with PEFT"
+                f"{where}: tensor {key!r} {name}, which is not supported; nothing of an adapter is dropped silently"
             )
-        runtime = key.removeprefix(PREFIX)
-        match = re.fullmatch(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight", runtime)
-        if match and "base_layer" not in match["module"]:
-            pair = pairs.get(match["module"], _Pair())
-            pairs[match["module"]] = _Pair(entry, pair.B) if match["side"] == "A" else _Pair(pair.A, entry)
-        elif _is_head(runtime, saved):
-            heads.append(TensorEntry(runtime, entry.dtype, entry.shape, entry.file, entry.start, entry.end))
+        _check_entry(key, entry, name, where)
+        _place(key, entry, name, found, where)
+    for (module, _), roles in found.modules.items():
+        _check_pairs(module, roles, settings, where)
+    if not found.modules and not found.saved and not found.tokens:
+        raise AdapterError(f"{where} holds no LoRA factor")
+    return found
+
+
+def _place(key: str, entry: TensorEntry, name: Name, found: _Sorted, where: str) -> None:
+    if name.role == "ignored":
+        found.ignored[key] = name.why
+    elif name.role == "saved":
+        before = found.saved.get(name.module)
+        if before is not None:
+            # PEFT with bias: all saves the bias of a module of modules_to_save under two names.
+            why = f"{key!r} and {before.name!r} are two values of one parameter"
+            found.same.append(SameValues(_flat(entry), _flat(before.entry), f"{where}: {why}"))
         else:
-            variant = next((text for part, text in VARIANT_TENSORS.items() if part in runtime), None)
-            reason = (
-                f"is {variant}, which is not supported" if variant else "is neither a factor nor a saved head"
-            )
-            raise AdapterError(f"{where}: tensor {key!r} {reason}; nothing of an adapter is dropped silently")
-    return pairs, heads
-
-
-def _is_head(runtime: str, saved: Sequence[str]) -> bool:
-    # PEFT saves a module of modules_to_save under its plain name; the list names suffixes of module paths.
-    module = runtime.rpartition(".")[0]
-    if any(part in runtime for part in VARIANT_TENSORS):
-        return False
-    components = module.split(".")
-    return any(name in components or module.endswith(f".{name}") for name in saved)
-
-
-def _factor(module: str, pair: _Pair, scaling: Scaling, where: str) -> FactorEntry:
-    if pair.A is None or pair.B is None:
-        have, lack = ("lora_B", "lora_A") if pair.A is None else ("lora_A", "lora_B")
-        raise AdapterError(f"{where}: {module} has {have} but no {lack}")
-    for side, entry in (("lora_A", pair.A), ("lora_B", pair.B)):
-        if entry.dtype not in FLOATS:
+            found.saved[name.module] = StoredTensor(name.module, entry, name.wrapped)
+    elif name.role == "tokens":
+        if name.module in found.tokens:
+            raise AdapterError(f"{where}: the trained tokens of {name.module} stand twice; save the adapter again")
+        found.tokens[name.module] = entry
+    else:
+        roles = found.modules.setdefault((name.module, name.depth), {})
+        if name.role in roles:
             raise AdapterError(
-                f"{where}: {module}.{side} is of dtype {entry.dtype}; expected one of {', '.join(FLOATS)}"
+                f"{where}: {name.module} has two tensors for its {name.role} (one is {key!r}); save the adapter again "
+                "from one model"
             )
-        if 0 in entry.shape:
-            raise AdapterError(
-                f"{where}: {module}.{side} has the empty shape {entry.shape}: a sharded (ZeRO-3, FSDP) training "
-                "saved it without gathering; save it again from the gathered model"
-            )
-        if len(entry.shape) != 2:
-            raise AdapterError(
-                f"{where}: {module}.{side} has {len(entry.shape)} dimensions {entry.shape}: LoRA on a convolution "
-                "is not supported"
-            )
-    rank = pair.A.shape[0]
-    if pair.B.shape[1] != rank:
+        roles[name.role] = entry
+
+
+def _flat(entry: TensorEntry) -> View:
+    size = 1
+    for length in entry.shape:
+        size *= length
+    return View(entry, (size, 1))
+
+
+def _check_entry(key: str, entry: TensorEntry, name: Name, where: str) -> None:
+    if name.role == "ignored":
+        return
+    if entry.dtype not in FLOATS:
+        raise AdapterError(f"{where}: {key!r} is of dtype {entry.dtype}; expected one of {', '.join(FLOATS)}")
+    if 0 in entry.shape:
         raise AdapterError(
-            f"{where}: {module}: lora_A {pair.A.shape} has rank {rank} but lora_B {pair.B.shape} has rank "
-            f"{pair.B.shape[1]}"
+            f"{where}: {key!r} has the empty shape {entry.shape}: a sharded (ZeRO-3, FSDP) training saved it without "
+            "gathering; save it again from the gathered model"
         )
-    claimed = scaling.rank_of(module)
-    if rank != claimed:
-        raise AdapterError(
-            f"{where}: {module}: the factors have rank {rank} but {CONFIG_FILE} says {claimed}; the scale "
-            "alpha / r would be wrong"
-        )
-    return FactorEntry(pair.B, pair.A, scaling.scale_of(module, rank), rank)
 
 
-def _check_patterns(scaling: Scaling, modules: Mapping[str, FactorEntry], where: str) -> None:
-    # alpha cannot be checked against a tensor, so a pattern that matches nothing is the only sign of a typo.
-    for field, patterns in (("rank_pattern", scaling.rank_pattern), ("alpha_pattern", scaling.alpha_pattern)):
-        for key in patterns:
-            if not any(pattern_matches(key, module) for module in modules):
-                raise AdapterError(
-                    f"{where}: {field} {key!r} matches none of the {len(modules)} adapted modules"
-                )
+def _check_pairs(module: str, roles: Mapping[Role, TensorEntry], settings: Settings, where: str) -> None:
+    pairs: tuple[tuple[Role, Role], ...] = (("A", "B"), ("embedding_A", "embedding_B"))
+    for one, other in pairs:
+        if (one in roles) != (other in roles):
+            have, lack = (one, other) if one in roles else (other, one)
+            raise AdapterError(f"{where}: {module} has lora_{have} but no lora_{lack}")
+    if "A" in roles and "embedding_A" in roles:
+        raise AdapterError(f"{where}: {module} has factors of a linear layer and of an embedding; save it again")
+    if not {"A", "embedding_A"} & roles.keys():
+        raise AdapterError(f"{where}: {module} has {', '.join(sorted(roles))} but no factors")
+    if ("magnitude" in roles) != settings.dora:
+        has, says = ("has", "false") if "magnitude" in roles else ("lacks", "true")
+        raise AdapterError(f"{where}: {module} {has} a lora_magnitude_vector, but {CONFIG_FILE} says use_dora: {says}")
+    if ("B.bias" in roles) and not settings.lora_bias:
+        raise AdapterError(f"{where}: {module} has a bias on B, but {CONFIG_FILE} does not say lora_bias: true")
+    if settings.lora_bias and "B" in roles and "B.bias" not in roles:
+        raise AdapterError(f"{where}: {module} lacks the bias on B that {CONFIG_FILE} promises (lora_bias: true)")

@@ -6,13 +6,15 @@ Owns which files are weights, which are side files, and where each tensor lies. 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray_merge.errors import CheckpointError
-from ray_merge.spec import TensorEntry
+from ray_merge.spec import DTYPE_BYTES, FLOAT_DTYPES, TensorEntry
 from ray_merge.storage.headers import read_header
+from ray_merge.storage.quantised import Quantised, find_quantised, quantisation_config
 from ray_merge.storage.store import ObjectInfo, Store
 
 SINGLE_FILE = "model.safetensors"
@@ -41,6 +43,8 @@ class Checkpoint:
         tensors: disk name -> where its bytes lie.
         weight_files: the safetensors files that hold them.
         side_files: every other file that a copy of the model needs (tokenizer, generation config ...).
+        untied: disk name of a head that the recipe gives a weight of its own; "" otherwise.
+        quantised: disk name -> how the weight is stored, where the base is quantised and is to be dequantised.
     """
 
     url: str
@@ -48,6 +52,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorEntry]
     weight_files: tuple[ObjectInfo, ...]
     side_files: tuple[ObjectInfo, ...]
+    untied: str = ""
+    quantised: Mapping[str, Quantised] = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:
@@ -68,22 +74,26 @@ def read_json(store: Store, path: str) -> dict[str, Any]:
     return document
 
 
-def read_checkpoint(store: Store) -> Checkpoint:
+def read_checkpoint(store: Store, *, dequantise: bool = False) -> Checkpoint:
     """Headers and config of the checkpoint in `store`.
+
+    Args:
+        store: its folder.
+        dequantise: show a quantised base as what its weights decode to.
 
     Raises:
         CheckpointError: no such folder, no safetensors, a truncated or malformed file, a tensor in two files
-            or missing from the file that the index names, a quantised base.
+            or missing from the file that the index names, a quantised base where `dequantise` is false.
     """
     files = {info.path: info for info in store.list()}
     if not files:
         hub = "; a model on a hub is written hf://org/name" if store.local_root is not None else ""
         raise CheckpointError(f"{store.url} does not exist or is empty{hub}")
     config = read_json(store, CONFIG_FILE)
-    if config.get("quantization_config"):
+    if quantisation_config(config) and not dequantise:
         raise CheckpointError(
-            f"{store.url}/{CONFIG_FILE} has a quantization_config: merging into a quantised base is not "
-            "supported; give the unquantised base"
+            f"{store.url}/{CONFIG_FILE} has a quantization_config: its weights are not the numbers that the adapters were "
+            "added to; give the unquantised base, or write base_numerics: dequantise in the recipe"
         )
     names = _weight_files(store, files)
     tensors: dict[str, TensorEntry] = {}
@@ -99,13 +109,42 @@ def read_checkpoint(store: Store) -> Checkpoint:
     if INDEX_FILE in files and SINGLE_FILE not in files:
         _check_index(store, tensors)
     side = tuple(info for path, info in sorted(files.items()) if _is_side_file(store, info))
+    quantised: Mapping[str, Quantised] = {}
+    if quantisation_config(config):
+        quantised, plain = find_quantised(
+            config, tensors, store.url, lambda entry: store.read(entry.file, entry.start, entry.end)
+        )
+        dtype = decoded_dtype(config)
+        tensors = plain | {name: _decoded(name, weight, dtype) for name, weight in quantised.items()}
+        config = without_quantisation(config)
     return Checkpoint(
         url=store.url,
         config=config,
         tensors=tensors,
+        quantised=quantised,
         weight_files=tuple(files[name] for name in names),
         side_files=side,
     )
+
+
+def decoded_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype that quantised weights decode to: what config.json calls the model's, else bfloat16."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    return FLOAT_DTYPES.get(named, "BF16") if isinstance(named, str) else "BF16"
+
+
+def _decoded(name: str, weight: Quantised, dtype: str) -> TensorEntry:
+    """The entry of a weight that no file holds as such: no file, and its own bytes counted from 0."""
+    return TensorEntry(name, dtype, weight.shape, "", 0, math.prod(weight.shape) * DTYPE_BYTES[dtype])
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of what the weights decode to."""
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    text = kept.get("text_config")
+    if isinstance(text, dict):
+        kept["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+    return kept
 
 
 def _weight_files(store: Store, files: Mapping[str, ObjectInfo]) -> list[str]:

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from ray_merge.spec import DTYPE_BYTES, TensorEntry
 from ray_merge.storage.store import Store
 
 CHUNK_BYTES = 2 * 2**20
@@ -14,31 +13,6 @@ CHUNK_BYTES = 2 * 2**20
 
 AHEAD = 4
 """Chunks read ahead, on as many threads: at 30 ms a request they carry 270 MB/s from an object store."""
-
-
-def row_chunks(entry: TensorEntry, grid_rows: int) -> list[tuple[int, int]]:
-    """The rows [start, stop) of each chunk of a 2-D tensor: about `CHUNK_BYTES`, whole multiples of the grid.
-
-    Args:
-        entry: the tensor.
-        grid_rows: rows that an update computes at once; other chunk borders would compute rows twice.
-    """
-    n_rows, row_bytes = entry.shape[0], DTYPE_BYTES[entry.dtype] * entry.shape[1]
-    step = grid_rows * max(1, CHUNK_BYTES // max(1, row_bytes * grid_rows))
-    return [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
-
-
-def byte_chunks(entry: TensorEntry) -> list[tuple[int, int]]:
-    """Chunks of any tensor as byte ranges from the beginning of its file, whole elements each."""
-    return [
-        (start, min(start + CHUNK_BYTES, entry.end)) for start in range(entry.start, entry.end, CHUNK_BYTES)
-    ]
-
-
-def rows_to_bytes(entry: TensorEntry, rows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Byte ranges, from the beginning of the file, of row ranges of a 2-D tensor."""
-    row_bytes = DTYPE_BYTES[entry.dtype] * entry.shape[1]
-    return [(entry.start + start * row_bytes, entry.start + stop * row_bytes) for start, stop in rows]
 
 
 class Reader:
@@ -64,6 +38,10 @@ class Reader:
                 yield self._take(waiting)
         while waiting:
             yield self._take(waiting)
+
+    def read(self, file: str, start: int, end: int) -> bytes:
+        """One range at once."""
+        return next(self.stream([(file, start, end)]))
 
     def _take(self, waiting: deque[Future[bytes]]) -> bytes:
         data = waiting.popleft().result()

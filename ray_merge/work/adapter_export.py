@@ -9,17 +9,19 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import torch
 
 from ray_merge.algebra.delta import Delta, product_norm
+from ray_merge.algebra.truncate import truncate
 from ray_merge.errors import RunFailed
-from ray_merge.plan import ADAPTER_OBJECT, SHARD_METADATA
+from ray_merge.plan import ADAPTER_OBJECT, SHARD_METADATA, Plan
 from ray_merge.pool import worker_label
 from ray_merge.spec import FLOAT_DTYPES, Factor, Merge, Receipt, Site, SiteReport
-from ray_merge.storage.adapter import PREFIX
+from ray_merge.storage.adapter_names import PREFIX
 from ray_merge.storage.commit import commit, put_receipt
 from ray_merge.storage.store import Stores
 from ray_merge.storage.writer import ScratchFile
@@ -28,6 +30,9 @@ from ray_merge.work.job import AdapterUnit, Job
 from ray_merge.work.scratch import scratch_folder
 from ray_merge.work.shards import site_deltas
 from ray_merge.work.tensors import TORCH_DTYPES, to_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COPY_BYTES = 2**20
 
@@ -41,52 +46,83 @@ def run_adapter(job: Job, unit: AdapterUnit, files: AdapterFiles, stores: Stores
     started = time.perf_counter()
     merge = next(merge for merge in job.plan.merges if merge.name == unit.merge)
     dtype = FLOAT_DTYPES[job.plan.recipe.out_dtype or "float32"]
-    touched = job.plan.touched(merge)
-    sites = sorted((s for s in job.plan.sites.values() if s.tensor in touched), key=lambda s: s.name)
+    sites = sorted(job.plan.touched(merge), key=lambda site: site.name)
     layout: list[tuple[str, str, tuple[int, ...]]] = []
     reports = []
     folder = scratch_folder(job, merge.name)
     with TemporaryFile(dir=folder) as spool:
         for site in sites:
-            delta = site_deltas(site, [merge], files)[0]
-            factor = delta.factors()
-            if factor is None:
+            begun = time.perf_counter()
+            delta = site_deltas(site, [merge], files, no_base)[0]
+            exact = delta.factors()
+            if exact is None:
                 raise RunFailed(
                     f"merge {merge.name!r}: {site.name} has no factors to export; use export: checkpoint"
                 )
-            factor = _at_least_rank_one(factor)
+            factor, error = truncated(merge, exact)
             stored = Factor(factor.B.to(TORCH_DTYPES[dtype]), factor.A.to(TORCH_DTYPES[dtype]))
-            for side, tensor in (("A", stored.A), ("B", stored.B)):
-                layout.append((f"{PREFIX}{site.name}.lora_{side}.weight", dtype, tuple(tensor.shape)))
+            for name, tensor in exported_tensors(job.plan, merge, site, stored):
+                layout.append((name, dtype, tuple(tensor.shape)))
                 spool.write(to_bytes(tensor))
-            reports.append(_report(merge, site, delta, factor, stored))
+            report = _report(merge, site, delta, factor, stored, error)
+            reports.append(replace(report, seconds=round(time.perf_counter() - begun, 6)))
         return [_publish(job, unit, merge, layout, spool, tuple(reports), started, stores)]
 
 
-def _at_least_rank_one(factor: Factor) -> Factor:
-    """An update of zero as factors of rank 1: PEFT has no rank 0, and a site may not get lost."""
-    if factor.B.shape[1]:
-        return factor
-    return Factor(factor.B.new_zeros((factor.B.shape[0], 1)), factor.A.new_zeros((1, factor.A.shape[1])))
+def no_base() -> Tensor:
+    """In place of a base weight: what can be exported does not depend on one (plan/export.py)."""
+    raise RunFailed("an exported adapter depends on the base weight; use export: checkpoint")
 
 
-def _report(merge: Merge, site: Site, delta: Delta, exact: Factor, stored: Factor) -> SiteReport:
+def truncated(merge: Merge, exact: Factor) -> tuple[Factor, float]:
+    """The factors within the rank or tolerance that the merge asks for, and their relative Frobenius error.
+
+    An update of zero has rank 1: PEFT has no rank 0, and a site may not get lost.
+    """
+    B_OR, A_RI, error = exact.B, exact.A, 0.0
+    if merge.export_rank is not None or merge.export_tolerance is not None:
+        B_OR, A_RI, error = truncate(B_OR, A_RI, rank=merge.export_rank, tolerance=merge.export_tolerance)
+    if not B_OR.shape[1]:
+        B_OR, A_RI = B_OR.new_zeros((B_OR.shape[0], 1)), A_RI.new_zeros((1, A_RI.shape[1]))
+    return Factor(B_OR, A_RI), error
+
+
+def exported_tensors(plan: Plan, merge: Merge, site: Site, factor: Factor) -> list[tuple[str, Tensor]]:
+    """Factors in the layout of a site's weight -> PEFT's names and layouts for that kind of layer."""
+    module = next(adapter.modules[site.name] for name in merge.adapters
+                  if site.name in (adapter := plan.adapters[name]).modules)  # fmt: skip
+    B_OR, A_RI = factor.B, factor.A
+    if site.layout in ("conv1d", "embedding"):  # stored transposed: delta = A^T B^T
+        B_OR, A_RI = A_RI.T, B_OR.T
+    if site.layout == "embedding":
+        return [(f"{PREFIX}{module}.lora_embedding_A", A_RI), (f"{PREFIX}{module}.lora_embedding_B", B_OR)]
+    if site.layout == "conv":
+        kernel = plan.base.tensors[site.tensor].shape[1:]
+        A_RI = A_RI.reshape(A_RI.shape[0], *kernel)
+        B_OR = B_OR.reshape(*B_OR.shape, *(1 for _ in kernel[1:]))
+    return [(f"{PREFIX}{module}.lora_A.weight", A_RI), (f"{PREFIX}{module}.lora_B.weight", B_OR)]
+
+
+def _report(
+    merge: Merge, site: Site, delta: Delta, factor: Factor, stored: Factor, error: float
+) -> SiteReport:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in (stored.B, stored.A)):
         raise RunFailed(
             f"merge {merge.name!r}: the exported factors of {site.name} do not fit {stored.B.dtype}; "
             "use out_dtype: float32"
         )
     norm, lost = delta.norm(), 0.0
-    if norm and stored.B.dtype != exact.B.dtype:
-        B, A = stored.B.to(exact.B.dtype), stored.A.to(exact.A.dtype)
-        lost = product_norm(torch.cat([B, exact.B], dim=1), torch.cat([A, -exact.A])) / norm
+    if norm and stored.B.dtype != factor.B.dtype:
+        B, A = stored.B.to(factor.B.dtype), stored.A.to(factor.A.dtype)
+        lost = product_norm(torch.cat([B, factor.B], dim=1), torch.cat([A, -factor.A])) / norm
     return SiteReport(
         site=site.name,
         tensor=site.tensor,
-        rank=max(1, delta.rank),
+        rank=stored.B.shape[1],
         update_norm=norm,
         lost_share=lost,
-        truncation_error=delta.truncation_error,
+        truncation_error=max(error, delta.truncation_error),
+        n_bytes=(stored.B.numel() + stored.A.numel()) * stored.B.element_size(),
     )
 
 

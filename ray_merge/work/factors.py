@@ -6,18 +6,24 @@ site needs them (the page cache keeps them), so a worker's memory does not grow 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ray_merge.algebra.site import SiteFactors
-from ray_merge.errors import NotFinite
-from ray_merge.spec import Adapter, Factor
+from ray_merge.errors import AdapterError, NotFinite
+from ray_merge.spec import Adapter, Factor, FactorEntry, Product, SavedEntry, Site, TensorEntry
 from ray_merge.storage.cache import CachedFile, NodeCache
 from ray_merge.storage.store import ObjectInfo, Stores
 from ray_merge.work.job import AdapterCheck
-from ray_merge.work.tensors import TORCH_DTYPES, TensorFile
+from ray_merge.work.pickles import converted
+from ray_merge.work.tensors import TORCH_DTYPES, TensorFile, to_bytes
+
+Base = Callable[[], Tensor]
+"""Gives the base weight of the site at hand as a matrix, in the dtype it is stored in."""
 
 
 class AdapterFiles:
@@ -40,6 +46,7 @@ class AdapterFiles:
         device: str,
         dtype: torch.dtype,
     ) -> None:
+        self._folder = cache_folder
         self._cache = NodeCache(cache_folder)
         self._stores = stores
         self._adapters = adapters
@@ -55,45 +62,138 @@ class AdapterFiles:
             file.close()
         self._open.clear()
 
-    def fetch(self, name: str) -> CachedFile:
-        """The adapter's weights file on this node."""
-        adapter = self._adapters[name]
+    def fetch(self, adapter: Adapter) -> CachedFile:
+        """An adapter's weights file on this node, as it is stored."""
         planned = ObjectInfo(adapter.file, adapter.file_bytes, adapter.file_version)
         return self._cache.fetch(self._stores.open(adapter.url), adapter.file, planned)
 
-    def _file(self, name: str) -> TensorFile:
-        if name not in self._open:
-            self._open[name] = TensorFile(self.fetch(name).path)
-        return self._open[name]
+    def open(self, adapter: Adapter) -> TensorFile:
+        """The tensors of an adapter's file; a pickle is converted on this node first."""
+        if adapter.name not in self._open:
+            cached = self.fetch(adapter)
+            path = converted(cached.path, cached.sha256, self._folder) if adapter.pickled else cached.path
+            self._open[adapter.name] = TensorFile(path)
+        return self._open[adapter.name]
+
+    def saved(self, name: str) -> TensorFile:
+        """The file of the adapter called `name`, for tensors that take a base tensor's place."""
+        return self.open(self._adapters[name])
 
     def check(self, name: str) -> AdapterCheck:
         """Fetch one adapter and look at every number of it.
 
         Raises:
-            NotFinite: a factor or head holds NaN or Inf.
+            NotFinite: a tensor that enters the merge holds NaN or Inf.
+            AdapterError: two tensors that must be equal are not.
         """
         adapter = self._adapters[name]
-        cached = self.fetch(name)
-        file = self._file(name)
-        entries = [entry for pair in adapter.factors.values() for entry in (pair.B, pair.A)]
-        floats = [entry for entry in [*entries, *adapter.heads] if entry.dtype in TORCH_DTYPES]
-        for entry in floats:
+        for one in (adapter, adapter.initial):
+            if one is not None:
+                self._check_finite(one)
+        for same in adapter.same:
+            one, other = (self.open(adapter).matrix(view).double() for view in (same.one, same.other))
+            if not torch.equal(one, other):
+                raise AdapterError(f"{same.why} (they differ by up to {float((one - other).abs().max()):.3g})")
+        tables = {tensor: self._digest(adapter, adapter.replaced[tensor]) for tensor in sorted(adapter.tables)}
+        cached = self.fetch(adapter)
+        return AdapterCheck(name, cached.sha256, adapter.file_bytes, len(_entries(adapter)), tables)
+
+    def _check_finite(self, adapter: Adapter) -> None:
+        file = self.open(adapter)
+        for entry in _entries(adapter):
+            if entry.dtype not in TORCH_DTYPES:
+                continue
             tensor = file.read(entry)
             finite = torch.isfinite(tensor)
             if not bool(finite.all()):
                 count = int(tensor.numel() - finite.sum())
-                raise NotFinite(name, entry.name, count, f"{adapter.url}/{adapter.file}")
-        return AdapterCheck(name, cached.sha256, adapter.file_bytes, len(entries) + len(adapter.heads))
+                raise NotFinite(adapter.name, entry.name, count, f"{adapter.url}/{adapter.file}")
 
-    def site(self, names: Sequence[str], site: str, shape: tuple[int, int]) -> SiteFactors:
-        """Factors of the adapters at one site, in order; rank 0 for an adapter that does not touch it."""
-        return SiteFactors([self._factor(name, site, shape) for name in names])
+    def _digest(self, adapter: Adapter, entry: TensorEntry) -> str:
+        return hashlib.sha256(to_bytes(self.open(adapter).read(entry).double())).hexdigest()
 
-    def _factor(self, name: str, site: str, shape: tuple[int, int]) -> Factor:
-        entry = self._adapters[name].factors.get(site)
-        if entry is None:
-            empty_OR = torch.empty((shape[0], 0), dtype=self._dtype, device=self._device)
-            return Factor(empty_OR, torch.empty((0, shape[1]), dtype=self._dtype, device=self._device))
-        file = self._file(name)
-        B_OR, A_RI = (file.read(side).to(self._device, self._dtype) for side in (entry.B, entry.A))
-        return Factor(B_OR, A_RI, entry.scale)
+    def site(self, names: Sequence[str], site: Site, base: Base) -> SiteFactors:
+        """Updates of the adapters at one site, in order; rank 0 for an adapter that does not touch it.
+
+        Args:
+            names: of the adapters.
+            site: where.
+            base: asked for only where an update depends on the base weight.
+        """
+        updates = [self._adapters[name].factors.get(site.name) for name in names]
+        needs_base = any(
+            isinstance(update, SavedEntry) or (isinstance(update, FactorEntry) and update.magnitude is not None)
+            for update in updates
+        )
+        base_OI = base().to(self._device) if needs_base else None
+        factors = [self._factor(name, site, base_OI) for name in names]
+        return SiteFactors(factors, base_OI)
+
+    def _factor(self, name: str, site: Site, base_OI: Tensor | None) -> Factor:
+        adapter = self._adapters[name]
+        update = adapter.factors.get(site.name)
+        if update is None:
+            empty_OR = torch.empty((site.shape[0], 0), dtype=self._dtype, device=self._device)
+            return Factor(empty_OR, torch.empty((0, site.shape[1]), dtype=self._dtype, device=self._device))
+        if isinstance(update, SavedEntry):
+            assert base_OI is not None
+            return _saved_factor(self._ready(self.open(adapter).matrix(update.saved)), base_OI)
+        products = [self._product(adapter, update, index) for index in range(len(update.products))]
+        factor = products[0] if len(products) == 1 else _joined(products)
+        if update.magnitude is None:
+            return factor
+        magnitude = self._ready(self.open(adapter).matrix(update.magnitude))
+        return Factor(factor.B, factor.A, factor.scale, magnitude)
+
+    def _product(self, adapter: Adapter, update: FactorEntry, index: int) -> Factor:
+        is_initial = index >= len(update.products) - update.initial
+        source = adapter.initial if is_initial else adapter
+        assert source is not None
+        product: Product = update.products[index]
+        file = self.open(source)
+        B_OR = self._ready(file.matrix(product.B))
+        if product.A is None:
+            A_RI = torch.eye(product.rank, dtype=self._dtype, device=self._device)
+        else:
+            A_RI = self._ready(file.matrix(product.A))
+        return Factor(B_OR, A_RI, product.scale)
+
+    def _ready(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, self._dtype)
+
+
+def _entries(adapter: Adapter) -> list[TensorEntry]:
+    """Every stored tensor of an adapter that a merge uses, in file order."""
+    views = []
+    for update in adapter.factors.values():
+        if isinstance(update, SavedEntry):
+            views.append(update.saved)
+            continue
+        own = update.products[: len(update.products) - update.initial]
+        views += [view for product in own for view in (product.B, product.A) if view is not None]
+        views += [] if update.magnitude is None else [update.magnitude]
+    entries = [view.entry for view in views] + [view.entry for same in adapter.same for view in (same.one, same.other)]
+    entries += [*adapter.heads, *adapter.replaced.values(), *(rows.entry for rows in adapter.tokens.values())]
+    return sorted({(entry.start, entry.name): entry for entry in entries}.values(), key=lambda entry: entry.start)
+
+
+def _saved_factor(saved_OI: Tensor, base_OI: Tensor) -> Factor:
+    """`saved - base` as a product with an identity on its smaller side, so that every method can take it."""
+    delta_OI = saved_OI - base_OI.to(saved_OI.dtype)
+    rows, columns = delta_OI.shape
+    identity = torch.eye(min(rows, columns), dtype=delta_OI.dtype, device=delta_OI.device)
+    return Factor(delta_OI, identity) if columns <= rows else Factor(identity, delta_OI)
+
+
+def _joined(products: Sequence[Factor]) -> Factor:
+    """A sum of products as one: [B_1 B_2] [s_1 A_1; s_2 A_2]."""
+    B_OR = torch.cat([product.B for product in products], dim=1)
+    return Factor(B_OR, torch.cat([product.A * product.scale for product in products], dim=0))
+
+
+def token_rows(adapters: Mapping[str, Adapter], names: Sequence[str], tensor: str) -> Iterator[tuple[str, TensorEntry, tuple[int, ...]]]:
+    """(adapter, stored rows, row numbers) of every adapter that trained tokens of a table."""
+    for name in names:
+        rows = adapters[name].tokens.get(tensor)
+        if rows is not None:
+            yield name, rows.entry, rows.indices

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ray_merge.plan import Plan
 
@@ -76,9 +76,10 @@ Unit = PreflightUnit | ShardUnit | AdapterUnit
 
 @dataclass(frozen=True, slots=True)
 class AdapterCheck:
-    """What preflight found: the content of the adapter's weights file."""
+    """What preflight found: the content of the adapter's weights file, and of each table that PEFT saved by itself."""
 
     adapter: str
     sha256: str
     n_bytes: int
     tensors: int
+    tables: Mapping[str, str] = field(default_factory=dict)

@@ -1,7 +1,9 @@
 """One shard unit: base tensors are read once, every merge of the group gets its own file from them.
 
-Tensors go by in file order. One that no adapter touches is passed on as bytes; a touched one is taken in row
-chunks: base rows + update rows, rounded once (algebra/rounding.py), appended to the merge's scratch file.
+Tensors go by in file order. One that no adapter touches is passed on as bytes. A touched one is taken site by
+site in row chunks: base rows + update rows, rounded once (algebra/rounding.py), appended to the merge's scratch
+file; trained token rows are written over the result. Merges that begin a tensor from different values (an
+adapter's saved embedding) read it apart.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from ray_merge.algebra.delta import Delta
 from ray_merge.algebra.grid import chunk_rows
@@ -27,11 +31,12 @@ from ray_merge.spec import DTYPE_BYTES, Merge, Receipt, Site, SiteReport
 from ray_merge.storage.checkpoint import Checkpoint
 from ray_merge.storage.commit import commit, put_receipt
 from ray_merge.storage.store import Store, Stores
-from ray_merge.storage.stream import Reader, byte_chunks, row_chunks, rows_to_bytes
+from ray_merge.storage.stream import Reader
 from ray_merge.storage.writer import ScratchFile
-from ray_merge.work.factors import AdapterFiles
+from ray_merge.work.factors import AdapterFiles, Base, token_rows
 from ray_merge.work.job import Job, ShardUnit
 from ray_merge.work.scratch import scratch_folder
+from ray_merge.work.sources import Sources
 from ray_merge.work.tensors import TORCH_DTYPES, from_bytes, to_bytes
 
 
@@ -40,7 +45,8 @@ class _Output:
     """One merge's file of the unit, while it grows."""
 
     merge: Merge
-    touched: set[str]
+    tensors: tuple[OutTensor, ...]
+    sites: dict[str, list[Site]]
     file: ScratchFile
     reports: list[SiteReport] = field(default_factory=list)
 
@@ -52,10 +58,21 @@ class _Clock:
         self.seconds: dict[str, float] = defaultdict(float)
         self._last = time.perf_counter()
 
-    def lap(self, phase: str) -> None:
+    def lap(self, phase: str) -> float:
         now = time.perf_counter()
-        self.seconds[phase] += now - self._last
-        self._last = now
+        passed, self._last = now - self._last, now
+        self.seconds[phase] += passed
+        return passed
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """What every step of one unit needs."""
+
+    job: Job
+    files: AdapterFiles
+    sources: Sources
+    clock: _Clock
 
 
 def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles, stores: Stores) -> list[Receipt]:
@@ -66,18 +83,20 @@ def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles, stores: Stores) ->
     with ExitStack() as stack:
         outputs = [stack.enter_context(_output(job, shard, merge)) for merge in merges]
         base = stores.open(plan.base.url)
-        _check_base(base, plan.base, {tensor.source.file for tensor in shard.tensors})
-        reader = stack.enter_context(Reader(base))
-        for tensor in shard.tensors:
-            touching = [output for output in outputs if tensor.source.name in output.touched]
-            if touching:
-                _merge_tensor(job, tensor, outputs, touching, reader, files, clock)
-            else:
-                _pass_through(tensor, outputs, reader, clock)
+        _check_base(base, plan.base, shard)
+        sources = Sources(plan.base, stack.enter_context(Reader(base)), files)
+        context = _Unit(job, files, sources, clock)
+        for position in range(len(shard.tensors)):
+            for tensor, alike in _by_source(outputs, position):
+                _write_tensor(context, tensor, alike)
         return [_publish(job, unit, shard, output, clock, stores) for output in outputs]
 
 
-def _check_base(store: Store, base: Checkpoint, names: set[str]) -> None:
+def _check_base(store: Store, base: Checkpoint, shard: Shard) -> None:
+    names = {tensor.source.file for tensor in shard.tensors}
+    for tensor in shard.tensors:
+        if tensor.source.name in base.quantised:
+            names |= {part.file for part in base.quantised[tensor.source.name].parts.values()}
     for planned in base.weight_files:
         if planned.path in names and store.info(planned.path) != planned:
             raise RunFailed(f"{base.url}/{planned.path} has changed since the run was planned; run again")
@@ -87,77 +106,167 @@ def _check_base(store: Store, base: Checkpoint, names: set[str]) -> None:
 def _output(job: Job, shard: Shard, merge: Merge) -> Iterator[_Output]:
     name = f"{job.merge_ids[merge.name][:12]}-{shard.name}"
     path = scratch_folder(job, merge.name) / f"{name}-{uuid.uuid4().hex[:8]}"
-    file = ScratchFile(path, shard_layout(shard.tensors), SHARD_METADATA)
+    tensors = job.plan.tensors(merge, shard)
+    sites: dict[str, list[Site]] = defaultdict(list)
+    for site in job.plan.touched(merge):
+        sites[site.tensor].append(site)
+    file = ScratchFile(path, shard_layout(tensors), SHARD_METADATA)
     try:
-        yield _Output(merge, job.plan.touched(merge), file)
+        yield _Output(merge, tensors, sites, file)
     finally:
         file.discard()
 
 
-def _pass_through(tensor: OutTensor, outputs: Sequence[_Output], reader: Reader, clock: _Clock) -> None:
+def _by_source(outputs: Sequence[_Output], position: int) -> list[tuple[OutTensor, list[_Output]]]:
+    """The outputs by what their tensor at `position` begins from."""
+    groups: dict[OutTensor, list[_Output]] = defaultdict(list)
+    for output in outputs:
+        groups[output.tensors[position]].append(output)
+    return list(groups.items())
+
+
+def _write_tensor(unit: _Unit, tensor: OutTensor, outputs: Sequence[_Output]) -> None:
+    """Stream one tensor through every merge that begins it from the same values."""
+    sites = {site.name: site for output in outputs for site in output.sites.get(tensor.name, ())}
+    tokens = [_Tokens.of(unit, tensor, output.merge) for output in outputs]
+    if not sites and not any(tokens):
+        _pass_through(unit, tensor, outputs)
+        return
+    columns = next(iter(sites.values())).shape[1] if sites else tensor.shape[-1]
+    writers = [_Writer(output, tensor, rows) for output, rows in zip(outputs, tokens, strict=True)]
+    position, end = 0, tensor.source.n_bytes // DTYPE_BYTES[tensor.source.dtype] // columns
+    for site in sorted(sites.values(), key=lambda site: site.start):
+        _write_rows(unit, tensor, (position, site.start), columns, writers)
+        _write_site(unit, tensor, site, writers)
+        position = site.start + site.shape[0]
+    _write_rows(unit, tensor, (position, end), columns, writers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Rows of one table that a merge sets: row number -> values in the stored dtype."""
+
+    rows: dict[int, Tensor]
+
+    @classmethod
+    def of(cls, unit: _Unit, tensor: OutTensor, merge: Merge) -> _Tokens | None:
+        """The trained rows of `tensor`, read from the adapters that have some."""
+        rows: dict[int, Tensor] = {}
+        for name, entry, indices in token_rows(unit.job.plan.adapters, merge.adapters, tensor.name):
+            values = unit.files.saved(name).read(entry).to(TORCH_DTYPES[tensor.dtype])
+            rows |= dict(zip(indices, values, strict=True))
+        return cls(rows) if rows else None
+
+    def put(self, stored_NI: Tensor, start: int) -> Tensor:
+        """`stored_NI`, whose first row is row `start` of the table, with the trained rows in it."""
+        inside = [row for row in self.rows if start <= row < start + stored_NI.shape[0]]
+        if not inside:
+            return stored_NI
+        changed_NI = stored_NI.clone()
+        for row in inside:
+            changed_NI[row - start] = self.rows[row].to(changed_NI.device)
+        return changed_NI
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """Appends rows of one tensor to one merge's file."""
+
+    output: _Output
+    tensor: OutTensor
+    tokens: _Tokens | None
+
+    def write(self, stored_NI: Tensor, start: int) -> None:
+        """Append rows in the stored dtype; `start` is the number of the first."""
+        rows_NI = stored_NI if self.tokens is None else self.tokens.put(stored_NI, start)
+        self.output.file.write(to_bytes(rows_NI))
+
+
+def _pass_through(unit: _Unit, tensor: OutTensor, outputs: Sequence[_Output]) -> None:
     source = tensor.source
-    requests = [(source.file, start, end) for start, end in byte_chunks(source)]
-    for data in reader.stream(requests):
-        clock.lap("read")
-        stored = data if tensor.dtype == source.dtype else _cast(data, tensor)
+    for data in unit.sources.raw(tensor):
+        unit.clock.lap("read")
+        if isinstance(data, Tensor):
+            stored = to_bytes(_cast(data, tensor))
+        elif tensor.dtype != source.dtype:
+            n_items = len(data) // DTYPE_BYTES[source.dtype]
+            stored = to_bytes(_cast(from_bytes(data, TORCH_DTYPES[source.dtype], (n_items,)), tensor))
+        else:
+            stored = memoryview(data)
         for output in outputs:
             output.file.write(stored)
-        clock.lap("write")
+        unit.clock.lap("write")
 
 
-def _cast(data: bytes, tensor: OutTensor) -> memoryview:
-    source = tensor.source
-    given = from_bytes(data, source.dtype, (len(data) // DTYPE_BYTES[source.dtype],))
+def _cast(given: Tensor, tensor: OutTensor) -> Tensor:
     stored = given.to(TORCH_DTYPES[tensor.dtype])
-    if bool((stored.isinf() & ~given.isinf()).any()):
+    if stored.dtype != given.dtype and bool((stored.isinf() & ~given.isinf()).any()):
         raise RunFailed(
-            f"{source.name} of the base holds values that do not fit {tensor.dtype}; use out_dtype: bfloat16 or float32"
+            f"{tensor.name} of the base holds values that do not fit {tensor.dtype}; use out_dtype: bfloat16 or float32"
         )
-    return to_bytes(stored)
+    return stored
 
 
-def _merge_tensor(
-    job: Job,
-    tensor: OutTensor,
-    outputs: Sequence[_Output],
-    touching: Sequence[_Output],
-    reader: Reader,
-    files: AdapterFiles,
-    clock: _Clock,
+def _write_rows(
+    unit: _Unit, tensor: OutTensor, rows: tuple[int, int], columns: int, writers: Sequence[_Writer]
 ) -> None:
-    """Stream one touched weight through every merge: the base's rows are read and decoded once."""
-    source, site = tensor.source, job.plan.sites[tensor.source.name]
-    deltas = site_deltas(site, [output.merge for output in touching], files)
+    """Rows of a tensor that no site covers, in its other experts or around trained tokens."""
+    spans = unit.sources.spans(tensor, rows, columns, 1)
+    for (start, _), given_NI in zip(spans, unit.sources.rows(tensor, spans, columns), strict=True):
+        unit.clock.lap("read")
+        stored_NI = _cast(given_NI, tensor)
+        for writer in writers:
+            writer.write(stored_NI, start)
+        unit.clock.lap("write")
+
+
+def _write_site(unit: _Unit, tensor: OutTensor, site: Site, writers: Sequence[_Writer]) -> None:
+    """Stream one site through every merge: the base's rows are read and decoded once."""
+    device, clock = unit.job.device, unit.clock
+    touching = [writer for writer in writers if site in writer.output.sites.get(tensor.name, ())]
+    others = [writer for writer in writers if writer not in touching]
+    whole = (site.start, site.start + site.shape[0])
+
+    def base() -> Tensor:
+        return unit.sources.matrix(tensor, whole, site.shape[1])
+
+    deltas = site_deltas(site, [writer.output.merge for writer in touching], unit.files, base)
     sums = [Rounding() for _ in touching]
-    clock.lap("merge")
-    rows = row_chunks(source, chunk_rows(site.shape[1]))
-    requests = [(source.file, start, end) for start, end in rows_to_bytes(source, rows)]
-    untouched = [output for output in outputs if source.name not in output.touched]
-    for (start, stop), data in zip(rows, reader.stream(requests), strict=True):
+    seconds = clock.lap("merge")
+    spans = unit.sources.spans(tensor, whole, site.shape[1], chunk_rows(site.shape[1]))
+    for (start, stop), given_NI in zip(spans, unit.sources.rows(tensor, spans, site.shape[1]), strict=True):
         clock.lap("read")
-        base_NI = from_bytes(data, source.dtype, (stop - start, site.shape[1])).to(job.device)
-        clock.lap("merge")
-        for output, delta, total in zip(touching, deltas, sums, strict=True):
-            stored_NI = add_update(base_NI, delta.rows(start, stop), TORCH_DTYPES[tensor.dtype], total)
-            clock.lap("merge")
-            output.file.write(to_bytes(stored_NI))
+        base_NI = given_NI.to(device)
+        for writer, delta, total in zip(touching, deltas, sums, strict=True):
+            update_NI = delta.rows(start - site.start, stop - site.start)
+            stored_NI = add_update(base_NI, update_NI, TORCH_DTYPES[tensor.dtype], total)
+            seconds += clock.lap("merge")
+            writer.write(stored_NI, start)
             clock.lap("write")
-        if untouched:
-            same = data if tensor.dtype == source.dtype else _cast(data, tensor)
-            for output in untouched:
-                output.file.write(same)
+        if others:
+            same_NI = _cast(given_NI, tensor)
+            for writer in others:
+                writer.write(same_NI, start)
             clock.lap("write")
-    for output, delta, total in zip(touching, deltas, sums, strict=True):
-        output.reports.append(_report(site, output.merge, delta, total, tensor.dtype))
+    for writer, delta, total in zip(touching, deltas, sums, strict=True):
+        report = _report(site, writer.output.merge, delta, total, tensor, seconds / len(touching))
+        writer.output.reports.append(report)
 
 
-def site_deltas(site: Site, merges: Sequence[Merge], files: AdapterFiles) -> list[Delta]:
-    """The update of one site in each merge; merges of the same adapters share factors and bases."""
+def site_deltas(site: Site, merges: Sequence[Merge], files: AdapterFiles, base: Base) -> list[Delta]:
+    """The update of one site in each merge; merges of the same adapters share factors and bases.
+
+    Args:
+        site: which.
+        merges: all begin from the same base weight.
+        files: of the adapters.
+        base: gives that base weight where an update depends on it.
+    """
     shared: dict[tuple[str, ...], SiteFactors] = {}
     deltas = []
     for merge in merges:
         if merge.adapters not in shared:
-            shared[merge.adapters] = files.site(merge.adapters, site.name, site.shape)
+            shared[merge.adapters] = files.site(merge.adapters, site, base)
         parameters = at_site(get(merge.method), merge.parameters, merge.adapters, site.name)
         deltas.append(
             merge_site(
@@ -172,11 +281,13 @@ def site_deltas(site: Site, merges: Sequence[Merge], files: AdapterFiles) -> lis
     return deltas
 
 
-def _report(site: Site, merge: Merge, delta: Delta, total: Rounding, dtype: str) -> SiteReport:
+def _report(
+    site: Site, merge: Merge, delta: Delta, total: Rounding, tensor: OutTensor, seconds: float
+) -> SiteReport:
     if not total.finite:
         raise RunFailed(
-            f"merge {merge.name!r}: {site.tensor} is not finite after the merge: the base holds NaN or Inf, or "
-            f"the result does not fit {dtype}; check the base, or use out_dtype: float32"
+            f"merge {merge.name!r}: {site.name} is not finite after the merge: the base holds NaN or Inf, a DoRA row has "
+            f"the norm 0, or the result does not fit {tensor.dtype}; check the base, or use out_dtype: float32"
         )
     return SiteReport(
         site=site.name,
@@ -185,6 +296,8 @@ def _report(site: Site, merge: Merge, delta: Delta, total: Rounding, dtype: str)
         update_norm=total.update_norm,
         lost_share=total.lost_share,
         truncation_error=delta.truncation_error,
+        n_bytes=site.shape[0] * site.shape[1] * DTYPE_BYTES[tensor.dtype],
+        seconds=round(seconds, 6),
     )
 
 
@@ -201,7 +314,7 @@ def _publish(
         name=shard.name,
         n_bytes=output.file.n_bytes,
         sha256=sha256,
-        tensors=len(shard.tensors),
+        tensors=len(output.tensors),
         unit=unit.id,
         sites=tuple(output.reports),
         seconds={phase: round(seconds, 3) for phase, seconds in sorted(clock.seconds.items())},

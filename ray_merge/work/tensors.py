@@ -1,4 +1,4 @@
-"""Bytes <-> torch tensors, by the dtype names of the safetensors format."""
+"""Bytes <-> torch tensors, by the dtype names of the safetensors format, and stored tensors as matrices."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_merge.spec import TensorEntry
+from ray_merge.spec import TensorEntry, View
 
 TORCH_DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
-"""The floating dtypes that are ever decoded; all others are passed through as bytes."""
+"""The floating dtypes that updates are added to; all others are passed through as bytes."""
 
 
-def from_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
+def from_bytes(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """A tensor over `data`, without a copy; it must not be written to."""
     if not data:
-        return torch.empty(shape, dtype=TORCH_DTYPES[dtype])
+        return torch.empty(shape, dtype=dtype)
     with warnings.catch_warnings():
         # torch warns that bytes are read-only memory; nothing here writes to a base tensor.
         warnings.simplefilter("ignore", UserWarning)
-        return torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]).view(shape)
+        return torch.frombuffer(data, dtype=dtype).view(shape)
 
 
 def to_bytes(tensor: Tensor) -> memoryview:
@@ -34,14 +34,31 @@ def to_bytes(tensor: Tensor) -> memoryview:
     return memoryview(data)
 
 
+def as_matrix(tensor: Tensor, view: View) -> Tensor:
+    """The (rows, columns) matrix that `view` makes of a stored tensor."""
+    matrix = tensor.reshape(view.shape)
+    if view.pick is not None:
+        matrix = matrix.select(*view.pick)
+    if view.blocks > 1:
+        matrix = torch.block_diag(*torch.chunk(matrix, view.blocks, dim=0))
+    if view.transpose:
+        matrix = matrix.T
+    if view.cut is not None:
+        axis, start, stop = view.cut
+        matrix = matrix.narrow(axis, start, stop - start)
+    return matrix
+
+
 class TensorFile:
     """Tensors of one local safetensors file by entry, read without mapping it.
 
-    A mapped file counts as resident memory and turns a truncation during the run into a bus error.
+    A mapped file counts as resident memory and turns a truncation during the run into a bus error. The last two
+    tensors are kept: the experts of a fused parameter are parts of the same two.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
+        self._last: dict[tuple[int, int], Tensor] = {}
         self.path = path
 
     def __enter__(self) -> TensorFile:
@@ -53,11 +70,27 @@ class TensorFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+        self._last.clear()
+
+    def read_bytes(self, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` of the file."""
+        self._file.seek(start)
+        data = self._file.read(end - start)
+        if len(data) != end - start:
+            raise OSError(f"{self.path}: ends {end - start - len(data)} bytes early")
+        return data
 
     def read(self, entry: TensorEntry) -> Tensor:
         """The whole tensor in its stored dtype."""
-        self._file.seek(entry.start)
-        data = self._file.read(entry.n_bytes)
-        if len(data) != entry.n_bytes:
-            raise OSError(f"{self.path}: {entry.name} ends after {len(data)} of {entry.n_bytes} bytes")
-        return from_bytes(data, entry.dtype, entry.shape)
+        return from_bytes(self.read_bytes(entry.start, entry.end), TORCH_DTYPES[entry.dtype], entry.shape)
+
+    def matrix(self, view: View) -> Tensor:
+        """The matrix that `view` makes of its tensor, in the stored dtype."""
+        key = (view.entry.start, view.entry.end)
+        if view.pick is None:
+            return as_matrix(self.read(view.entry), view)
+        if key not in self._last:
+            if len(self._last) > 1:
+                del self._last[next(iter(self._last))]
+            self._last[key] = self.read(view.entry)
+        return as_matrix(self._last[key], view)

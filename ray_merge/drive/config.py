@@ -1,0 +1,77 @@
+"""config.json of a merged checkpoint: the base's own, but for what the merge changed.
+
+dtype (out_dtype), tie_word_embeddings (tied: untie), quantization_config (a dequantised base has none) and vocab_size
+(an adapter that resized the embeddings).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ray_merge.plan import Plan
+from ray_merge.spec import FLOAT_DTYPES, Adapter, Merge
+from ray_merge.storage.checkpoint import CONFIG_FILE
+from ray_merge.storage.store import Store
+
+DTYPE_NAMES = {stored: name for name, stored in FLOAT_DTYPES.items()}
+
+
+def checkpoint_config(plan: Plan, merge: Merge, base: Store) -> bytes:
+    """config.json of `merge`; the base's bytes where nothing of it changes."""
+    config: Mapping[str, Any] = plan.base.config  # already without quantisation and tie (storage, fit)
+    dtype = plan.recipe.out_dtype
+    if plan.base.quantised and dtype is None:
+        dtype = DTYPE_NAMES[plan.base.tensors[next(iter(plan.base.quantised))].dtype]
+    if dtype is not None:
+        # transformers 5 writes `dtype`, older ones `torch_dtype`; both read either.
+        key = "dtype" if "dtype" in config else "torch_dtype"
+        config = {**_with_dtype(config, dtype), key: dtype}
+    rows = _vocabulary(plan, merge)
+    if rows is not None:
+        config = _with_vocabulary(config, *rows)
+    if config is plan.base.config and not plan.base.quantised and not plan.base.untied:
+        return base.read(CONFIG_FILE)
+    # Not pretty_json: some configs hold Infinity (Mamba2's time_step_limit), which transformers writes and reads.
+    return (json.dumps(config, sort_keys=True, indent=1) + "\n").encode()
+
+
+def vocabulary_owner(plan: Plan, merge: Merge) -> Adapter | None:
+    """The adapter whose tokenizer belongs to the result: the one that resized the embeddings."""
+    for tensor, (name, entry) in plan.replaced(merge).items():
+        if entry.shape != plan.base.tensors[tensor].shape:
+            return plan.adapters[name]
+    return None
+
+
+def _vocabulary(plan: Plan, merge: Merge) -> tuple[int, int] | None:
+    """(rows of the base, rows of the result) of a resized table."""
+    for tensor, (_, entry) in sorted(plan.replaced(merge).items()):
+        base = plan.base.tensors[tensor].shape
+        if entry.shape != base:
+            return base[0], entry.shape[0]
+    return None
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    # Vision-language models name the dtype again in text_config and vision_config.
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            changed[key] = dtype
+        else:
+            nested = isinstance(value, dict) and key.endswith("_config")
+            changed[key] = _with_dtype(value, dtype) if nested else value
+    return changed
+
+
+def _with_vocabulary(config: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+    # Vision-language models have it in text_config, and sometimes at the top as well.
+    changed = dict(config)
+    if changed.get("vocab_size") == before:
+        changed["vocab_size"] = after
+    text = changed.get("text_config")
+    if isinstance(text, dict) and text.get("vocab_size") == before:
+        changed["text_config"] = {**text, "vocab_size": after}
+    return changed

@@ -1,0 +1,153 @@
+"""Every adapter of a recipe against its base: each stored tensor gets a site, a place or a refusal.
+
+Owns: the order in which an adapter's parts are fitted, and the `Adapter` made of them. Pure: reads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ray_merge.errors import AdapterError
+from ray_merge.fit.draft import Draft
+from ray_merge.fit.experts import fit_experts, is_expert_module
+from ray_merge.fit.modules import check_orientation, fit_module
+from ray_merge.fit.resolver import Architectures, Resolver, mapped
+from ray_merge.fit.saved import fit_saved, fit_tokens
+from ray_merge.fit.tied import check_tied, skip_tied_twin, untied
+from ray_merge.recipe import Recipe
+from ray_merge.spec import Adapter, Site
+from ray_merge.storage.adapter import CONFIG_FILE, StoredAdapter, StoredModule
+from ray_merge.storage.adapter_config import Settings
+from ray_merge.storage.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A base and the adapters that fit it.
+
+    Args:
+        base: the base as it will be merged into (with a head of its own after `tied: untie`).
+        adapters: by the recipe's names.
+        sites: by name, in order of adapters and modules.
+        renamed: adapter -> runtime parameter -> disk tensors, where the two differ.
+    """
+
+    base: Checkpoint
+    adapters: Mapping[str, Adapter]
+    sites: Mapping[str, Site]
+    renamed: Mapping[str, Mapping[str, tuple[str, ...]]]
+
+
+def fit_adapters(recipe: Recipe, base: Checkpoint, stored: Mapping[str, StoredAdapter]) -> Fitted:
+    """Fit every adapter to the base.
+
+    Raises:
+        AdapterError: a tensor without a place, a shape that does not fit, a variant that cannot be proven exact.
+    """
+    architectures = Architectures(base)
+    if recipe.tied == "untie":
+        base = untied(base, architectures)
+        architectures = Architectures(base)
+    adapters, sites, renamed = {}, {}, {}
+    for name, adapter in stored.items():
+        source = recipe.adapters[name]
+        adapter = mapped(adapter, {**recipe.key_mapping, **source.key_mapping})
+        draft = Draft(adapter, Resolver.of(base, adapter, architectures), recipe.tied == "untie")
+        _fit(draft, source.moe_lora_b_layout or "")
+        adapters[name] = _finished(draft)
+        sites |= draft.sites
+        found = {key: tuple(slot.tensor for slot in slots) for key, slots in draft.names.found.items() if slots}
+        renamed[name] = {key: tensors for key, tensors in found.items() if tensors != (key,)}
+    return Fitted(base, adapters, sites, renamed)
+
+
+def _fit(draft: Draft, layout: str) -> None:
+    started = _initial_modules(draft)
+    fit_saved(draft)
+    for module in draft.adapter.modules:
+        if is_expert_module(draft, module):
+            if started:
+                raise _unsupported_start(draft, module)
+            fit_experts(draft, module, layout)
+        elif module.depth:
+            raise AdapterError(
+                f"{draft.where}: {module.name} has factors around other factors, as PEFT saves target_parameters, but "
+                f"{CONFIG_FILE} names none; save the adapter again"
+            )
+        elif not skip_tied_twin(draft, module):
+            if started and (draft.adapter.settings.dora or "B.bias" in module.tensors):
+                raise _unsupported_start(draft, module)
+            fit_module(draft, module, started.get(module.name))
+    fit_tokens(draft)
+    check_tied(draft)
+    check_orientation(draft)
+    _check_patterns(draft.adapter.settings, draft)
+
+
+def _unsupported_start(draft: Draft, module: StoredModule) -> AdapterError:
+    return AdapterError(
+        f"{draft.where}: {module.name}: an initial adapter can be taken away from plain factors only; save the adapter with "
+        "PEFT's path_initial_model_for_weight_conversion instead"
+    )
+
+
+def _initial_modules(draft: Draft) -> dict[str, StoredModule]:
+    """The modules of the adapter that training started from; needed exactly where the base was changed for it."""
+    mutated, initial = draft.adapter.settings.mutated, draft.adapter.initial
+    if mutated and initial is None:
+        raise AdapterError(
+            f"{draft.where}: init_lora_weights is {mutated!r}, which trains against a changed base; save it again with "
+            "path_initial_model_for_weight_conversion, which makes it a plain adapter, or give the adapter that training "
+            "started from as initial: URL behind its path"
+        )
+    if initial is None:
+        return {}
+    if not mutated:
+        raise AdapterError(
+            f"{draft.where}: it has an initial adapter in the recipe, but its init_lora_weights does not change the base, "
+            "or it was converted already; remove initial"
+        )
+    names, before = ({module.name for module in one.modules} for one in (draft.adapter, initial))
+    if names != before:
+        odd = sorted(names ^ before)[0]
+        raise AdapterError(f"{draft.where}: it and its initial adapter {initial.url} differ in their modules: {odd}")
+    return {module.name: module for module in initial.modules}
+
+
+def _check_patterns(settings: Settings, draft: Draft) -> None:
+    # alpha cannot be checked against a tensor, so a pattern that matches nothing is the only sign of a typo.
+    scaling = settings.scaling
+    names = [module.name for module in draft.adapter.modules]
+    names += [module.rpartition("[")[0] for module in draft.modules.values() if module.endswith("]")]
+    for field, keys in (("rank_pattern", scaling.rank_keys), ("alpha_pattern", scaling.alpha_keys)):
+        for key in keys.unmatched(names)[:1]:
+            raise AdapterError(f"{draft.where}: {field} {key!r} matches none of the {len(names)} adapted modules")
+
+
+def _finished(draft: Draft) -> Adapter:
+    stored = draft.adapter
+    initial = None
+    if stored.initial is not None:
+        before = Draft(stored.initial, draft.names, draft.untied)
+        initial = _finished(before)
+    return Adapter(
+        name=stored.name,
+        url=stored.url,
+        config=stored.config,
+        factors=draft.updates,
+        modules=draft.modules,
+        heads=tuple(sorted(draft.heads, key=lambda entry: entry.name)),
+        replaced=draft.replaced,
+        tables=frozenset(draft.tables),
+        tokens=draft.tokens,
+        same=(*stored.same, *draft.same),
+        ignored={**stored.ignored, **draft.ignored},
+        names=draft.names.describe(),
+        file=stored.file,
+        file_bytes=stored.file_bytes,
+        file_version=stored.file_version,
+        pickled=stored.pickled,
+        side_files=tuple(info.path for info in stored.side_files),
+        initial=initial,
+    )

@@ -1,0 +1,211 @@
+"""LoRA on the fused parameters of MoE experts (PEFT's `target_parameters`) -> one update per expert.
+
+The factors of all E experts are two matrices: A (E R, a) with the expert slowest, B (b, R E) with the expert
+fastest; `delta_e = s B_e A_e` is (b, a) and is the expert's weight (d1, d2) or its transpose. Which one has
+changed between PEFT's versions (peers-and-formats §3d):
+
+    up to 0.18.1   always the transpose (a = d1, b = d2)
+    0.19.0         the transpose exactly where the model is not (E, in, out)
+    from 0.19.1    the transpose where the model is (E, in, out), as gpt-oss is
+
+So shapes decide where d1 != d2, else the version that wrote the adapter. Unsloth before September 2026 packed B
+with the expert slowest, which no shape shows. What cannot be proven is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ray_merge.errors import AdapterError, AdapterShapeError
+from ray_merge.fit.draft import Draft
+from ray_merge.fit.modules import check_dimensions
+from ray_merge.models.conversion import Slot
+from ray_merge.spec import FLOAT_DTYPES, FactorEntry, Product, Site, TensorEntry, View
+from ray_merge.storage.adapter import CONFIG_FILE, StoredModule
+
+LAST_ALWAYS_TURNED = (0, 18, 1)
+TURNED_WRONG = (0, 19, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fused:
+    """One fused parameter and its factors."""
+
+    module: str
+    parameter: str
+    experts: int
+    shape: tuple[int, int]
+    rank: int
+    A: TensorEntry
+    B: TensorEntry
+    turned: bool
+    grouped: bool
+    scale: float
+
+
+def is_expert_module(draft: Draft, module: StoredModule) -> bool:
+    """Whether these factors adapt a raw parameter and not the module's `weight`."""
+    parameters = draft.adapter.settings.parameters
+    if not parameters or "A" not in module.tensors:
+        return False
+    return module.depth > 0 or not draft.names.slots(f"{module.name}.weight")
+
+
+def fit_experts(draft: Draft, module: StoredModule, layout: str) -> None:
+    """Add the updates of every expert of one fused parameter.
+
+    Args:
+        draft: of the adapter.
+        module: its factors; `depth` says which of the module's parameters they belong to.
+        layout: the recipe's word on how B is packed, "" where it says nothing.
+    """
+    fused = _read(draft, module, layout)
+    slots = draft.names.slots(f"{fused.module}.{fused.parameter}")
+    if not slots:
+        raise draft.unmatched(f"{fused.module}.{fused.parameter}")
+    for site, expert, cut in _places(draft, fused, slots):
+        draft.add(site, f"{fused.module}.{fused.parameter}[{expert}]", _update(fused, expert, cut))
+
+
+def _read(draft: Draft, module: StoredModule, layout: str) -> _Fused:
+    parameter, shape = _parameter(draft, module)
+    A, B = module.tensors["A"], module.tensors["B"]
+    check_dimensions(draft, module.name, ("lora_A", A), ("lora_B", B), 2)
+    experts, d1, d2 = shape if len(shape) == 3 else (1, *shape)
+    path = f"{module.name}.{parameter}"
+    scaling = draft.adapter.settings.scaling
+    rank = scaling.rank_of(path)
+    if A.shape[0] != experts * rank or B.shape[1] != experts * rank:
+        raise AdapterError(
+            f"{draft.where}: {path}: lora_A {A.shape} and lora_B {B.shape} are no factors of rank {rank} "
+            f"({CONFIG_FILE}) for {experts} experts"
+        )
+    turned = _is_turned(draft, module, path, (d1, d2), (B.shape[0], A.shape[1]), three_dimensional=len(shape) == 3)
+    grouped = _is_grouped(draft, path, layout) if experts > 1 and rank > 1 else False
+    scale = scaling.scale_of(path, rank)
+    return _Fused(module.name, parameter, experts, (d1, d2), rank, A, B, turned, grouped, scale)
+
+
+def _parameter(draft: Draft, module: StoredModule) -> tuple[str, tuple[int, ...]]:
+    """Which parameter of the module: PEFT wraps them in module order, the first one innermost."""
+    from ray_merge.models.architecture import runtime_module
+
+    known = draft.names.architecture()
+    path = None if known is None else runtime_module(known, module.name)
+    if known is None or path is None:
+        raise AdapterError(
+            f"{draft.where}: {module.name} adapts raw parameters (target_parameters), and transformers does not know "
+            f"this model class, so it cannot be proven which; merge this adapter with PEFT"
+        )
+    own = [name for name in known.parameters if name.rpartition(".")[0] == path]
+    targets = draft.adapter.settings.parameters
+    adapted = [name for name in own if any(f".{name}".endswith(f".{target}") for target in targets)]
+    there = sum(other.name == module.name for other in draft.adapter.modules)
+    if len(adapted) != there:
+        raise AdapterError(
+            f"{draft.where}: {module.name} has {there} pair(s) of factors, but target_parameters {list(targets)} names "
+            f"{len(adapted)} of its parameters ({', '.join(own)}); the adapter does not say which is which"
+        )
+    name = adapted[len(adapted) - 1 - module.depth]
+    return name.rpartition(".")[2], known.parameters[name]
+
+
+def _is_turned(
+    draft: Draft,
+    module: StoredModule,
+    path: str,
+    stored: tuple[int, int],
+    made: tuple[int, int],
+    *,
+    three_dimensional: bool,
+) -> bool:
+    """Whether `B_e A_e` is the transpose of the expert's weight."""
+    d1, d2 = stored
+    if made not in (stored, (d2, d1)):
+        raise AdapterShapeError(
+            path, "lora_B lora_A", made, draft.where, f"one expert's weight is {stored}", draft.base_url
+        )
+    if d1 != d2:
+        return made != stored
+    if not three_dimensional:
+        return False
+    version = draft.adapter.settings.version
+    if not version:
+        raise AdapterError(
+            f"{draft.where}: {path}: one expert's weight is square ({d1} x {d2}) and {CONFIG_FILE} has no peft_version, so "
+            "it cannot be proven whether the delta is transposed; add the peft_version that trained it to the config"
+        )
+    if version <= LAST_ALWAYS_TURNED:
+        return True
+    known = draft.names.architecture()
+    from ray_merge.models.architecture import runtime_module
+
+    place = None if known is None else runtime_module(known, module.name)
+    is_in_out = known is not None and place in known.transposed_experts
+    return is_in_out != (version == TURNED_WRONG)
+
+
+def _is_grouped(draft: Draft, path: str, layout: str) -> bool:
+    """Whether B has the expert slowest: what the recipe says, else the config, else PEFT's own order."""
+    said = layout or draft.adapter.settings.expert_layout
+    if not said and draft.adapter.unsloth:
+        raise AdapterError(
+            f"{draft.where}: {path}: the adapter mentions Unsloth, which before September 2026 packed lora_B with the "
+            "experts in another order, and shapes do not show it; write moe_lora_b_layout: grouped_by_expert (older "
+            "Unsloth) or rank_major (PEFT, newer Unsloth) behind its path"
+        )
+    return said == "grouped_by_expert"
+
+
+def _places(
+    draft: Draft, fused: _Fused, slots: tuple[Slot, ...]
+) -> Iterator[tuple[Site, int, tuple[int, int, int] | None]]:
+    """(site, expert, part of the expert's weight) for every piece of the fused parameter on disk."""
+    base = draft.names.base.tensors
+    d1, d2 = fused.shape
+    for slot in slots:
+        entry = base[slot.tensor]
+        if entry.dtype not in FLOAT_DTYPES.values():
+            raise AdapterError(f"{draft.where}: {slot.tensor} is stored as {entry.dtype}, not as floats")
+        name = slot.tensor.removesuffix(".weight")
+        if slot.expert is None:
+            _expect(draft, entry, (fused.experts, d1, d2) if len(entry.shape) == 3 else (d1, d2))
+            for expert in range(fused.experts):
+                numbered = f"{name}[{expert}]" if len(entry.shape) == 3 else name
+                yield Site(numbered, slot.tensor, (d1, d2), expert * d1, "expert"), expert, None
+            continue
+        cut = None if slot.rows is None else (slot.axis, *slot.rows)
+        shape = [d1, d2]
+        if cut is not None:
+            shape[cut[0]] = cut[2] - cut[1]
+        _expect(draft, entry, tuple(shape))
+        yield Site(name, slot.tensor, (shape[0], shape[1]), 0, "expert"), slot.expert, cut
+
+
+def _expect(draft: Draft, entry: TensorEntry, shape: tuple[int, ...]) -> None:
+    if entry.shape != shape:
+        raise AdapterShapeError(entry.name, "the expert's weight", shape, draft.where, f"it is {entry.shape}", draft.base_url)
+
+
+def _update(fused: _Fused, expert: int, cut: tuple[int, int, int] | None) -> FactorEntry:
+    """Factors of one expert, or of a part of it, in the layout of its weight."""
+    A_shape = (fused.experts, fused.rank, fused.A.shape[1])
+    outputs = fused.B.shape[0]
+    B_shape = (outputs, fused.experts, fused.rank) if fused.grouped else (outputs, fused.rank, fused.experts)
+    left = View(fused.B, B_shape, (1 if fused.grouped else 2, expert))
+    right = View(fused.A, A_shape, (0, expert))
+    if fused.turned:
+        left, right = _turn(right), _turn(left)
+    if cut is not None:
+        axis, start, stop = cut
+        if axis == 0:
+            left = View(left.entry, left.shape, left.pick, 1, left.transpose, (0, start, stop))
+        else:
+            right = View(right.entry, right.shape, right.pick, 1, right.transpose, (1, start, stop))
+    return FactorEntry((Product(left, right, fused.scale),))
+
+
+def _turn(view: View) -> View:
+    return View(view.entry, view.shape, view.pick, view.blocks, not view.transpose)
+

@@ -1,0 +1,233 @@
+"""Factors of one adapted module -> its update of a base weight, for every kind of layer but MoE experts.
+
+Deltas in the layout of the stored base weight (PEFT 0.21 `tuners/lora/layer.py`, checked by tests/parity):
+
+    Linear, MultiheadAttention   s B A
+    HF Conv1D, weight (in, out)  s (B A)^T = s A^T B^T
+    Embedding, weight (V, H)     s (B A)^T = s A^T B^T, A (R, V), B (H, R)
+    convolution, groups = 1      s B A with A as (R, in * kernel) and B as (O, R)
+    lora_bias                    s b on the layer's bias
+"""
+
+from __future__ import annotations
+
+import math
+
+from ray_merge.errors import AdapterError, AdapterShapeError
+from ray_merge.fit.draft import Draft
+from ray_merge.models.conversion import Slot
+from ray_merge.spec import FactorEntry, Layout, Product, TensorEntry, View
+from ray_merge.storage.adapter import CONFIG_FILE, StoredModule
+
+TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""Model types with HF Conv1D layers; a square one cannot be told from a Linear by its shape."""
+
+
+def fit_module(draft: Draft, module: StoredModule, initial: StoredModule | None) -> None:
+    """Add the update of one module that is no stack of experts."""
+    if "embedding_A" in module.tensors:
+        slot = draft.one_slot(f"{module.name}.weight", "LoRA on an embedding")
+        layout: Layout = "embedding"
+    else:
+        slot, layout = _linear_slot(draft, module)
+    shape = draft.shape(slot.tensor)
+    rows = shape[0]
+    site = draft.site(slot, (rows, math.prod(shape[1:])), layout, module.name)
+    products = [_product(draft, module, layout, shape, slot)]
+    if initial is not None:
+        products.append(_taken_away(draft, module, initial, layout, shape, slot))
+    magnitude = _magnitude(draft, module, layout, site.shape)
+    draft.add(site, module.name, FactorEntry(tuple(products), len(products) - 1, magnitude))
+    if "B.bias" in module.tensors:
+        _add_bias(draft, module, products[0].scale)
+
+
+def _linear_slot(draft: Draft, module: StoredModule) -> tuple[Slot, Layout]:
+    slots = draft.names.slots(f"{module.name}.weight")
+    if not slots and draft.names.slots(f"{module.name}.in_proj_weight"):
+        return draft.one_slot(f"{module.name}.in_proj_weight", "LoRA"), "mha"
+    slot = draft.one_slot(f"{module.name}.weight", "LoRA")
+    shape = draft.shape(slot.tensor)
+    if len(shape) > 2:
+        return slot, "conv"
+    if len(shape) != 2:
+        raise AdapterError(
+            f"{draft.where}: {module.name}: base weight {slot.tensor} has shape {shape}; LoRA needs a matrix or a "
+            "convolution"
+        )
+    return slot, "conv1d" if _is_conv1d(draft, module, shape) else "linear"
+
+
+def _is_conv1d(draft: Draft, module: StoredModule, shape: tuple[int, ...]) -> bool:
+    """Whether the weight is stored (in, out): the module's type decides, then the shapes, then the flag."""
+    A, B = module.tensors["A"].shape, module.tensors["B"].shape
+    blocks = max(1, draft.adapter.settings.blocks)
+    straight = shape[0] in (B[0], B[0] * blocks) and shape[1] in (A[-1], A[-1] * blocks)
+    turned = shape[1] in (B[0], B[0] * blocks) and shape[0] in (A[-1], A[-1] * blocks)
+    flag = draft.adapter.settings.transposed
+    suspect = flag or draft.names.base.config.get("model_type") in TRANSPOSED_MODELS
+    if not turned or (straight and not suspect):
+        return False
+    kind = draft.names.kind(module.name)
+    return kind == "conv1d" if kind else (flag or not straight)
+
+
+def check_orientation(draft: Draft) -> None:
+    """Refuse a fan_in_fan_out that no layer of the base answers to: PEFT sets it by the type of the layer."""
+    transposed = any(site.layout == "conv1d" for site in draft.sites.values())
+    if draft.adapter.settings.transposed and not transposed and draft.modules:
+        raise AdapterError(
+            f"{draft.where}: {CONFIG_FILE} says fan_in_fan_out: true, but no adapted layer of {draft.base_url} is an "
+            "HF Conv1D; the adapter was trained on another model class, or the flag was edited: set it to false"
+        )
+
+
+def _product(draft: Draft, module: StoredModule, layout: Layout, shape: tuple[int, ...], slot: Slot) -> Product:
+    scaling = draft.adapter.settings.scaling
+    name = module.name.removesuffix(".out_proj") if _in_attention(draft, module.name) else module.name
+    if layout == "embedding":
+        A, B = module.tensors["embedding_A"], module.tensors["embedding_B"]
+        check_dimensions(draft, module.name, ("lora_embedding_A", A), ("lora_embedding_B", B), 2)
+        rank = A.shape[0]
+        check_rank(draft, module.name, rank, scaling.rank_of(name), B.shape[1])
+        product = Product(View(A, A.shape, transpose=True), View(B, B.shape, transpose=True), scaling.scale_of(name, rank))
+    elif layout == "conv":
+        product = _conv_product(draft, module, shape, scaling.rank_of(name))
+    else:
+        product = _matrix_product(draft, module, layout, shape, scaling.rank_of(name))
+    matrix = (shape[0], math.prod(shape[1:]))
+    _check_fit(draft, module.name, product, matrix, slot, layout)
+    return product
+
+
+def _in_attention(draft: Draft, module: str) -> bool:
+    # PEFT adapts MultiheadAttention and its out_proj as one module: patterns name the former.
+    parent, _, leaf = module.rpartition(".")
+    return leaf == "out_proj" and any(
+        other.name == parent and "A" in other.tensors for other in draft.adapter.modules
+    )
+
+
+def _conv_product(draft: Draft, module: StoredModule, shape: tuple[int, ...], claimed: int) -> Product:
+    A, B = module.tensors["A"], module.tensors["B"]
+    check_dimensions(draft, module.name, ("lora_A", A), ("lora_B", B), len(shape))
+    rank = A.shape[0]
+    grouped = draft.names.kind(module.name) == "grouped_conv" or (B.shape[1] != rank and rank % B.shape[1] == 0)
+    if grouped or (A.shape[1] != shape[1] and A.shape[1] % shape[1] == 0 and A.shape[2:] == shape[2:]):
+        raise AdapterError(
+            f"{draft.where}: {module.name} is a grouped convolution, whose LoRA has no exact delta (PEFT refuses to "
+            "merge it too); train without it or serve the adapter"
+        )
+    check_rank(draft, module.name, rank, claimed, B.shape[1])
+    if A.shape[2:] != shape[2:] or any(size != 1 for size in B.shape[2:]):
+        raise AdapterShapeError(
+            module.name, "lora_A", A.shape, draft.where, f"the kernel of the base is {shape[2:]}", draft.base_url
+        )
+    scale = draft.adapter.settings.scaling.scale_of(module.name, rank)
+    return Product(View(B, (B.shape[0], rank)), View(A, (rank, math.prod(A.shape[1:]))), scale)
+
+
+def _matrix_product(
+    draft: Draft, module: StoredModule, layout: Layout, shape: tuple[int, ...], claimed: int
+) -> Product:
+    A, B = module.tensors["A"], module.tensors["B"]
+    check_dimensions(draft, module.name, ("lora_A", A), ("lora_B", B), 2)
+    outputs, inputs = (shape[1], shape[0]) if layout == "conv1d" else (shape[0], shape[1])
+    blocks = draft.adapter.settings.blocks
+    A_blocks = blocks if blocks and A.shape[1] != inputs and A.shape[1] * blocks == inputs else 1
+    B_blocks = blocks if blocks and B.shape[1] != A.shape[0] and B.shape[1] * blocks == A.shape[0] else 1
+    if A.shape[0] % A_blocks or B.shape[0] % B_blocks:
+        raise AdapterError(
+            f"{draft.where}: {module.name}: lora_A {A.shape} and lora_B {B.shape} cannot be cut into the {blocks} blocks "
+            "of use_bdlora"
+        )
+    rank = A.shape[0]
+    check_rank(draft, module.name, rank, claimed, B.shape[1] * B_blocks)
+    scale = draft.adapter.settings.scaling.scale_of(
+        module.name.removesuffix(".out_proj") if _in_attention(draft, module.name) else module.name, rank
+    )
+    turned = layout == "conv1d"
+    A_view, B_view = View(A, A.shape, None, A_blocks, turned), View(B, B.shape, None, B_blocks, turned)
+    return Product(A_view, B_view, scale) if turned else Product(B_view, A_view, scale)
+
+
+def check_dimensions(
+    draft: Draft, module: str, A: tuple[str, TensorEntry], B: tuple[str, TensorEntry], expected: int
+) -> None:
+    """Refuse factors with another number of axes than their layer has."""
+    for side, entry in (A, B):
+        if len(entry.shape) != expected:
+            raise AdapterError(
+                f"{draft.where}: {module}.{side} has {len(entry.shape)} dimensions {entry.shape}, expected {expected} for "
+                f"the base's layer ({draft.base_url})"
+            )
+
+
+def check_rank(draft: Draft, module: str, rank: int, claimed: int, other: int) -> None:
+    """Refuse factors whose ranks differ, or that the config denies."""
+    if other != rank:
+        raise AdapterError(f"{draft.where}: {module}: lora_A has rank {rank} but lora_B has rank {other}")
+    if rank != claimed:
+        raise AdapterError(
+            f"{draft.where}: {module}: the factors have rank {rank} but {CONFIG_FILE} says {claimed}; the scale "
+            "alpha / r would be wrong"
+        )
+
+
+def _check_fit(
+    draft: Draft, module: str, product: Product, matrix: tuple[int, int], slot: Slot, layout: Layout
+) -> None:
+    assert product.A is not None
+    sides = (
+        (product.B, product.B.matrix[0], matrix[0], "outputs" if layout != "conv1d" else "inputs"),
+        (product.A, product.A.matrix[1], matrix[1], "inputs" if layout != "conv1d" else "outputs"),
+    )
+    for view, got, want, word in sides:
+        if got != want:
+            side = view.entry.name.rpartition(".lora_")[2].split(".")[0]
+            raise AdapterShapeError(
+                module, f"lora_{side}", view.entry.shape, draft.where, f"{slot.tensor} has {want} {word}", draft.base_url
+            )
+
+
+def _taken_away(
+    draft: Draft, module: StoredModule, initial: StoredModule, layout: Layout, shape: tuple[int, ...], slot: Slot
+) -> Product:
+    """The factors that training began with, negated: dW = s B A - s0 B0 A0."""
+    started = draft.adapter.initial
+    assert started is not None
+    before = Draft(started, draft.names, draft.untied)
+    before.replaced = draft.replaced
+    product = _product(before, initial, layout, shape, slot)
+    return Product(product.B, product.A, -product.scale)
+
+
+def _magnitude(draft: Draft, module: StoredModule, layout: Layout, shape: tuple[int, int]) -> View | None:
+    """DoRA's magnitude: of rows, or of columns where the weight is stored transposed (embeddings: per column too)."""
+    entry = module.tensors.get("magnitude")
+    if entry is None:
+        return None
+    of_columns = layout in ("conv1d", "embedding")
+    wanted = (1, shape[1]) if of_columns else (shape[0], 1)
+    if math.prod(entry.shape) != max(wanted):
+        raise AdapterError(
+            f"{draft.where}: {module.name}: lora_magnitude_vector has shape {entry.shape}, expected {max(wanted)} values"
+        )
+    return View(entry, wanted)
+
+
+def _add_bias(draft: Draft, module: StoredModule, scale: float) -> None:
+    entry = module.tensors["B.bias"]
+    slots = draft.names.slots(f"{module.name}.bias")
+    if not slots:
+        raise AdapterError(
+            f"{draft.where}: {module.name} has a bias on B (lora_bias), but the base's layer has no bias to add it to; "
+            "train without lora_bias, or serve the adapter"
+        )
+    shape = draft.shape(slots[0].tensor)
+    if entry.shape != shape:
+        raise AdapterShapeError(
+            module.name, "lora_B.bias", entry.shape, draft.where, f"the bias is {shape}", draft.base_url
+        )
+    site = draft.site(slots[0], (shape[0], 1), "raw", module.name)
+    draft.add(site, f"{module.name}.bias", FactorEntry((Product(View(entry, (shape[0], 1)), None, scale),)))

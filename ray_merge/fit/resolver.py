@@ -1,0 +1,172 @@
+"""Runtime parameter names of one adapter -> disk tensors of the base.
+
+Owns: the order of proofs. A name is taken as it is; else through one prefix; else through the rules of the
+model class (transformers, meta device, loaded only when something needs it). `key_mapping` renames first.
+What none of them proves has no disk tensor, and whoever asked refuses it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ray_merge.errors import AdapterError, RayMergeError
+from ray_merge.models.conversion import Slot
+from ray_merge.models.names import Naming, find_naming
+from ray_merge.storage.adapter import StoredAdapter
+from ray_merge.storage.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from ray_merge.models.architecture import Architecture
+
+
+class Architectures:
+    """The model classes of one base, each built once and only when asked for."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._base = base
+        self._built: dict[tuple[str, str], Architecture] = {}
+
+    def get(self, class_name: str = "", task_type: str = "") -> Architecture:
+        """The class that an adapter names, else the one that its task or the base's config means."""
+        from ray_merge.models.architecture import build_architecture
+
+        key = (class_name, task_type)
+        if key not in self._built:
+            shapes = {name: entry.shape for name, entry in self._base.tensors.items()}
+            self._built[key] = build_architecture(
+                self._base.config, shapes, class_name=class_name or None, task_type=task_type or None
+            )
+        return self._built[key]
+
+
+def mapped(adapter: StoredAdapter, mapping: Mapping[str, str]) -> StoredAdapter:
+    """The adapter with every runtime name rewritten by the recipe's `key_mapping`, rules in order.
+
+    Raises:
+        AdapterError: two modules get one name.
+    """
+    if not mapping:
+        return adapter
+
+    def rename(name: str) -> str:
+        for pattern, replacement in mapping.items():
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    modules = tuple(replace(module, name=rename(module.name)) for module in adapter.modules)
+    saved = tuple(replace(tensor, name=rename(tensor.name)) for tensor in adapter.saved)
+    tokens = {rename(name): entry for name, entry in adapter.tokens.items()}
+    names = [(module.name, module.depth) for module in modules] + [(tensor.name, -1) for tensor in saved]
+    twice = next((name for name, depth in names if names.count((name, depth)) > 1), None)
+    if twice is not None or len(tokens) < len(adapter.tokens):
+        raise AdapterError(f"{adapter.where}: key_mapping gives two tensors the name {twice or 'of one embedding'!r}")
+    initial = None if adapter.initial is None else mapped(adapter.initial, mapping)
+    return replace(adapter, modules=modules, saved=saved, tokens=tokens, initial=initial)
+
+
+@dataclass(slots=True)
+class Resolver:
+    """Answers for one adapter; remembers what it answered, for `plan`.
+
+    Args:
+        base: the base checkpoint.
+        adapter: whose names.
+        architectures: the model classes of the base.
+        naming: the prefix rule of this adapter.
+        found: runtime parameter -> disk tensors, of everything asked for.
+    """
+
+    base: Checkpoint
+    adapter: StoredAdapter
+    architectures: Architectures
+    naming: Naming = field(default_factory=Naming)
+    found: dict[str, tuple[Slot, ...]] = field(default_factory=dict)
+    used_class: str = ""
+
+    @classmethod
+    def of(cls, base: Checkpoint, adapter: StoredAdapter, architectures: Architectures) -> Resolver:
+        """The resolver of an adapter, its prefix rule found."""
+        modules = {module.name for module in adapter.modules} | set(adapter.tokens)
+        wanted = {f"{name}.weight" for name in modules} | {tensor.name for tensor in adapter.saved}
+        return cls(base, adapter, architectures, find_naming(wanted, base.tensors))
+
+    def slots(self, parameter: str) -> tuple[Slot, ...]:
+        """Disk tensors that make up a runtime parameter; empty where the base has none.
+
+        Raises:
+            AdapterError: the disk tensors exist but pass through an operation that is no rename and no stacking.
+        """
+        if parameter not in self.found:
+            self.found[parameter] = self._slots(parameter)
+        return self.found[parameter]
+
+    def _slots(self, parameter: str) -> tuple[Slot, ...]:
+        disk = self.naming.disk(parameter, self.base.tensors)
+        if disk is not None:
+            return (Slot(disk),)
+        known = self.architecture()
+        if known is None:
+            return ()
+        name = self._in_class(known, parameter)
+        if name in known.unsupported:
+            raise AdapterError(
+                f"{self.adapter.where}: {parameter}: {known.unsupported[name]}; merge this adapter with PEFT"
+            )
+        slots = known.slots.get(name, ())
+        if slots:
+            self.used_class = known.name
+        return slots
+
+    def _in_class(self, known: Architecture, parameter: str) -> str:
+        from ray_merge.models.architecture import runtime_module
+
+        if parameter in known.parameters:
+            return parameter
+        module, _, leaf = parameter.rpartition(".")
+        path = runtime_module(known, module)
+        return parameter if path is None else f"{path}.{leaf}"
+
+    def architecture(self) -> Architecture | None:
+        """The model class that this adapter was trained in, or None where transformers does not know it."""
+        auto = self.adapter.config.get("auto_mapping")
+        named = auto.get("base_model_class") if isinstance(auto, Mapping) else None
+        task = self.adapter.config.get("task_type")
+        try:
+            return self.architectures.get(_text(named), _text(task))
+        except RayMergeError:
+            return None
+
+    def kind(self, module: str) -> str:
+        """What kind of layer a runtime module is (models/architecture.py); "" where nobody knows."""
+        from ray_merge.models.architecture import runtime_module
+
+        known = self.architecture()
+        path = None if known is None else runtime_module(known, module)
+        return "" if known is None or path is None else known.kinds.get(path, "")
+
+    def tied_to(self, parameter: str) -> str | None:
+        """The parameter that stands for this one on disk, where the base ties the two."""
+        known = self.architecture()
+        if known is None:
+            return None
+        name = self._in_class(known, parameter)
+        return None if name in known.slots else known.tied.get(name)
+
+    def describe(self) -> str:
+        """How names were resolved, in words."""
+        words = self.naming.describe()
+        return f"{words}; else as {self.used_class} of transformers loads them" if self.used_class else words
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def example(parameter: str, tensors: Collection[str]) -> str:
+    """A disk tensor that looks like what was sought, for messages."""
+    tail = ".".join(parameter.split(".")[-2:])
+    same_tail = sorted(name for name in tensors if name.endswith(f".{tail}"))
+    return (same_tail or sorted(tensors))[0]

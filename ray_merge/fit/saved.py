@@ -1,0 +1,160 @@
+"""Whole parameters that an adapter saved: biases, modules_to_save, embedding tables, heads, trained tokens.
+
+They hold absolute values, whatever their names say (`trainable_tokens_delta` too):
+
+    a trained bias (bias: all, lora_only)        its delta is `saved - base`, merged like any other
+    a module of modules_to_save                  takes the place of the base's; without a counterpart it is a head
+    a table that PEFT saved beside embedding     takes the base table's place before any delta; new rows need a
+    LoRA, or since the vocabulary grew           new vocab_size
+    trained token rows                           are written into the table
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ray_merge.errors import AdapterError
+from ray_merge.fit.draft import Draft, by_suffix, matrix_shape
+from ray_merge.spec import SameValues, SavedEntry, TensorEntry, TokenRows, View
+from ray_merge.storage.adapter import CONFIG_FILE, StoredTensor
+
+TABLE_NAMES = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_out", "embed_in"})
+"""Input and output embeddings of usual models; others are known from their class."""
+
+
+def fit_saved(draft: Draft) -> None:
+    """Give every saved parameter its place.
+
+    Raises:
+        AdapterError: one that the config does not announce, that matches nothing, or of another shape.
+    """
+    for tensor in draft.adapter.saved:
+        module, _, leaf = tensor.name.rpartition(".")
+        announced = by_suffix(draft.adapter.settings.saved, module) is not None
+        slots = draft.names.slots(tensor.name)
+        if not slots:
+            _without_counterpart(draft, tensor, announced=announced)
+            continue
+        slot = draft.one_slot(tensor.name, "saving it whole (modules_to_save)")
+        base = draft.names.base.tensors[slot.tensor]
+        if announced or _is_table(draft, tensor, module, leaf):
+            _replace(draft, tensor, slot.tensor, announced=announced)
+        elif "bias" in tensor.name and draft.adapter.settings.bias != "none":
+            _same_shape(draft, tensor, base)
+            shape = matrix_shape(base.shape)
+            site = draft.site(slot, shape, "raw", tensor.name)
+            draft.add(site, tensor.name, SavedEntry(View(tensor.entry, shape)))
+        else:
+            raise AdapterError(
+                f"{draft.where}: {tensor.name} is a saved parameter of the base that {CONFIG_FILE} does not announce "
+                "(neither modules_to_save nor bias); nothing of an adapter is dropped silently"
+            )
+
+
+def _without_counterpart(draft: Draft, tensor: StoredTensor, *, announced: bool) -> None:
+    module = tensor.name.rpartition(".")[0]
+    tied = draft.names.tied_to(tensor.name)
+    if tied is not None:
+        _tied_copy(draft, tensor, tied)
+    elif announced or by_suffix(draft.adapter.settings.saved, module) is not None:
+        draft.heads.append(replace(tensor.entry, name=tensor.name))
+    elif draft.adapter.settings.bias == "all" and "bias" in tensor.name and _beside_head(draft, module):
+        draft.heads.append(replace(tensor.entry, name=tensor.name))
+    else:
+        raise AdapterError(
+            f"{draft.where}: tensor {tensor.name!r} is neither a factor nor a saved head nor a parameter of "
+            f"{draft.base_url}; nothing of an adapter is dropped silently"
+        )
+
+
+def _beside_head(draft: Draft, module: str) -> bool:
+    return any(saved.name.rpartition(".")[0] == module for saved in draft.adapter.saved)
+
+
+def _tied_copy(draft: Draft, tensor: StoredTensor, tied: str) -> None:
+    """A saved copy of a table that the base ties to another one must equal that adapter's own copy of it."""
+    twin = next((other for other in draft.adapter.saved if other.name == tied), None)
+    if twin is None or twin.entry.shape != tensor.entry.shape:
+        raise AdapterError(
+            f"{draft.where}: {tensor.name} was saved, but {draft.base_url} ties it to {tied}; write tied: untie in the "
+            "recipe to give it a weight of its own"
+        )
+    why = f"{draft.where}: {tensor.name} and {tied} are tied in the base but were saved with different values"
+    flat = matrix_shape(tensor.entry.shape)
+    draft.same.append(SameValues(View(tensor.entry, flat), View(twin.entry, flat), f"{why}; write tied: untie"))
+    draft.ignored[tensor.entry.name] = f"equal to {tied}, to which the base ties it"
+
+
+def _is_table(draft: Draft, tensor: StoredTensor, module: str, leaf: str) -> bool:
+    if by_suffix(draft.adapter.settings.saved, module) is not None or leaf not in ("weight", "bias"):
+        return False
+    if leaf == "bias":  # of an output embedding that was saved whole
+        return any(other.name == f"{module}.weight" and _is_table(draft, other, module, "weight")
+                   for other in draft.adapter.saved)  # fmt: skip
+    if len(tensor.entry.shape) != 2:
+        return False
+    return module.rpartition(".")[2] in TABLE_NAMES or draft.names.kind(module) == "embedding"
+
+
+def _replace(draft: Draft, tensor: StoredTensor, disk: str, *, announced: bool) -> None:
+    base = draft.names.base.tensors[disk]
+    module = tensor.name.rpartition(".")[0]
+    table = module.rpartition(".")[2] in TABLE_NAMES or draft.names.kind(module) == "embedding"
+    resized = table and tensor.entry.shape[1:] == base.shape[1:]
+    if tensor.entry.shape != base.shape and not resized:
+        if draft.adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and announced:
+            draft.heads.append(replace(tensor.entry, name=tensor.name))  # another number of labels: a head
+            return
+        _same_shape(draft, tensor, base)
+    if disk in draft.replaced:
+        raise AdapterError(f"{draft.where}: two saved tensors take the place of {disk}; save the adapter again")
+    draft.replaced[disk] = tensor.entry
+    if not announced:
+        draft.tables.add(disk)
+    elif draft.adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+        draft.heads.append(replace(tensor.entry, name=tensor.name))
+
+
+def _same_shape(draft: Draft, tensor: StoredTensor, base: TensorEntry) -> None:
+    if tensor.entry.shape != base.shape:
+        raise AdapterError(
+            f"{draft.where}: {tensor.name} is {tensor.entry.shape}, but {base.name} is {base.shape} in "
+            f"{draft.base_url}; the adapter was trained on another base model"
+        )
+
+
+def fit_tokens(draft: Draft) -> None:
+    """Place the trained token rows.
+
+    Raises:
+        AdapterError: no indices for a table, another number of rows, rows outside it, LoRA on the same table.
+    """
+    indices = draft.adapter.settings.tokens
+    for module, entry in draft.adapter.tokens.items():
+        slot = draft.one_slot(f"{module}.weight", "training of tokens")
+        rows, columns = draft.shape(slot.tensor)
+        layer = by_suffix(indices, module) if indices else None
+        if layer is None:
+            raise AdapterError(
+                f"{draft.where}: {module} has trained tokens, but {CONFIG_FILE} has no trainable_token_indices for it"
+            )
+        chosen = indices[layer]
+        if entry.shape != (len(chosen), columns) or len(set(chosen)) != len(chosen):
+            raise AdapterError(
+                f"{draft.where}: {module} has trained rows of shape {entry.shape}, expected {len(chosen)} different rows of "
+                f"{columns} (trainable_token_indices)"
+            )
+        if max(chosen, default=0) >= rows:
+            raise AdapterError(
+                f"{draft.where}: trainable_token_indices has row {max(chosen)}, but {slot.tensor} has {rows} rows"
+            )
+        if any(site.tensor == slot.tensor for site in draft.sites.values()):
+            raise AdapterError(f"{draft.where}: {module} has trained tokens and LoRA at once; PEFT cannot merge both")
+        if slot.tensor in draft.tokens:
+            raise AdapterError(
+                f"{draft.where}: two modules train tokens of {slot.tensor}, which the base ties; write tied: untie"
+            )
+        draft.tokens[slot.tensor] = TokenRows(entry, chosen)
+    missing = [layer for layer in indices if not any(module.endswith(layer) for module in draft.adapter.tokens)]
+    if missing and indices[missing[0]] and not draft.adapter.tokens:
+        raise AdapterError(f"{draft.where}: {CONFIG_FILE} names trained tokens, but the adapter holds no row of them")

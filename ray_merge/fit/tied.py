@@ -1,0 +1,127 @@
+"""Embeddings that a base ties to its head: what an adapter may do to one of the two, and how they are untied.
+
+A checkpoint with tied weights holds one table. LoRA on one of the two modules changes only that one while the
+adapter is active (PEFT reads the head's base weight, not the adapted embedding), so a merge into the one table
+would be wrong by a lot (289 % of the logits in PEFT's own merge). `tied: untie` gives the head a weight of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ray_merge.errors import AdapterError, CheckpointError
+from ray_merge.fit.draft import Draft
+from ray_merge.fit.resolver import Architectures
+from ray_merge.spec import SameValues, View
+from ray_merge.storage.adapter import StoredModule
+from ray_merge.storage.checkpoint import Checkpoint
+
+FLAG = "tie_word_embeddings"
+
+
+def untied(base: Checkpoint, architectures: Architectures) -> Checkpoint:
+    """The base with a tensor of its own for its tied head: same bytes, another name.
+
+    Raises:
+        CheckpointError: a base whose head is tied in a way that this cannot undo exactly.
+    """
+    known = architectures.get()
+    pairs = {name: twin for name, twin in known.tied.items() if name not in known.slots}
+    if not pairs:
+        return base
+    if base.config.get("is_encoder_decoder") or len(pairs) > 1:
+        raise CheckpointError(
+            f"{base.url} ties {', '.join(sorted(pairs))}; only a decoder's one head can be untied exactly (T5 scales its "
+            "logits by the flag): remove tied: untie"
+        )
+    ((head, twin),) = pairs.items()
+    slots = known.slots.get(twin, ())
+    if len(slots) != 1 or slots[0].expert is not None or slots[0].rows is not None:
+        raise CheckpointError(f"{base.url}: {twin} is not one tensor on disk, so {head} cannot be untied from it")
+    table = base.tensors[slots[0].tensor]
+    name = _disk_name(head, twin, table.name)
+    tensors = {**base.tensors, name: replace(table, name=name)}
+    return replace(base, tensors=tensors, config=_without_flag(base.config), untied=name)
+
+
+def _disk_name(head: str, twin: str, table: str) -> str:
+    """The head's disk name, through the prefix by which the table's own name differs (`language_model.`)."""
+    if twin == table:
+        return head
+    shared = table.rpartition("model.embed_tokens.weight")
+    old_style = shared[1] and shared[0] and not twin.startswith(shared[0])
+    return f"{shared[0]}{head}" if old_style else head
+
+
+def _without_flag(config: Mapping[str, Any]) -> dict[str, Any]:
+    changed = {**config, FLAG: False}
+    for key, value in config.items():
+        if isinstance(value, dict) and FLAG in value:
+            changed[key] = {**value, FLAG: False}
+    return changed
+
+
+def skip_tied_twin(draft: Draft, module: StoredModule) -> bool:
+    """Whether this module's weight is tied to one that the same adapter changes alike (ensure_weight_tying).
+
+    Raises:
+        AdapterError: it is tied, and the adapter does not keep the two equal.
+    """
+    parameter = f"{module.name}.weight"
+    if draft.names.slots(parameter):
+        return False
+    twin = draft.names.tied_to(parameter)
+    if twin is None:
+        return False
+    other = next((one for one in draft.adapter.modules if f"{one.name}.weight" == twin), None)
+    if not draft.adapter.settings.tied or other is None or "A" not in module.tensors or "embedding_A" not in other.tensors:
+        raise _refusal(draft, module.name, twin)
+    for side, across in (("A", "embedding_B"), ("B", "embedding_A")):
+        one, two = module.tensors[side], other.tensors[across]  # type: ignore[index]
+        why = f"{draft.where}: {module.name}.lora_{side} is not the transpose of {other.name}.lora_{across}, though both "
+        same = SameValues(View(one, one.shape), View(two, two.shape, transpose=True), f"{why}are tied; write tied: untie")
+        draft.same.append(same)
+    for entry in module.tensors.values():
+        draft.ignored[entry.name] = f"equal to the factors of {other.name}, to which the base ties {module.name}"
+    return True
+
+
+def check_tied(draft: Draft) -> None:
+    """Refuse a change of a table that the base also uses as its head, unless training kept both equal.
+
+    Raises:
+        AdapterError: the head would change with the embedding, or the other way round.
+    """
+    if draft.adapter.settings.tied:
+        return
+    changed = {site.tensor: draft.modules[name] for name, site in draft.sites.items() if site.layout != "raw"}
+    changed |= {tensor: tensor for tensor in draft.replaced.keys() - draft.tables}
+    tables = _tied_tables(draft, set(changed))
+    for tensor in sorted(tables):
+        raise _refusal(draft, changed[tensor], tables[tensor])
+
+
+def _tied_tables(draft: Draft, tensors: set[str]) -> dict[str, str]:
+    suspects = {
+        tensor for tensor in tensors
+        if any(word in tensor for word in ("embed", "wte", "shared", "lm_head"))
+    }  # fmt: skip
+    known = draft.names.architecture() if suspects else None
+    if known is None:
+        tied = suspects and draft.names.base.config.get(FLAG) and not draft.untied
+        return dict.fromkeys(suspects, "the head") if tied else {}
+    found = {}
+    for name, twin in known.tied.items():
+        tensor = next((slot.tensor for slot in known.slots.get(twin, ())), None)
+        if tensor in suspects and name not in known.slots:
+            found[tensor] = name
+    return found
+
+
+def _refusal(draft: Draft, module: str, twin: str) -> AdapterError:
+    return AdapterError(
+        f"{draft.where}: {module} is tied to {twin.removesuffix('.weight')} in {draft.base_url}: a merge would change both; "
+        "write tied: untie in the recipe to give the head a weight of its own"
+    )

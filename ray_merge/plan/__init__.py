@@ -1,0 +1,18 @@
+"""Recipe x headers -> units, shard names, bytes, peak memory, refusals; pure, reads no weights."""
+
+from ray_merge.plan.layout import ADAPTER_OBJECT, SHARD_METADATA, OutTensor, Shard, file_bytes, shard_layout
+from ray_merge.plan.memory import DEFAULT_MEMORY_BYTES
+from ray_merge.plan.plan import Plan, make_plan, read_inputs
+
+__all__ = [
+    "ADAPTER_OBJECT",
+    "DEFAULT_MEMORY_BYTES",
+    "SHARD_METADATA",
+    "OutTensor",
+    "Plan",
+    "Shard",
+    "file_bytes",
+    "make_plan",
+    "read_inputs",
+    "shard_layout",
+]

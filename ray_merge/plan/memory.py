@@ -1,0 +1,70 @@
+"""How many merges share one pass over the base, and the bytes that one worker then needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ray_merge.methods.memory import SiteBytes, working_bytes
+from ray_merge.methods.registry import get
+from ray_merge.spec import DTYPE_BYTES, Adapter, FactorEntry, Merge, SavedEntry, Site, TensorEntry
+
+DEFAULT_MEMORY_BYTES = 640 * 10**6
+"""Ceiling per worker; two workers and the driver then stay under 1.5 GB."""
+
+RUNTIME_BYTES = 300 * 10**6
+"""A Ray worker with torch and this package loaded (measured: 283 MB with torch 2.13 and Ray 2.60 on Linux)."""
+
+STREAM_BYTES = 40 * 10**6
+"""Chunks read ahead, and the float32 copies of the one being merged (storage/stream.py: 2 MiB as stored)."""
+
+MAX_GROUP = 16
+"""Merges that share one pass over the base. Each has one unfinished shard on the worker's disk meanwhile."""
+
+
+def fit_group(
+    merges: Sequence[Merge],
+    adapters: Mapping[str, Adapter],
+    sites: Mapping[str, Site],
+    tensors: Mapping[str, TensorEntry],
+    memory_bytes: int,
+) -> tuple[int, int]:
+    """The largest number of merges that can share a pass, and the bytes that one worker then needs.
+
+    Counted at the most expensive site of each kind: factors and bases once for each set of adapters, what each
+    merge keeps, and the temporaries of one merge.
+    """
+    held, passing = 0, 0
+    shared: dict[tuple[str, ...], int] = {}
+    for merge in merges:
+        worst = _worst_site(merge, adapters, sites, tensors)
+        held, passing = max(held, worst.held), max(passing, worst.passing)
+        shared[merge.adapters] = max(shared.get(merge.adapters, 0), worst.shared)
+    # A set of adapters is kept as long as one of its merges is in the group; at most one set per merge.
+    sets = sorted(shared.values(), reverse=True)
+    for size in range(min(MAX_GROUP, max(1, len(merges))), 0, -1):
+        peak = RUNTIME_BYTES + STREAM_BYTES + passing + size * held + sum(sets[:size])
+        if peak <= memory_bytes or size == 1:
+            return size, peak
+    raise AssertionError("unreachable: a group of one is always returned")
+
+
+def _worst_site(
+    merge: Merge, adapters: Mapping[str, Adapter], sites: Mapping[str, Site], tensors: Mapping[str, TensorEntry]
+) -> SiteBytes:
+    method, space = get(merge.method), merge.parameters.get("space")
+    kinds = set()
+    for site in sites.values():
+        updates = [found for name in merge.adapters if (found := adapters[name].factors.get(site.name)) is not None]
+        # DoRA and saved parameters need the base's own values; the weight is held as it is stored.
+        needs_base = any(
+            isinstance(update, SavedEntry) or (isinstance(update, FactorEntry) and update.magnitude is not None)
+            for update in updates
+        )
+        base_bytes = site.shape[0] * site.shape[1] * DTYPE_BYTES[tensors[site.tensor].dtype] if needs_base else 0
+        if updates:
+            kinds.add((site.shape, tuple(update.rank for update in updates), base_bytes))
+    sizes = []
+    for shape, ranks, base_bytes in kinds:
+        size = working_bytes(method, space, shape, ranks)
+        sizes.append(SiteBytes(size.shared + base_bytes, size.held, size.passing))
+    return max(sizes, key=lambda size: size.total, default=SiteBytes(0, 0, 0))

@@ -1,0 +1,214 @@
+"""Recipe x headers -> what would be read, merged and written, and every refusal that headers can show.
+
+Pure: reads no weights and writes nothing. `read_inputs` is the only part that touches a store (headers and
+configs); `make_plan` is arithmetic on what it found.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ray_merge.errors import RecipeError
+from ray_merge.fit import check_bases, check_owners, fit_adapters
+from ray_merge.fit.owners import has_magnitude, is_head
+from ray_merge.methods.registry import get, takes_dense
+from ray_merge.plan.export import check_export
+from ray_merge.plan.layout import OutTensor, Shard, file_bytes, plan_shards, with_replaced
+from ray_merge.plan.memory import DEFAULT_MEMORY_BYTES, fit_group
+from ray_merge.recipe import Recipe
+from ray_merge.spec import Adapter, Merge, Site, TensorEntry
+from ray_merge.storage.adapter import Pickles, StoredAdapter, read_adapter
+from ray_merge.storage.checkpoint import Checkpoint, read_checkpoint
+from ray_merge.storage.store import Stores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything a run needs to know, small enough to send to every worker.
+
+    Args:
+        recipe: the validated recipe.
+        base: the base checkpoint's headers, with a head of its own where the recipe unties it.
+        adapters: by the recipe's names, only those that a merge uses.
+        sites: by name.
+        renamed: adapter -> runtime parameter -> disk tensors, where the two differ.
+        merges: in recipe order.
+        shards: of every checkpoint that this recipe writes.
+        groups: indices into `merges` that share one pass over the base, in order.
+        peak_bytes: estimated resident bytes of one worker.
+        warnings: what a person should know; none of it stops the run.
+    """
+
+    recipe: Recipe
+    base: Checkpoint
+    adapters: Mapping[str, Adapter]
+    sites: Mapping[str, Site]
+    renamed: Mapping[str, Mapping[str, tuple[str, ...]]]
+    merges: tuple[Merge, ...]
+    shards: tuple[Shard, ...]
+    groups: tuple[tuple[int, ...], ...]
+    peak_bytes: int
+    warnings: tuple[str, ...]
+
+    def touched(self, merge: Merge) -> tuple[Site, ...]:
+        """The sites that `merge` changes, by tensor and place."""
+        names = {name for adapter in merge.adapters for name in self.adapters[adapter].factors}
+        return tuple(sorted((self.sites[n] for n in names), key=lambda site: (site.tensor, site.start, site.name)))
+
+    def replaced(self, merge: Merge) -> dict[str, tuple[str, TensorEntry]]:
+        """Disk tensor -> (adapter, saved tensor) that takes its place in `merge`; heads of several stay apart."""
+        found: dict[str, tuple[str, TensorEntry]] = {}
+        heads: set[str] = set()
+        for name in merge.adapters:
+            adapter = self.adapters[name]
+            for tensor, entry in adapter.replaced.items():
+                if tensor in found and is_head(tensor, adapter):
+                    heads.add(tensor)
+                found.setdefault(tensor, (name, entry))
+        return {tensor: owner for tensor, owner in found.items() if tensor not in heads}
+
+    def tensors(self, merge: Merge, shard: Shard) -> tuple[OutTensor, ...]:
+        """What `merge` writes into `shard`."""
+        return with_replaced(shard.tensors, self.replaced(merge))
+
+    def merge_bytes(self, merge: Merge) -> int:
+        """Bytes of the shards of `merge`."""
+        replaced = self.replaced(merge)
+        if not replaced:
+            return self.checkpoint_bytes
+        return sum(file_bytes(with_replaced(shard.tensors, replaced)) for shard in self.shards)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of all adapter files."""
+        return sum(adapter.file_bytes for adapter in self.adapters.values())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the shards of one merged checkpoint that replaces nothing."""
+        return sum(shard.n_bytes for shard in self.shards)
+
+    @property
+    def read_bytes(self) -> int:
+        """Base bytes that a whole run reads: once per group."""
+        return self.base.n_bytes * len(self.groups)
+
+    @property
+    def write_bytes(self) -> int:
+        """Shard bytes that a whole run writes."""
+        return sum(self.merge_bytes(merge) for merge in self.merges if merge.export != "adapter")
+
+
+def read_inputs(
+    recipe: Recipe, merges: Sequence[Merge], unpickle: Pickles = None
+) -> tuple[Checkpoint, dict[str, StoredAdapter]]:
+    """Headers and configs of the base and of every adapter that a merge uses.
+
+    Args:
+        recipe: the validated recipe.
+        merges: to be planned.
+        unpickle: converts adapter_model.bin, for adapters whose recipe allows it.
+    """
+    stores = Stores()
+    base = read_checkpoint(stores.open(recipe.base_model), dequantise=recipe.base_numerics == "dequantise")
+    used = {name for merge in merges for name in merge.adapters}
+    adapters = {}
+    for name, source in recipe.adapters.items():
+        if name not in used:
+            continue
+        if source.path is None:
+            raise RecipeError(f"adapter {name} has no path, which a merge needs")
+        adapters[name] = read_adapter(
+            name,
+            stores.open(source.path),
+            initial=None if source.initial is None else stores.open(source.initial),
+            unpickle=unpickle if source.allow_pickle else None,
+        )
+    return base, adapters
+
+
+def make_plan(
+    recipe: Recipe,
+    merges: Sequence[Merge],
+    base: Checkpoint,
+    stored: Mapping[str, StoredAdapter],
+    *,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+) -> Plan:
+    """Check adapters against the base and lay out the output.
+
+    Args:
+        recipe: the validated recipe.
+        merges: the merges to plan, expanded.
+        base: headers of the base.
+        stored: headers of every adapter used.
+        memory_bytes: ceiling per worker, for the size of groups.
+
+    Raises:
+        Refusal: an adapter that does not fit the base, a merge that cannot be made or exported as asked.
+    """
+    fitted = fit_adapters(recipe, base, stored)
+    base, adapters, sites = fitted.base, fitted.adapters, fitted.sites
+    warnings = check_bases(recipe, adapters)
+    for merge in merges:
+        check_owners(merge, adapters, sites)
+        _check_dense(merge, adapters)
+        check_export(merge, adapters, sites)
+        warnings += _filter_warnings(merge, sites)
+    warnings += _vocabulary_warnings(merges, base, adapters)
+    checkpoints = [index for index, merge in enumerate(merges) if merge.export != "adapter"]
+    group_size, peak = fit_group(merges, adapters, sites, base.tensors, memory_bytes)
+    groups = [tuple(checkpoints[i : i + group_size]) for i in range(0, len(checkpoints), group_size)]
+    if peak > memory_bytes:
+        warnings.append(
+            f"one worker needs about {peak / 1e6:.0f} MB, more than the ceiling of {memory_bytes / 1e6:.0f} MB"
+        )
+    return Plan(
+        recipe=recipe,
+        base=base,
+        adapters=adapters,
+        sites=sites,
+        renamed=fitted.renamed,
+        merges=tuple(merges),
+        shards=plan_shards(base.tensors, recipe.out_dtype, recipe.max_shard_size),
+        groups=tuple(groups),
+        peak_bytes=peak,
+        warnings=tuple(warnings),
+    )
+
+
+def _check_dense(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
+    """DoRA's delta is dense, so a rule that works on factors cannot take it."""
+    site = has_magnitude([adapters[name] for name in merge.adapters])
+    if site and not takes_dense(get(merge.method), merge.parameters):
+        raise RecipeError(
+            f"merge {merge.name!r}: {merge.method} works on factors, but an adapter is DoRA (at {site}), whose delta is "
+            "dense; use task_arithmetic, linear, or a method with space: dense"
+        )
+
+
+def _filter_warnings(merge: Merge, sites: Mapping[str, Site]) -> list[str]:
+    warnings = []
+    for key, value in merge.parameters.items():
+        for item in value if isinstance(value, list) else []:
+            pattern = item.get("filter") if isinstance(item, dict) else None
+            if pattern and not any(re.search(pattern, site.name) for site in sites.values()):
+                warnings.append(f"merge {merge.name!r}: {key} filter {pattern!r} matches no site")
+    return warnings
+
+
+def _vocabulary_warnings(
+    merges: Sequence[Merge], base: Checkpoint, adapters: Mapping[str, Adapter]
+) -> list[str]:
+    warnings = []
+    for name in sorted({name for merge in merges for name in merge.adapters}):
+        adapter = adapters[name]
+        grown = [t for t, entry in adapter.replaced.items() if entry.shape != base.tensors[t].shape]
+        if grown and not adapter.side_files:
+            warnings.append(
+                f"adapter {name} has {adapter.replaced[grown[0]].shape[0]} rows in {grown[0]} and no tokenizer beside it: the "
+                "result gets the base's tokenizer, which does not know the new tokens"
+            )
+    return warnings
