@@ -147,7 +147,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 def _adapter_facts(plan: Plan, name: str) -> dict[str, Any]:
     adapter = plan.adapters[name]
     factors = adapter.factors.values()
-    scales = {product.scale for factor in factors if isinstance(factor, FactorEntry) for product in factor.products}
+    scales = {
+        product.scale for factor in factors if isinstance(factor, FactorEntry) for product in factor.products
+    }
     return {
         "url": adapter.url,
         "bytes": adapter.file_bytes,
@@ -155,7 +157,9 @@ def _adapter_facts(plan: Plan, name: str) -> dict[str, Any]:
         "ranks": sorted({factor.rank for factor in factors}),
         "scales": sorted({round(scale, 6) for scale in scales if scale > 0}),
         "dora": any(isinstance(factor, FactorEntry) and factor.magnitude is not None for factor in factors),
-        "biases": sorted(adapter.modules[site] for site, one in adapter.factors.items() if isinstance(one, SavedEntry)),
+        "biases": sorted(
+            adapter.modules[site] for site, one in adapter.factors.items() if isinstance(one, SavedEntry)
+        ),
         "heads": [head.name for head in adapter.heads],
         "replaced": sorted(adapter.replaced),
         "tokens": {tensor: list(rows.indices) for tensor, rows in sorted(adapter.tokens.items())},
@@ -173,12 +177,18 @@ def plan_table(plan: Plan) -> None:
     for line in _names_lines(plan):
         console.print(f"names     {line}")
     if plan.base.quantised:
-        console.print(f"numerics  {len(plan.base.quantised)} quantised weights are dequantised; the result is not quantised")
+        console.print(
+            f"numerics  {len(plan.base.quantised)} quantised weights are dequantised; the result is not quantised"
+        )
     if plan.base.untied:
         console.print(f"untied    {plan.base.untied} becomes a weight of its own")
     adapters = Table("adapter", "sites", "ranks", "scales", "saved", "size", box=None, pad_edge=False)
     for name, row in facts["adapters"].items():
-        cells = [_span(row["ranks"]) + (" DoRA" if row["dora"] else ""), _span(row["scales"]), _saved_words(row)]
+        cells = [
+            _span(row["ranks"]) + (" DoRA" if row["dora"] else ""),
+            _span(row["scales"]),
+            _saved_words(row),
+        ]
         adapters.add_row(name, str(row["sites"]), *cells, human_bytes(row["bytes"]))
     console.print(adapters)
     merges = Table("merge", "method", "adapters", "parameters", "export", box=None, pad_edge=False)

@@ -202,7 +202,8 @@ def _probe_site(probe: _Probe, site: Site) -> float:
     worst = max(ratios)
     if not worst <= 1.0:
         raise RunFailed(
-            f"{probe.store.url}: (W + dW) x at {site.name} is off by {worst:.3g} times what rounding allows: the published "
+            f"{probe.store.url}: (W + dW) x at {site.name} is off by {worst:.3g} times what rounding "
+            "allows: the published "
             "weight is not base plus update; remove this merge and run again"
         )
     return worst

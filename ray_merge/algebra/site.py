@@ -48,7 +48,9 @@ class SiteFactors:
         self.magnitudes: tuple[Tensor | None, ...] = tuple(factor.magnitude for factor in factors)
         self._base = base
         if self.is_dense and (base is None or tuple(base.shape) != self.shape):
-            raise ValueError(f"DoRA at a site of {self.shape} needs its base weight, got {base and tuple(base.shape)}")
+            raise ValueError(
+                f"DoRA at a site of {self.shape} needs its base weight, got {base and tuple(base.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.B)

@@ -21,7 +21,7 @@ DTYPE_NAMES = {stored: name for name, stored in FLOAT_DTYPES.items()}
 def checkpoint_config(plan: Plan, merge: Merge, base: Store) -> bytes:
     """config.json of `merge`; the base's bytes where nothing of it changes."""
     config: Mapping[str, Any] = plan.base.config  # already without quantisation and tie (storage, fit)
-    dtype = plan.recipe.out_dtype
+    dtype: str | None = plan.recipe.out_dtype
     if plan.base.quantised and dtype is None:
         dtype = DTYPE_NAMES[plan.base.tensors[next(iter(plan.base.quantised))].dtype]
     if dtype is not None:

@@ -26,7 +26,11 @@ def exported_config(plan: Plan, merge: Merge, reports: Mapping[str, SiteReport])
         merge: the merge that was exported.
         reports: site name -> what was made there.
     """
-    modules = {site: name for adapter in reversed(merge.adapters) for site, name in plan.adapters[adapter].modules.items()}
+    modules = {
+        site: name
+        for adapter in reversed(merge.adapters)
+        for site, name in plan.adapters[adapter].modules.items()
+    }
     ranks = {modules[site]: report.rank for site, report in sorted(reports.items())}
     common = Counter(ranks.values()).most_common(1)[0][0]
     uneven = {site: rank for site, rank in ranks.items() if rank != common}

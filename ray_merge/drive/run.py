@@ -276,7 +276,8 @@ def _check_tables(merge: Merge, tables: Mapping[str, Mapping[str, str]]) -> None
             owner, digest = first.setdefault(tensor, (name, sha256))
             if digest != sha256:
                 raise AdapterError(
-                    f"merge {merge.name!r}: adapters {owner} and {name} were saved with different {tensor}; only one of them "
+                    f"merge {merge.name!r}: adapters {owner} and {name} were saved with different "
+                    f"{tensor}; only one of them "
                     "can be right: merge them apart, or leave one out with adapters: [...]"
                 )
 

@@ -49,7 +49,9 @@ def fit_adapters(recipe: Recipe, base: Checkpoint, stored: Mapping[str, StoredAd
     if recipe.tied == "untie":
         base = untied(base, architectures)
         architectures = Architectures(base)
-    adapters, sites, renamed = {}, {}, {}
+    adapters: dict[str, Adapter] = {}
+    sites: dict[str, Site] = {}
+    renamed: dict[str, dict[str, tuple[str, ...]]] = {}
     for name, adapter in stored.items():
         source = recipe.adapters[name]
         adapter = mapped(adapter, {**recipe.key_mapping, **source.key_mapping})
@@ -57,7 +59,9 @@ def fit_adapters(recipe: Recipe, base: Checkpoint, stored: Mapping[str, StoredAd
         _fit(draft, source.moe_lora_b_layout or "")
         adapters[name] = _finished(draft)
         sites |= draft.sites
-        found = {key: tuple(slot.tensor for slot in slots) for key, slots in draft.names.found.items() if slots}
+        found = {
+            key: tuple(slot.tensor for slot in slots) for key, slots in draft.names.found.items() if slots
+        }
         renamed[name] = {key: tensors for key, tensors in found.items() if tensors != (key,)}
     return Fitted(base, adapters, sites, renamed)
 
@@ -87,7 +91,8 @@ def _fit(draft: Draft, layout: str) -> None:
 
 def _unsupported_start(draft: Draft, module: StoredModule) -> AdapterError:
     return AdapterError(
-        f"{draft.where}: {module.name}: an initial adapter can be taken away from plain factors only; save the adapter with "
+        f"{draft.where}: {module.name}: an initial adapter can be taken away from plain factors only; "
+        "save the adapter with "
         "PEFT's path_initial_model_for_weight_conversion instead"
     )
 
@@ -98,20 +103,24 @@ def _initial_modules(draft: Draft) -> dict[str, StoredModule]:
     if mutated and initial is None:
         raise AdapterError(
             f"{draft.where}: init_lora_weights is {mutated!r}, which trains against a changed base; save it again with "
-            "path_initial_model_for_weight_conversion, which makes it a plain adapter, or give the adapter that training "
+            "path_initial_model_for_weight_conversion, which makes it a plain adapter, or give the "
+            "adapter that training "
             "started from as initial: URL behind its path"
         )
     if initial is None:
         return {}
     if not mutated:
         raise AdapterError(
-            f"{draft.where}: it has an initial adapter in the recipe, but its init_lora_weights does not change the base, "
+            f"{draft.where}: it has an initial adapter in the recipe, but its init_lora_weights does "
+            "not change the base, "
             "or it was converted already; remove initial"
         )
     names, before = ({module.name for module in one.modules} for one in (draft.adapter, initial))
     if names != before:
         odd = sorted(names ^ before)[0]
-        raise AdapterError(f"{draft.where}: it and its initial adapter {initial.url} differ in their modules: {odd}")
+        raise AdapterError(
+            f"{draft.where}: it and its initial adapter {initial.url} differ in their modules: {odd}"
+        )
     return {module.name: module for module in initial.modules}
 
 
@@ -122,7 +131,9 @@ def _check_patterns(settings: Settings, draft: Draft) -> None:
     names += [module.rpartition("[")[0] for module in draft.modules.values() if module.endswith("]")]
     for field, keys in (("rank_pattern", scaling.rank_keys), ("alpha_pattern", scaling.alpha_keys)):
         for key in keys.unmatched(names)[:1]:
-            raise AdapterError(f"{draft.where}: {field} {key!r} matches none of the {len(names)} adapted modules")
+            raise AdapterError(
+                f"{draft.where}: {field} {key!r} matches none of the {len(names)} adapted modules"
+            )
 
 
 def _finished(draft: Draft) -> Adapter:

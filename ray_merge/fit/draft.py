@@ -47,7 +47,9 @@ class Draft:
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of a base tensor as this adapter has it: its own table where it resized one."""
-        return self.replaced[tensor].shape if tensor in self.replaced else self.names.base.tensors[tensor].shape
+        return (
+            self.replaced[tensor].shape if tensor in self.replaced else self.names.base.tensors[tensor].shape
+        )
 
     def one_slot(self, parameter: str, what: str) -> Slot:
         """The one disk tensor of a parameter that must exist.
@@ -77,7 +79,8 @@ class Draft:
         """Note an update of a site; one adapter changes a site once."""
         if site.name in self.updates:
             raise AdapterError(
-                f"{self.where}: {self.modules[site.name]} and {module} both change {site.tensor}; the adapter was saved "
+                f"{self.where}: {self.modules[site.name]} and {module} both change {site.tensor}; the "
+                "adapter was saved "
                 "from two models"
             )
         self.sites[site.name] = site

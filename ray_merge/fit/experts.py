@@ -81,7 +81,9 @@ def _read(draft: Draft, module: StoredModule, layout: str) -> _Fused:
             f"{draft.where}: {path}: lora_A {A.shape} and lora_B {B.shape} are no factors of rank {rank} "
             f"({CONFIG_FILE}) for {experts} experts"
         )
-    turned = _is_turned(draft, module, path, (d1, d2), (B.shape[0], A.shape[1]), three_dimensional=len(shape) == 3)
+    turned = _is_turned(
+        draft, module, path, (d1, d2), (B.shape[0], A.shape[1]), three_dimensional=len(shape) == 3
+    )
     grouped = _is_grouped(draft, path, layout) if experts > 1 and rank > 1 else False
     scale = scaling.scale_of(path, rank)
     return _Fused(module.name, parameter, experts, (d1, d2), rank, A, B, turned, grouped, scale)
@@ -133,7 +135,8 @@ def _is_turned(
     version = draft.adapter.settings.version
     if not version:
         raise AdapterError(
-            f"{draft.where}: {path}: one expert's weight is square ({d1} x {d2}) and {CONFIG_FILE} has no peft_version, so "
+            f"{draft.where}: {path}: one expert's weight is square ({d1} x {d2}) and {CONFIG_FILE} "
+            "has no peft_version, so "
             "it cannot be proven whether the delta is transposed; add the peft_version that trained it to the config"
         )
     if version <= LAST_ALWAYS_TURNED:
@@ -185,7 +188,9 @@ def _places(
 
 def _expect(draft: Draft, entry: TensorEntry, shape: tuple[int, ...]) -> None:
     if entry.shape != shape:
-        raise AdapterShapeError(entry.name, "the expert's weight", shape, draft.where, f"it is {entry.shape}", draft.base_url)
+        raise AdapterShapeError(
+            entry.name, "the expert's weight", shape, draft.where, f"it is {entry.shape}", draft.base_url
+        )
 
 
 def _update(fused: _Fused, expert: int, cut: tuple[int, int, int] | None) -> FactorEntry:
@@ -208,4 +213,3 @@ def _update(fused: _Fused, expert: int, cut: tuple[int, int, int] | None) -> Fac
 
 def _turn(view: View) -> View:
     return View(view.entry, view.shape, view.pick, view.blocks, not view.transpose)
-

@@ -82,73 +82,86 @@ def check_orientation(draft: Draft) -> None:
         )
 
 
-def _product(draft: Draft, module: StoredModule, layout: Layout, shape: tuple[int, ...], slot: Slot) -> Product:
-    scaling = draft.adapter.settings.scaling
-    name = module.name.removesuffix(".out_proj") if _in_attention(draft, module.name) else module.name
+def _product(
+    draft: Draft, module: StoredModule, layout: Layout, shape: tuple[int, ...], slot: Slot
+) -> Product:
     if layout == "embedding":
-        A, B = module.tensors["embedding_A"], module.tensors["embedding_B"]
-        check_dimensions(draft, module.name, ("lora_embedding_A", A), ("lora_embedding_B", B), 2)
-        rank = A.shape[0]
-        check_rank(draft, module.name, rank, scaling.rank_of(name), B.shape[1])
-        product = Product(View(A, A.shape, transpose=True), View(B, B.shape, transpose=True), scaling.scale_of(name, rank))
+        product = _embedding_product(draft, module)
     elif layout == "conv":
-        product = _conv_product(draft, module, shape, scaling.rank_of(name))
+        product = _conv_product(draft, module, shape)
     else:
-        product = _matrix_product(draft, module, layout, shape, scaling.rank_of(name))
-    matrix = (shape[0], math.prod(shape[1:]))
-    _check_fit(draft, module.name, product, matrix, slot, layout)
+        product = _matrix_product(draft, module, layout, shape)
+    _check_fit(draft, module.name, product, (shape[0], math.prod(shape[1:])), slot, layout)
     return product
 
 
-def _in_attention(draft: Draft, module: str) -> bool:
+def _scale(draft: Draft, module: str, rank: int, other: int) -> float:
+    """The scale of a module whose two factors have the rank that the config claims."""
+    scaling = draft.adapter.settings.scaling
     # PEFT adapts MultiheadAttention and its out_proj as one module: patterns name the former.
+    name = module.removesuffix(".out_proj") if _in_attention(draft, module) else module
+    check_rank(draft, module, rank, scaling.rank_of(name), other)
+    return scaling.scale_of(name, rank)
+
+
+def _in_attention(draft: Draft, module: str) -> bool:
     parent, _, leaf = module.rpartition(".")
     return leaf == "out_proj" and any(
         other.name == parent and "A" in other.tensors for other in draft.adapter.modules
     )
 
 
-def _conv_product(draft: Draft, module: StoredModule, shape: tuple[int, ...], claimed: int) -> Product:
+def _embedding_product(draft: Draft, module: StoredModule) -> Product:
+    A, B = module.tensors["embedding_A"], module.tensors["embedding_B"]
+    check_dimensions(draft, module.name, ("lora_embedding_A", A), ("lora_embedding_B", B), 2)
+    scale = _scale(draft, module.name, A.shape[0], B.shape[1])
+    return Product(View(A, A.shape, transpose=True), View(B, B.shape, transpose=True), scale)
+
+
+def _conv_product(draft: Draft, module: StoredModule, shape: tuple[int, ...]) -> Product:
     A, B = module.tensors["A"], module.tensors["B"]
     check_dimensions(draft, module.name, ("lora_A", A), ("lora_B", B), len(shape))
     rank = A.shape[0]
-    grouped = draft.names.kind(module.name) == "grouped_conv" or (B.shape[1] != rank and rank % B.shape[1] == 0)
-    if grouped or (A.shape[1] != shape[1] and A.shape[1] % shape[1] == 0 and A.shape[2:] == shape[2:]):
+    fewer_inputs = A.shape[1] != shape[1] and A.shape[1] % shape[1] == 0 and A.shape[2:] == shape[2:]
+    fewer_ranks = B.shape[1] != rank and rank % B.shape[1] == 0
+    if fewer_inputs or fewer_ranks or draft.names.kind(module.name) == "grouped_conv":
         raise AdapterError(
-            f"{draft.where}: {module.name} is a grouped convolution, whose LoRA has no exact delta (PEFT refuses to "
-            "merge it too); train without it or serve the adapter"
+            f"{draft.where}: {module.name} is a grouped convolution, whose LoRA has no exact delta (PEFT refuses "
+            "to merge it too); train without it or serve the adapter"
         )
-    check_rank(draft, module.name, rank, claimed, B.shape[1])
+    scale = _scale(draft, module.name, rank, B.shape[1])
     if A.shape[2:] != shape[2:] or any(size != 1 for size in B.shape[2:]):
         raise AdapterShapeError(
-            module.name, "lora_A", A.shape, draft.where, f"the kernel of the base is {shape[2:]}", draft.base_url
+            module.name,
+            "lora_A",
+            A.shape,
+            draft.where,
+            f"the kernel of the base is {shape[2:]}",
+            draft.base_url,
         )
-    scale = draft.adapter.settings.scaling.scale_of(module.name, rank)
     return Product(View(B, (B.shape[0], rank)), View(A, (rank, math.prod(A.shape[1:]))), scale)
 
 
-def _matrix_product(
-    draft: Draft, module: StoredModule, layout: Layout, shape: tuple[int, ...], claimed: int
-) -> Product:
+def _matrix_product(draft: Draft, module: StoredModule, layout: Layout, shape: tuple[int, ...]) -> Product:
     A, B = module.tensors["A"], module.tensors["B"]
     check_dimensions(draft, module.name, ("lora_A", A), ("lora_B", B), 2)
-    outputs, inputs = (shape[1], shape[0]) if layout == "conv1d" else (shape[0], shape[1])
-    blocks = draft.adapter.settings.blocks
-    A_blocks = blocks if blocks and A.shape[1] != inputs and A.shape[1] * blocks == inputs else 1
-    B_blocks = blocks if blocks and B.shape[1] != A.shape[0] and B.shape[1] * blocks == A.shape[0] else 1
+    turned = layout == "conv1d"
+    inputs, rank = shape[0] if turned else shape[1], A.shape[0]
+    A_blocks, B_blocks = (_blocks(draft, A.shape[1], inputs), _blocks(draft, B.shape[1], rank))
     if A.shape[0] % A_blocks or B.shape[0] % B_blocks:
         raise AdapterError(
-            f"{draft.where}: {module.name}: lora_A {A.shape} and lora_B {B.shape} cannot be cut into the {blocks} blocks "
-            "of use_bdlora"
+            f"{draft.where}: {module.name}: lora_A {A.shape} and lora_B {B.shape} cannot be cut into the "
+            f"{draft.adapter.settings.blocks} blocks of use_bdlora"
         )
-    rank = A.shape[0]
-    check_rank(draft, module.name, rank, claimed, B.shape[1] * B_blocks)
-    scale = draft.adapter.settings.scaling.scale_of(
-        module.name.removesuffix(".out_proj") if _in_attention(draft, module.name) else module.name, rank
-    )
-    turned = layout == "conv1d"
-    A_view, B_view = View(A, A.shape, None, A_blocks, turned), View(B, B.shape, None, B_blocks, turned)
-    return Product(A_view, B_view, scale) if turned else Product(B_view, A_view, scale)
+    scale = _scale(draft, module.name, rank, B.shape[1] * B_blocks)
+    left, right = View(B, B.shape, None, B_blocks, turned), View(A, A.shape, None, A_blocks, turned)
+    return Product(right, left, scale) if turned else Product(left, right, scale)
+
+
+def _blocks(draft: Draft, stored: int, whole: int) -> int:
+    """BD-LoRA stores one side without its zeros: that side has `whole / blocks` columns."""
+    blocks = draft.adapter.settings.blocks
+    return blocks if blocks and stored != whole and stored * blocks == whole else 1
 
 
 def check_dimensions(
@@ -158,7 +171,8 @@ def check_dimensions(
     for side, entry in (A, B):
         if len(entry.shape) != expected:
             raise AdapterError(
-                f"{draft.where}: {module}.{side} has {len(entry.shape)} dimensions {entry.shape}, expected {expected} for "
+                f"{draft.where}: {module}.{side} has {len(entry.shape)} dimensions {entry.shape}, "
+                f"expected {expected} for "
                 f"the base's layer ({draft.base_url})"
             )
 
@@ -186,12 +200,22 @@ def _check_fit(
         if got != want:
             side = view.entry.name.rpartition(".lora_")[2].split(".")[0]
             raise AdapterShapeError(
-                module, f"lora_{side}", view.entry.shape, draft.where, f"{slot.tensor} has {want} {word}", draft.base_url
+                module,
+                f"lora_{side}",
+                view.entry.shape,
+                draft.where,
+                f"{slot.tensor} has {want} {word}",
+                draft.base_url,
             )
 
 
 def _taken_away(
-    draft: Draft, module: StoredModule, initial: StoredModule, layout: Layout, shape: tuple[int, ...], slot: Slot
+    draft: Draft,
+    module: StoredModule,
+    initial: StoredModule,
+    layout: Layout,
+    shape: tuple[int, ...],
+    slot: Slot,
 ) -> Product:
     """The factors that training began with, negated: dW = s B A - s0 B0 A0."""
     started = draft.adapter.initial
@@ -211,7 +235,8 @@ def _magnitude(draft: Draft, module: StoredModule, layout: Layout, shape: tuple[
     wanted = (1, shape[1]) if of_columns else (shape[0], 1)
     if math.prod(entry.shape) != max(wanted):
         raise AdapterError(
-            f"{draft.where}: {module.name}: lora_magnitude_vector has shape {entry.shape}, expected {max(wanted)} values"
+            f"{draft.where}: {module.name}: lora_magnitude_vector has shape {entry.shape}, expected "
+            f"{max(wanted)} values"
         )
     return View(entry, wanted)
 

@@ -1,4 +1,4 @@
-"""What the adapters of one merge may not do together: two owners of one parameter, tokens twice, DoRA in factor space."""
+"""What the adapters of one merge may not do together: own one parameter twice, or train one token twice."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def check_owners(merge: Merge, adapters: Mapping[str, Adapter], sites: Mapping[s
                 owner = rows.setdefault((tensor, index), adapter)
                 if owner is not adapter:
                     raise _refusal(
-                        merge, f"adapters {owner.name} and {adapter.name} both train token {index} of {tensor}"
+                        merge,
+                        f"adapters {owner.name} and {adapter.name} both train token {index} of {tensor}",
                     )
     for adapter in chosen:
         _check_shared_tables(merge, adapter, chosen, replaced, sites)
@@ -47,7 +48,9 @@ def _check_two_owners(merge: Merge, tensor: str, one: Adapter, other: Adapter) -
 def is_head(tensor: str, adapter: Adapter) -> bool:
     """Whether a saved module that has a counterpart in the base is a task head: those are kept in heads/ too."""
     saved = adapter.replaced.get(tensor)
-    return saved is not None and any((head.start, head.end) == (saved.start, saved.end) for head in adapter.heads)
+    return saved is not None and any(
+        (head.start, head.end) == (saved.start, saved.end) for head in adapter.heads
+    )
 
 
 def _check_shared_tables(
@@ -64,14 +67,20 @@ def _check_shared_tables(
         for tensor in other.tokens:
             if tensor in mine or tensor in adapter.replaced:
                 raise _refusal(
-                    merge, f"adapter {other.name} trains tokens of {tensor}, which adapter {adapter.name} changes too"
+                    merge,
+                    f"adapter {other.name} trains tokens of {tensor}, which adapter {adapter.name} changes too",
                 )
         for name in other.factors:
             site = sites[name]
-            if site.tensor in mine and site.shape[1] == mine[site.tensor].shape[1] and _overlap(site, mine[site.tensor]):
+            if (
+                site.tensor in mine
+                and site.shape[1] == mine[site.tensor].shape[1]
+                and _overlap(site, mine[site.tensor])
+            ):
                 raise _refusal(
                     merge,
-                    f"adapters {adapter.name} and {other.name} have {mine[site.tensor].shape[0]} and {site.shape[0]} rows "
+                    f"adapters {adapter.name} and {other.name} have {mine[site.tensor].shape[0]} and "
+                    f"{site.shape[0]} rows "
                     f"for {site.tensor}: their vocabularies differ",
                 )
     for tensor, site in mine.items():
@@ -79,7 +88,8 @@ def _check_shared_tables(
         if owner is not None and owner is not adapter and _owned_outright(adapter, owner, tensor, site):
             raise _refusal(
                 merge,
-                f"adapter {owner.name} replaces {tensor} with {owner.replaced[tensor].shape}, which adapter {adapter.name} "
+                f"adapter {owner.name} replaces {tensor} with {owner.replaced[tensor].shape}, which "
+                f"adapter {adapter.name} "
                 "changes with factors for the base's own",
             )
 
@@ -105,5 +115,6 @@ def has_magnitude(adapters: Sequence[Adapter]) -> str:
 
 def _refusal(merge: Merge, what: str) -> RecipeError:
     return RecipeError(
-        f"merge {merge.name!r}: {what}; only one of them can be right: merge them apart, or leave one out with adapters: [...]"
+        f"merge {merge.name!r}: {what}; only one of them can be right: merge them apart, or leave one "
+        "out with adapters: [...]"
     )

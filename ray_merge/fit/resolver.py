@@ -62,7 +62,9 @@ def mapped(adapter: StoredAdapter, mapping: Mapping[str, str]) -> StoredAdapter:
     names = [(module.name, module.depth) for module in modules] + [(tensor.name, -1) for tensor in saved]
     twice = next((name for name, depth in names if names.count((name, depth)) > 1), None)
     if twice is not None or len(tokens) < len(adapter.tokens):
-        raise AdapterError(f"{adapter.where}: key_mapping gives two tensors the name {twice or 'of one embedding'!r}")
+        raise AdapterError(
+            f"{adapter.where}: key_mapping gives two tensors the name {twice or 'of one embedding'!r}"
+        )
     initial = None if adapter.initial is None else mapped(adapter.initial, mapping)
     return replace(adapter, modules=modules, saved=saved, tokens=tokens, initial=initial)
 

@@ -18,7 +18,9 @@ from ray_merge.fit.draft import Draft, by_suffix, matrix_shape
 from ray_merge.spec import SameValues, SavedEntry, TensorEntry, TokenRows, View
 from ray_merge.storage.adapter import CONFIG_FILE, StoredTensor
 
-TABLE_NAMES = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_out", "embed_in"})
+TABLE_NAMES = frozenset(
+    {"embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_out", "embed_in"}
+)
 """Input and output embeddings of usual models; others are known from their class."""
 
 
@@ -56,9 +58,7 @@ def _without_counterpart(draft: Draft, tensor: StoredTensor, *, announced: bool)
     tied = draft.names.tied_to(tensor.name)
     if tied is not None:
         _tied_copy(draft, tensor, tied)
-    elif announced or by_suffix(draft.adapter.settings.saved, module) is not None:
-        draft.heads.append(replace(tensor.entry, name=tensor.name))
-    elif draft.adapter.settings.bias == "all" and "bias" in tensor.name and _beside_head(draft, module):
+    elif announced or (draft.adapter.settings.bias == "all" and _is_head_bias(draft, tensor, module)):
         draft.heads.append(replace(tensor.entry, name=tensor.name))
     else:
         raise AdapterError(
@@ -67,8 +67,10 @@ def _without_counterpart(draft: Draft, tensor: StoredTensor, *, announced: bool)
         )
 
 
-def _beside_head(draft: Draft, module: str) -> bool:
-    return any(saved.name.rpartition(".")[0] == module for saved in draft.adapter.saved)
+def _is_head_bias(draft: Draft, tensor: StoredTensor, module: str) -> bool:
+    """A bias that training touched in a new head which modules_to_save does not name."""
+    others = [saved for saved in draft.adapter.saved if saved is not tensor]
+    return "bias" in tensor.name and any(saved.name.rpartition(".")[0] == module for saved in others)
 
 
 def _tied_copy(draft: Draft, tensor: StoredTensor, tied: str) -> None:
@@ -81,7 +83,9 @@ def _tied_copy(draft: Draft, tensor: StoredTensor, tied: str) -> None:
         )
     why = f"{draft.where}: {tensor.name} and {tied} are tied in the base but were saved with different values"
     flat = matrix_shape(tensor.entry.shape)
-    draft.same.append(SameValues(View(tensor.entry, flat), View(twin.entry, flat), f"{why}; write tied: untie"))
+    draft.same.append(
+        SameValues(View(tensor.entry, flat), View(twin.entry, flat), f"{why}; write tied: untie")
+    )
     draft.ignored[tensor.entry.name] = f"equal to {tied}, to which the base ties it"
 
 
@@ -107,7 +111,9 @@ def _replace(draft: Draft, tensor: StoredTensor, disk: str, *, announced: bool) 
             return
         _same_shape(draft, tensor, base)
     if disk in draft.replaced:
-        raise AdapterError(f"{draft.where}: two saved tensors take the place of {disk}; save the adapter again")
+        raise AdapterError(
+            f"{draft.where}: two saved tensors take the place of {disk}; save the adapter again"
+        )
     draft.replaced[disk] = tensor.entry
     if not announced:
         draft.tables.add(disk)
@@ -141,7 +147,8 @@ def fit_tokens(draft: Draft) -> None:
         chosen = indices[layer]
         if entry.shape != (len(chosen), columns) or len(set(chosen)) != len(chosen):
             raise AdapterError(
-                f"{draft.where}: {module} has trained rows of shape {entry.shape}, expected {len(chosen)} different rows of "
+                f"{draft.where}: {module} has trained rows of shape {entry.shape}, expected "
+                f"{len(chosen)} different rows of "
                 f"{columns} (trainable_token_indices)"
             )
         if max(chosen, default=0) >= rows:
@@ -149,12 +156,18 @@ def fit_tokens(draft: Draft) -> None:
                 f"{draft.where}: trainable_token_indices has row {max(chosen)}, but {slot.tensor} has {rows} rows"
             )
         if any(site.tensor == slot.tensor for site in draft.sites.values()):
-            raise AdapterError(f"{draft.where}: {module} has trained tokens and LoRA at once; PEFT cannot merge both")
+            raise AdapterError(
+                f"{draft.where}: {module} has trained tokens and LoRA at once; PEFT cannot merge both"
+            )
         if slot.tensor in draft.tokens:
             raise AdapterError(
                 f"{draft.where}: two modules train tokens of {slot.tensor}, which the base ties; write tied: untie"
             )
         draft.tokens[slot.tensor] = TokenRows(entry, chosen)
-    missing = [layer for layer in indices if not any(module.endswith(layer) for module in draft.adapter.tokens)]
+    missing = [
+        layer for layer in indices if not any(module.endswith(layer) for module in draft.adapter.tokens)
+    ]
     if missing and indices[missing[0]] and not draft.adapter.tokens:
-        raise AdapterError(f"{draft.where}: {CONFIG_FILE} names trained tokens, but the adapter holds no row of them")
+        raise AdapterError(
+            f"{draft.where}: {CONFIG_FILE} names trained tokens, but the adapter holds no row of them"
+        )

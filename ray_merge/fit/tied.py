@@ -33,13 +33,16 @@ def untied(base: Checkpoint, architectures: Architectures) -> Checkpoint:
         return base
     if base.config.get("is_encoder_decoder") or len(pairs) > 1:
         raise CheckpointError(
-            f"{base.url} ties {', '.join(sorted(pairs))}; only a decoder's one head can be untied exactly (T5 scales its "
+            f"{base.url} ties {', '.join(sorted(pairs))}; only a decoder's one head can be untied "
+            "exactly (T5 scales its "
             "logits by the flag): remove tied: untie"
         )
     ((head, twin),) = pairs.items()
     slots = known.slots.get(twin, ())
     if len(slots) != 1 or slots[0].expert is not None or slots[0].rows is not None:
-        raise CheckpointError(f"{base.url}: {twin} is not one tensor on disk, so {head} cannot be untied from it")
+        raise CheckpointError(
+            f"{base.url}: {twin} is not one tensor on disk, so {head} cannot be untied from it"
+        )
     table = base.tensors[slots[0].tensor]
     name = _disk_name(head, twin, table.name)
     tensors = {**base.tensors, name: replace(table, name=name)}
@@ -76,15 +79,25 @@ def skip_tied_twin(draft: Draft, module: StoredModule) -> bool:
     if twin is None:
         return False
     other = next((one for one in draft.adapter.modules if f"{one.name}.weight" == twin), None)
-    if not draft.adapter.settings.tied or other is None or "A" not in module.tensors or "embedding_A" not in other.tensors:
+    if (
+        not draft.adapter.settings.tied
+        or other is None
+        or "A" not in module.tensors
+        or "embedding_A" not in other.tensors
+    ):
         raise _refusal(draft, module.name, twin)
     for side, across in (("A", "embedding_B"), ("B", "embedding_A")):
         one, two = module.tensors[side], other.tensors[across]  # type: ignore[index]
-        why = f"{draft.where}: {module.name}.lora_{side} is not the transpose of {other.name}.lora_{across}, though both "
-        same = SameValues(View(one, one.shape), View(two, two.shape, transpose=True), f"{why}are tied; write tied: untie")
+        why = (
+            f"{draft.where}: {module.name}.lora_{side} is not the transpose of {other.name}.lora_{across}, though "
+            "both are tied; write tied: untie"
+        )
+        same = SameValues(View(one, one.shape), View(two, two.shape, transpose=True), why)
         draft.same.append(same)
     for entry in module.tensors.values():
-        draft.ignored[entry.name] = f"equal to the factors of {other.name}, to which the base ties {module.name}"
+        draft.ignored[entry.name] = (
+            f"equal to the factors of {other.name}, to which the base ties {module.name}"
+        )
     return True
 
 
@@ -122,6 +135,7 @@ def _tied_tables(draft: Draft, tensors: set[str]) -> dict[str, str]:
 
 def _refusal(draft: Draft, module: str, twin: str) -> AdapterError:
     return AdapterError(
-        f"{draft.where}: {module} is tied to {twin.removesuffix('.weight')} in {draft.base_url}: a merge would change both; "
+        f"{draft.where}: {module} is tied to {twin.removesuffix('.weight')} in {draft.base_url}: a "
+        "merge would change both; "
         "write tied: untie in the recipe to give the head a weight of its own"
     )

@@ -178,7 +178,7 @@ def takes_dense(method: Method, parameters: Mapping[str, Any]) -> bool:
     """Whether `method`, with resolved `parameters`, can take a delta that has no factors (DoRA)."""
     if method.factors_only or (method.family == "sum" and parameters.get("compat") == "peft"):
         return False
-    return parameters.get("space", method.spaces[0]) == "dense"
+    return bool(parameters.get("space", method.spaces[0]) == "dense")
 
 
 def describe(method: Method) -> dict[str, Any]:

@@ -130,33 +130,41 @@ def _auto_class(auto: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def _config_for(model_class: Any, config: Mapping[str, Any]) -> Any:
-    """The config object that `from_pretrained` of that class makes of config.json: a text model takes its part."""
-    wanted = model_class.config_class
+    """The config object that transformers makes of config.json for that class: a text model takes its part."""
+    import transformers
+
     values = {key: value for key, value in copy.deepcopy(dict(config)).items() if key not in _NOT_BUILT}
-    base_type = values.get("model_type")
+    model_type, wanted = values.get("model_type") or "", model_class.config_class
+    if model_type in transformers.CONFIG_MAPPING:
+        own = transformers.CONFIG_MAPPING[model_type]
+        if own is not wanted and (issubclass(own, wanted) or _is_auto_class(model_class, own)):
+            return own.from_dict(values)
     values = values.get(wanted.base_config_key) or values
     if values.get("model_type", wanted.model_type) != wanted.model_type:
         parts = [value for value in values.values() if isinstance(value, dict)]
         values = next((part for part in parts if part.get("model_type") == wanted.model_type), values)
-    model_type = values.get("model_type", wanted.model_type)
     saved_by_it = model_class.__name__ in (config.get("architectures") or [])
-    if not (saved_by_it or model_type == wanted.model_type or _reads(wanted, model_type)):
+    if not saved_by_it and values.get("model_type", wanted.model_type) != wanted.model_type:
         raise AdapterError(
             f"the adapter was trained in {model_class.__name__} ({wanted.model_type}), but the base's config.json "
-            f"says model_type {base_type!r}; it was trained on another model, or else {WAY_OUT}"
+            f"says model_type {model_type!r}; it was trained on another model, or else {WAY_OUT}"
         )
     return wanted.from_dict(values)
+
+
+def _is_auto_class(model_class: Any, own: Any) -> bool:
+    """Whether some Auto class builds this class from that config: `exaone` is read by Llama's classes."""
+    from transformers.models.auto import modeling_auto
+
+    for mapping in vars(modeling_auto).values():
+        if type(mapping).__name__ == "_LazyAutoMapping":
+            classes = mapping.get(own, ())
+            if model_class in (classes if isinstance(classes, tuple) else (classes,)):
+                return True
+    return False
 
 
 _NOT_BUILT = (
     "_attn_implementation", "attn_implementation", "quantization_config", "auto_map", "use_pretrained_backbone",
 )  # fmt: skip
 """Keys of config.json that change how weights are fetched, packed or run, not what the parameters are."""
-
-
-def _reads(wanted: Any, model_type: Any) -> bool:
-    """Whether transformers itself reads that model type with this config class or one derived from it."""
-    import transformers
-
-    mapping = transformers.CONFIG_MAPPING
-    return model_type in mapping and issubclass(mapping[model_type], wanted)

@@ -80,6 +80,7 @@ def _check_classes(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
             before = names.setdefault(site, (name, module))
             if before[1] != module:
                 raise RecipeError(
-                    f"merge {merge.name!r}: {site} is {before[1]} in adapter {before[0]} and {module} in {name}; adapters "
+                    f"merge {merge.name!r}: {site} is {before[1]} in adapter {before[0]} and {module} "
+                    f"in {name}; adapters "
                     "of different model classes have no common adapter; use export: checkpoint"
                 )

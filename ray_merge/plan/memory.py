@@ -49,18 +49,26 @@ def fit_group(
 
 
 def _worst_site(
-    merge: Merge, adapters: Mapping[str, Adapter], sites: Mapping[str, Site], tensors: Mapping[str, TensorEntry]
+    merge: Merge,
+    adapters: Mapping[str, Adapter],
+    sites: Mapping[str, Site],
+    tensors: Mapping[str, TensorEntry],
 ) -> SiteBytes:
     method, space = get(merge.method), merge.parameters.get("space")
     kinds = set()
     for site in sites.values():
-        updates = [found for name in merge.adapters if (found := adapters[name].factors.get(site.name)) is not None]
+        updates = [
+            found for name in merge.adapters if (found := adapters[name].factors.get(site.name)) is not None
+        ]
         # DoRA and saved parameters need the base's own values; the weight is held as it is stored.
         needs_base = any(
-            isinstance(update, SavedEntry) or (isinstance(update, FactorEntry) and update.magnitude is not None)
+            isinstance(update, SavedEntry)
+            or (isinstance(update, FactorEntry) and update.magnitude is not None)
             for update in updates
         )
-        base_bytes = site.shape[0] * site.shape[1] * DTYPE_BYTES[tensors[site.tensor].dtype] if needs_base else 0
+        base_bytes = (
+            site.shape[0] * site.shape[1] * DTYPE_BYTES[tensors[site.tensor].dtype] if needs_base else 0
+        )
         if updates:
             kinds.add((site.shape, tuple(update.rank for update in updates), base_bytes))
     sizes = []

@@ -55,7 +55,9 @@ class Plan:
     def touched(self, merge: Merge) -> tuple[Site, ...]:
         """The sites that `merge` changes, by tensor and place."""
         names = {name for adapter in merge.adapters for name in self.adapters[adapter].factors}
-        return tuple(sorted((self.sites[n] for n in names), key=lambda site: (site.tensor, site.start, site.name)))
+        return tuple(
+            sorted((self.sites[n] for n in names), key=lambda site: (site.tensor, site.start, site.name))
+        )
 
     def replaced(self, merge: Merge) -> dict[str, tuple[str, TensorEntry]]:
         """Disk tensor -> (adapter, saved tensor) that takes its place in `merge`; heads of several stay apart."""
@@ -184,7 +186,8 @@ def _check_dense(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
     site = has_magnitude([adapters[name] for name in merge.adapters])
     if site and not takes_dense(get(merge.method), merge.parameters):
         raise RecipeError(
-            f"merge {merge.name!r}: {merge.method} works on factors, but an adapter is DoRA (at {site}), whose delta is "
+            f"merge {merge.name!r}: {merge.method} works on factors, but an adapter is DoRA (at "
+            f"{site}), whose delta is "
             "dense; use task_arithmetic, linear, or a method with space: dense"
         )
 
@@ -208,7 +211,8 @@ def _vocabulary_warnings(
         grown = [t for t, entry in adapter.replaced.items() if entry.shape != base.tensors[t].shape]
         if grown and not adapter.side_files:
             warnings.append(
-                f"adapter {name} has {adapter.replaced[grown[0]].shape[0]} rows in {grown[0]} and no tokenizer beside it: the "
+                f"adapter {name} has {adapter.replaced[grown[0]].shape[0]} rows in {grown[0]} and no "
+                "tokenizer beside it: the "
                 "result gets the base's tokenizer, which does not know the new tokens"
             )
     return warnings

@@ -163,7 +163,9 @@ def _weights_file(name: str, store: Store, unpickle: Pickles) -> str:
     return PICKLE_FILE
 
 
-def _tensors(store: Store, file: str, info: ObjectInfo | None, unpickle: Pickles) -> Mapping[str, TensorEntry]:
+def _tensors(
+    store: Store, file: str, info: ObjectInfo | None, unpickle: Pickles
+) -> Mapping[str, TensorEntry]:
     if file == WEIGHTS_FILE:
         return read_header(store, file).tensors
     converted: Path = unpickle(store, info)
@@ -212,7 +214,9 @@ def _place(key: str, entry: TensorEntry, name: Name, found: _Sorted, where: str)
             found.saved[name.module] = StoredTensor(name.module, entry, name.wrapped)
     elif name.role == "tokens":
         if name.module in found.tokens:
-            raise AdapterError(f"{where}: the trained tokens of {name.module} stand twice; save the adapter again")
+            raise AdapterError(
+                f"{where}: the trained tokens of {name.module} stand twice; save the adapter again"
+            )
         found.tokens[name.module] = entry
     else:
         roles = found.modules.setdefault((name.module, name.depth), {})
@@ -250,13 +254,21 @@ def _check_pairs(module: str, roles: Mapping[Role, TensorEntry], settings: Setti
             have, lack = (one, other) if one in roles else (other, one)
             raise AdapterError(f"{where}: {module} has lora_{have} but no lora_{lack}")
     if "A" in roles and "embedding_A" in roles:
-        raise AdapterError(f"{where}: {module} has factors of a linear layer and of an embedding; save it again")
+        raise AdapterError(
+            f"{where}: {module} has factors of a linear layer and of an embedding; save it again"
+        )
     if not {"A", "embedding_A"} & roles.keys():
         raise AdapterError(f"{where}: {module} has {', '.join(sorted(roles))} but no factors")
     if ("magnitude" in roles) != settings.dora:
         has, says = ("has", "false") if "magnitude" in roles else ("lacks", "true")
-        raise AdapterError(f"{where}: {module} {has} a lora_magnitude_vector, but {CONFIG_FILE} says use_dora: {says}")
+        raise AdapterError(
+            f"{where}: {module} {has} a lora_magnitude_vector, but {CONFIG_FILE} says use_dora: {says}"
+        )
     if ("B.bias" in roles) and not settings.lora_bias:
-        raise AdapterError(f"{where}: {module} has a bias on B, but {CONFIG_FILE} does not say lora_bias: true")
+        raise AdapterError(
+            f"{where}: {module} has a bias on B, but {CONFIG_FILE} does not say lora_bias: true"
+        )
     if settings.lora_bias and "B" in roles and "B.bias" not in roles:
-        raise AdapterError(f"{where}: {module} lacks the bias on B that {CONFIG_FILE} promises (lora_bias: true)")
+        raise AdapterError(
+            f"{where}: {module} lacks the bias on B that {CONFIG_FILE} promises (lora_bias: true)"
+        )

@@ -220,7 +220,8 @@ def _tokens(config: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]
     given = config.get("trainable_token_indices") or {}
     by_layer = {"": given} if isinstance(given, list) else given
     if not isinstance(by_layer, Mapping) or not all(
-        isinstance(rows, list) and all(type(row) is int and row >= 0 for row in rows) for rows in by_layer.values()
+        isinstance(rows, list) and all(type(row) is int and row >= 0 for row in rows)
+        for rows in by_layer.values()
     ):
         raise AdapterError(
             f"{where}: trainable_token_indices is {_short(given)}, expected a list of rows, or one for each layer"

@@ -92,7 +92,8 @@ def read_checkpoint(store: Store, *, dequantise: bool = False) -> Checkpoint:
     config = read_json(store, CONFIG_FILE)
     if quantisation_config(config) and not dequantise:
         raise CheckpointError(
-            f"{store.url}/{CONFIG_FILE} has a quantization_config: its weights are not the numbers that the adapters were "
+            f"{store.url}/{CONFIG_FILE} has a quantization_config: its weights are not the numbers "
+            "that the adapters were "
             "added to; give the unquantised base, or write base_numerics: dequantise in the recipe"
         )
     names = _weight_files(store, files)

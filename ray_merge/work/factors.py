@@ -87,14 +87,18 @@ class AdapterFiles:
             AdapterError: two tensors that must be equal are not.
         """
         adapter = self._adapters[name]
-        for one in (adapter, adapter.initial):
-            if one is not None:
-                self._check_finite(one)
+        for checked in (adapter, adapter.initial):
+            if checked is not None:
+                self._check_finite(checked)
         for same in adapter.same:
             one, other = (self.open(adapter).matrix(view).double() for view in (same.one, same.other))
             if not torch.equal(one, other):
-                raise AdapterError(f"{same.why} (they differ by up to {float((one - other).abs().max()):.3g})")
-        tables = {tensor: self._digest(adapter, adapter.replaced[tensor]) for tensor in sorted(adapter.tables)}
+                raise AdapterError(
+                    f"{same.why} (they differ by up to {float((one - other).abs().max()):.3g})"
+                )
+        tables = {
+            tensor: self._digest(adapter, adapter.replaced[tensor]) for tensor in sorted(adapter.tables)
+        }
         cached = self.fetch(adapter)
         return AdapterCheck(name, cached.sha256, adapter.file_bytes, len(_entries(adapter)), tables)
 
@@ -122,7 +126,8 @@ class AdapterFiles:
         """
         updates = [self._adapters[name].factors.get(site.name) for name in names]
         needs_base = any(
-            isinstance(update, SavedEntry) or (isinstance(update, FactorEntry) and update.magnitude is not None)
+            isinstance(update, SavedEntry)
+            or (isinstance(update, FactorEntry) and update.magnitude is not None)
             for update in updates
         )
         base_OI = base().to(self._device) if needs_base else None
@@ -172,9 +177,13 @@ def _entries(adapter: Adapter) -> list[TensorEntry]:
         own = update.products[: len(update.products) - update.initial]
         views += [view for product in own for view in (product.B, product.A) if view is not None]
         views += [] if update.magnitude is None else [update.magnitude]
-    entries = [view.entry for view in views] + [view.entry for same in adapter.same for view in (same.one, same.other)]
+    entries = [view.entry for view in views] + [
+        view.entry for same in adapter.same for view in (same.one, same.other)
+    ]
     entries += [*adapter.heads, *adapter.replaced.values(), *(rows.entry for rows in adapter.tokens.values())]
-    return sorted({(entry.start, entry.name): entry for entry in entries}.values(), key=lambda entry: entry.start)
+    return sorted(
+        {(entry.start, entry.name): entry for entry in entries}.values(), key=lambda entry: entry.start
+    )
 
 
 def _saved_factor(saved_OI: Tensor, base_OI: Tensor) -> Factor:
@@ -191,7 +200,9 @@ def _joined(products: Sequence[Factor]) -> Factor:
     return Factor(B_OR, torch.cat([product.A * product.scale for product in products], dim=0))
 
 
-def token_rows(adapters: Mapping[str, Adapter], names: Sequence[str], tensor: str) -> Iterator[tuple[str, TensorEntry, tuple[int, ...]]]:
+def token_rows(
+    adapters: Mapping[str, Adapter], names: Sequence[str], tensor: str
+) -> Iterator[tuple[str, TensorEntry, tuple[int, ...]]]:
     """(adapter, stored rows, row numbers) of every adapter that trained tokens of a table."""
     for name in names:
         rows = adapters[name].tokens.get(tensor)

@@ -286,7 +286,8 @@ def _report(
 ) -> SiteReport:
     if not total.finite:
         raise RunFailed(
-            f"merge {merge.name!r}: {site.name} is not finite after the merge: the base holds NaN or Inf, a DoRA row has "
+            f"merge {merge.name!r}: {site.name} is not finite after the merge: the base holds NaN or "
+            "Inf, a DoRA row has "
             f"the norm 0, or the result does not fit {tensor.dtype}; check the base, or use out_dtype: float32"
         )
     return SiteReport(

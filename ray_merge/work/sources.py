@@ -42,9 +42,13 @@ class Sources:
         source = tensor.source
         if not tensor.owner and source.name in self._base.quantised:
             columns = source.shape[-1]
-            yield from self.rows(tensor, self.spans(tensor, (0, math.prod(source.shape) // columns), columns, 1), columns)
+            yield from self.rows(
+                tensor, self.spans(tensor, (0, math.prod(source.shape) // columns), columns, 1), columns
+            )
             return
-        spans = [(at, min(at + CHUNK_BYTES, source.end)) for at in range(source.start, source.end, CHUNK_BYTES)]
+        spans = [
+            (at, min(at + CHUNK_BYTES, source.end)) for at in range(source.start, source.end, CHUNK_BYTES)
+        ]
         yield from self._bytes(tensor, spans)
 
     def spans(self, tensor: OutTensor, rows: Span, columns: int, grid_rows: int) -> list[Span]:
@@ -76,7 +80,9 @@ class Sources:
                 yield self._decoded(quantised, start, stop).to(dtype)
             return
         row_bytes = DTYPE_BYTES[source.dtype] * columns
-        ranges = [(source.start + start * row_bytes, source.start + stop * row_bytes) for start, stop in spans]
+        ranges = [
+            (source.start + start * row_bytes, source.start + stop * row_bytes) for start, stop in spans
+        ]
         for (start, stop), data in zip(spans, self._bytes(tensor, ranges), strict=True):
             yield from_bytes(data, dtype, (stop - start, columns))
 

@@ -40,7 +40,8 @@ def as_matrix(tensor: Tensor, view: View) -> Tensor:
     if view.pick is not None:
         matrix = matrix.select(*view.pick)
     if view.blocks > 1:
-        matrix = torch.block_diag(*torch.chunk(matrix, view.blocks, dim=0))
+        chunks = torch.chunk(matrix, view.blocks, dim=0)
+        matrix = torch.block_diag(*chunks)  # type: ignore[no-untyped-call]
     if view.transpose:
         matrix = matrix.T
     if view.cut is not None:
