@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ray_merge.api import methods, plan, run
     from ray_merge.errors import RayMergeError, Refusal, RunFailed
     from ray_merge.heads import load_head
+    from ray_merge.inspect import inspect
     from ray_merge.methods.merge_factors import merge_factors
     from ray_merge.spec import Factor
     from ray_merge.verify import verify
@@ -26,6 +27,7 @@ _HOME = {
     "RayMergeError": "ray_merge.errors",
     "Refusal": "ray_merge.errors",
     "RunFailed": "ray_merge.errors",
+    "inspect": "ray_merge.inspect",
     "load_head": "ray_merge.heads",
     "merge_factors": "ray_merge.methods.merge_factors",
     "methods": "ray_merge.api",
@@ -36,7 +38,7 @@ _HOME = {
 
 
 class _Package(ModuleType):
-    """This package, whose public functions win over its modules of the same name (`plan`, `methods`, `verify`).
+    """This package, whose public functions win over its modules of the same name (`plan`, `methods`, ...).
 
     Python sets a package's attribute to a submodule as soon as anything imports it; `ray_merge.plan(recipe)`
     would then depend on what was imported before.
@@ -61,6 +63,7 @@ __all__ = [
     "RayMergeError",
     "Refusal",
     "RunFailed",
+    "inspect",
     "load_head",
     "merge_factors",
     "methods",

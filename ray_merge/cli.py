@@ -17,8 +17,8 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from ray_merge import show
-from ray_merge.errors import RayMergeError, RunFailed
+from ray_merge import show, show_inspect
+from ray_merge.errors import RayMergeError, Refusal, RunFailed
 
 app = typer.Typer(
     name="ray-merge",
@@ -106,6 +106,29 @@ def verify(
     from ray_merge.verify import verify as check
 
     show.verified(check(output, cache_dir=cache_dir, probe=probe), as_json=as_json)
+
+
+@app.command()
+def inspect(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Folders of PEFT adapters.")],
+    base: Annotated[str | None, typer.Option(help="Base model to fit the adapters to.")] = None,
+    cache_dir: CacheOption = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read tensors, and nothing else, from adapter_model.bin.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ranks, scales, norms, effective rank of adapters; overlap and interference of pairs; what would be refused."""
+    from ray_merge.inspect import inspect as look
+
+    found = look(adapters, base=base, cache_dir=cache_dir, allow_pickle=allow_pickle)
+    if as_json:
+        typer.echo(json.dumps(show_inspect.inspection_json(found), indent=1, allow_nan=False))
+    else:
+        show_inspect.inspection_table(found)
+    if found.refused:
+        names = ", ".join(found.refused)
+        raise Refusal(f"{len(found.refused)} of {len(found.adapters)} adapter(s) would be refused: {names}")
 
 
 @app.command()

@@ -14,6 +14,17 @@ an exception whose `__init__` does not match its `args` cannot be unpickled, and
 
 from __future__ import annotations
 
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: its repr, cut where a hostile file would fill the terminal with it."""
+    return _SHORT.repr(value)
+
 
 class RayMergeError(Exception):
     """Base of every error that this package raises on purpose; `str(error)` is one sentence for a person."""
@@ -154,4 +165,5 @@ __all__ = [
     "StoreError",
     "StoreUnfit",
     "UnitFailed",
+    "shown",
 ]

@@ -118,7 +118,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "names": {name: adapter.names for name, adapter in plan.adapters.items()},
         "renamed": {name: dict(sorted(found.items())) for name, found in plan.renamed.items()},
         "base_numerics": "dequantised" if plan.base.quantised else "as stored",
-        "untied": plan.base.untied or None,
+        "untied": dict(plan.base.untied),
         "adapters": {name: _adapter_facts(plan, name) for name in plan.adapters},
         "sites": [
             {"site": s.name, "tensor": s.tensor, "shape": list(s.shape), "layout": s.layout}
@@ -180,8 +180,8 @@ def plan_table(plan: Plan) -> None:
         console.print(
             f"numerics  {len(plan.base.quantised)} quantised weights are dequantised; the result is not quantised"
         )
-    if plan.base.untied:
-        console.print(f"untied    {plan.base.untied} becomes a weight of its own")
+    for name, twin in plan.base.untied.items():
+        console.print(f"untied    {name} gets values of its own, beginning from {twin}")
     adapters = Table("adapter", "sites", "ranks", "scales", "saved", "size", box=None, pad_edge=False)
     for name, row in facts["adapters"].items():
         cells = [

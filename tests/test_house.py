@@ -25,8 +25,8 @@ LAYERS = (
     ("drive",),
     ("verify", "heads", "runtime"),
     ("api",),
-    ("demo",),
-    ("show",),
+    ("demo", "inspect"),
+    ("show", "show_inspect"),
     ("cli",),
     ("__main__",),
 )
@@ -147,7 +147,8 @@ def test_the_public_names_are_those_with_a_home_and_those_for_type_checkers():
 
 
 def test_the_public_names_are_still_functions_after_their_modules_were_imported():
-    # `plan` and `methods` are also modules; importing those must not hide the functions. (So is `verify`, with torch.)
+    # `plan` and `methods` are also modules; importing those must not hide the functions.
+    # (So are `verify` and `inspect`, with torch.)
     code = (
         "import ray_merge, ray_merge.plan, ray_merge.methods, ray_merge.api;"
         "assert callable(ray_merge.plan), ray_merge.plan;"

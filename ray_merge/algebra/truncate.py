@@ -35,7 +35,7 @@ def truncate(
     Q_OB, R_BR = torch.linalg.qr(B_OR.double())
     Q_IA, R_AR = torch.linalg.qr(A_RI.double().T)
     U_BK, s_K, Vt_KA = torch.linalg.svd(R_BR @ R_AR.T, full_matrices=False)
-    numerical = _numerical_rank(s_K)
+    numerical = numerical_rank(s_K)
     tails = tail_norms(s_K)
     keep = min(rank, numerical) if rank is not None else _least_rank(tails, tolerance or 0.0, numerical)
     error = float(tails[keep] / tails[0]) if numerical else 0.0
@@ -50,7 +50,8 @@ def tail_norms(s_K: Tensor) -> Tensor:
     return squared.flip(0).cumsum(0).flip(0).sqrt()
 
 
-def _numerical_rank(s_K: Tensor) -> int:
+def numerical_rank(s_K: Tensor) -> int:
+    """How many singular values (descending) are more than rounding."""
     if s_K.numel() == 0 or float(s_K[0]) == 0.0:
         return 0
     return int((s_K > s_K[0] * len(s_K) * torch.finfo(s_K.dtype).eps).sum())

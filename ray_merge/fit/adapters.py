@@ -14,7 +14,7 @@ from ray_merge.fit.experts import fit_experts, is_expert_module
 from ray_merge.fit.modules import check_orientation, fit_module
 from ray_merge.fit.resolver import Architectures, Resolver, mapped
 from ray_merge.fit.saved import fit_saved, fit_tokens
-from ray_merge.fit.tied import check_tied, skip_tied_twin, untied
+from ray_merge.fit.tied import check_tied, follow_tables, skip_tied_twin, untied
 from ray_merge.recipe import Recipe
 from ray_merge.spec import Adapter, Site
 from ray_merge.storage.adapter import CONFIG_FILE, StoredAdapter, StoredModule
@@ -67,8 +67,9 @@ def fit_adapters(recipe: Recipe, base: Checkpoint, stored: Mapping[str, StoredAd
 
 
 def _fit(draft: Draft, layout: str) -> None:
-    started = _initial_modules(draft)
+    started = initial_modules(draft.adapter)
     fit_saved(draft)
+    follow_tables(draft)
     for module in draft.adapter.modules:
         if is_expert_module(draft, module):
             if started:
@@ -84,6 +85,7 @@ def _fit(draft: Draft, layout: str) -> None:
                 raise _unsupported_start(draft, module)
             fit_module(draft, module, started.get(module.name))
     fit_tokens(draft)
+    follow_tables(draft)
     check_tied(draft)
     check_orientation(draft)
     _check_patterns(draft.adapter.settings, draft)
@@ -97,13 +99,13 @@ def _unsupported_start(draft: Draft, module: StoredModule) -> AdapterError:
     )
 
 
-def _initial_modules(draft: Draft) -> dict[str, StoredModule]:
+def initial_modules(adapter: StoredAdapter) -> dict[str, StoredModule]:
     """The modules of the adapter that training started from; needed exactly where the base was changed for it."""
-    mutated, initial = draft.adapter.settings.mutated, draft.adapter.initial
+    mutated, initial = adapter.settings.mutated, adapter.initial
     if mutated and initial is None:
         raise AdapterError(
-            f"{draft.where}: init_lora_weights is {mutated!r}, which trains against a changed base; save it again with "
-            "path_initial_model_for_weight_conversion, which makes it a plain adapter, or give the "
+            f"{adapter.where}: init_lora_weights is {mutated!r}, which trains against a changed base; save it again "
+            "with path_initial_model_for_weight_conversion, which makes it a plain adapter, or give the "
             "adapter that training "
             "started from as initial: URL behind its path"
         )
@@ -111,15 +113,15 @@ def _initial_modules(draft: Draft) -> dict[str, StoredModule]:
         return {}
     if not mutated:
         raise AdapterError(
-            f"{draft.where}: it has an initial adapter in the recipe, but its init_lora_weights does "
+            f"{adapter.where}: it has an initial adapter in the recipe, but its init_lora_weights does "
             "not change the base, "
             "or it was converted already; remove initial"
         )
-    names, before = ({module.name for module in one.modules} for one in (draft.adapter, initial))
+    names, before = ({module.name for module in one.modules} for one in (adapter, initial))
     if names != before:
         odd = sorted(names ^ before)[0]
         raise AdapterError(
-            f"{draft.where}: it and its initial adapter {initial.url} differ in their modules: {odd}"
+            f"{adapter.where}: it and its initial adapter {initial.url} differ in their modules: {odd}"
         )
     return {module.name: module for module in initial.modules}
 

@@ -91,26 +91,50 @@ def _read(draft: Draft, module: StoredModule, layout: str) -> _Fused:
 
 def _parameter(draft: Draft, module: StoredModule) -> tuple[str, tuple[int, ...]]:
     """Which parameter of the module: PEFT wraps them in module order, the first one innermost."""
+    own, in_order = _own_parameters(draft, module)
+    targets = draft.adapter.settings.parameters
+    adapted = [name for name in own if any(f".{name}".endswith(f".{target}") for target in targets)]
+    there = [other for other in draft.adapter.modules if other.name == module.name]
+    if len(adapted) != len(there):
+        raise AdapterError(
+            f"{draft.where}: {module.name} has {len(there)} pair(s) of factors, but target_parameters {list(targets)} "
+            f"names {len(adapted)} of its parameters ({', '.join(own)}); the adapter does not say which is which"
+        )
+    if in_order:
+        name = adapted[len(adapted) - 1 - module.depth]
+        return name.rpartition(".")[2], own[name]
+    fitting = [name for name in adapted if _can_adapt(module, own[name])]
+    if len(fitting) != 1:
+        raise AdapterError(
+            f"{draft.where}: {module.name} adapts raw parameters (target_parameters), transformers does not know this "
+            f"model class, and {len(fitting)} of {', '.join(adapted)} have fitting shapes, so it cannot be proven "
+            "which; merge this adapter with PEFT"
+        )
+    return fitting[0].rpartition(".")[2], own[fitting[0]]
+
+
+def _own_parameters(draft: Draft, module: StoredModule) -> tuple[dict[str, tuple[int, ...]], bool]:
+    """The module's parameters and their shapes, and whether their order is the module's own."""
     from ray_merge.models.architecture import runtime_module
 
     known = draft.names.architecture()
     path = None if known is None else runtime_module(known, module.name)
-    if known is None or path is None:
-        raise AdapterError(
-            f"{draft.where}: {module.name} adapts raw parameters (target_parameters), and transformers does not know "
-            f"this model class, so it cannot be proven which; merge this adapter with PEFT"
-        )
-    own = [name for name in known.parameters if name.rpartition(".")[0] == path]
-    targets = draft.adapter.settings.parameters
-    adapted = [name for name in own if any(f".{name}".endswith(f".{target}") for target in targets)]
-    there = sum(other.name == module.name for other in draft.adapter.modules)
-    if len(adapted) != there:
-        raise AdapterError(
-            f"{draft.where}: {module.name} has {there} pair(s) of factors, but target_parameters {list(targets)} names "
-            f"{len(adapted)} of its parameters ({', '.join(own)}); the adapter does not say which is which"
-        )
-    name = adapted[len(adapted) - 1 - module.depth]
-    return name.rpartition(".")[2], known.parameters[name]
+    if known is not None and path is not None:
+        return {
+            name: shape for name, shape in known.parameters.items() if name.rpartition(".")[0] == path
+        }, True
+    tensors = draft.names.base.tensors
+    own = {f"{module.name}.{name.rpartition('.')[2]}" for name in tensors}
+    slots = {name: slots[0].tensor for name in sorted(own) if len(slots := draft.names.slots(name)) == 1}
+    return {name: tensors[disk].shape for name, disk in slots.items()}, False
+
+
+def _can_adapt(module: StoredModule, shape: tuple[int, ...]) -> bool:
+    A, B = module.tensors["A"].shape, module.tensors["B"].shape
+    experts, sizes = (shape[0], shape[1:]) if len(shape) == 3 else (1, shape)
+    if len(sizes) != 2 or A[0] % experts:
+        return False
+    return (B[0], A[-1]) == sizes or (len(shape) == 3 and (A[-1], B[0]) == sizes)
 
 
 def _is_turned(

@@ -2,7 +2,8 @@
 
 Deltas in the layout of the stored base weight (PEFT 0.21 `tuners/lora/layer.py`, checked by tests/parity):
 
-    Linear, MultiheadAttention   s B A
+    Linear                       s B A
+    MultiheadAttention           s B A on in_proj, 2 s B A on out_proj: PEFT adds the latter twice, in training too
     HF Conv1D, weight (in, out)  s (B A)^T = s A^T B^T
     Embedding, weight (V, H)     s (B A)^T = s A^T B^T, A (R, V), B (H, R)
     convolution, groups = 1      s B A with A as (R, in * kernel) and B as (O, R)
@@ -12,15 +13,19 @@ Deltas in the layout of the stored base weight (PEFT 0.21 `tuners/lora/layer.py`
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from ray_merge.errors import AdapterError, AdapterShapeError
 from ray_merge.fit.draft import Draft
 from ray_merge.models.conversion import Slot
 from ray_merge.spec import FactorEntry, Layout, Product, TensorEntry, View
-from ray_merge.storage.adapter import CONFIG_FILE, StoredModule
+from ray_merge.storage.adapter import CONFIG_FILE, StoredAdapter, StoredModule
 
 TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types with HF Conv1D layers; a square one cannot be told from a Linear by its shape."""
+
+
+TWICE = 2.0
 
 
 def fit_module(draft: Draft, module: StoredModule, initial: StoredModule | None) -> None:
@@ -37,9 +42,12 @@ def fit_module(draft: Draft, module: StoredModule, initial: StoredModule | None)
     if initial is not None:
         products.append(_taken_away(draft, module, initial, layout, shape, slot))
     magnitude = _magnitude(draft, module, layout, site.shape)
+    if in_attention(draft.adapter, module.name):
+        # MultiheadAttention.merge, which its forward calls too, adds s B A by hand and then lets out_proj add it.
+        products = [replace(product, scale=TWICE * product.scale) for product in products]
     draft.add(site, module.name, FactorEntry(tuple(products), len(products) - 1, magnitude))
     if "B.bias" in module.tensors:
-        _add_bias(draft, module, products[0].scale)
+        _add_bias(draft, module, layout)
 
 
 def _linear_slot(draft: Draft, module: StoredModule) -> tuple[Slot, Layout]:
@@ -95,26 +103,27 @@ def _product(
     return product
 
 
-def _scale(draft: Draft, module: str, rank: int, other: int) -> float:
+def scale_of(adapter: StoredAdapter, module: str, rank: int, other: int) -> float:
     """The scale of a module whose two factors have the rank that the config claims."""
-    scaling = draft.adapter.settings.scaling
+    scaling = adapter.settings.scaling
     # PEFT adapts MultiheadAttention and its out_proj as one module: patterns name the former.
-    name = module.removesuffix(".out_proj") if _in_attention(draft, module) else module
-    check_rank(draft, module, rank, scaling.rank_of(name), other)
+    name = module.removesuffix(".out_proj") if in_attention(adapter, module) else module
+    check_rank(adapter, module, rank, scaling.rank_of(name), other)
     return scaling.scale_of(name, rank)
 
 
-def _in_attention(draft: Draft, module: str) -> bool:
+def in_attention(adapter: StoredAdapter, module: str) -> bool:
+    """Whether `module` is the out_proj of an adapted MultiheadAttention."""
     parent, _, leaf = module.rpartition(".")
     return leaf == "out_proj" and any(
-        other.name == parent and "A" in other.tensors for other in draft.adapter.modules
+        other.name == parent and "A" in other.tensors for other in adapter.modules
     )
 
 
 def _embedding_product(draft: Draft, module: StoredModule) -> Product:
     A, B = module.tensors["embedding_A"], module.tensors["embedding_B"]
     check_dimensions(draft, module.name, ("lora_embedding_A", A), ("lora_embedding_B", B), 2)
-    scale = _scale(draft, module.name, A.shape[0], B.shape[1])
+    scale = scale_of(draft.adapter, module.name, A.shape[0], B.shape[1])
     return Product(View(A, A.shape, transpose=True), View(B, B.shape, transpose=True), scale)
 
 
@@ -129,7 +138,7 @@ def _conv_product(draft: Draft, module: StoredModule, shape: tuple[int, ...]) ->
             f"{draft.where}: {module.name} is a grouped convolution, whose LoRA has no exact delta (PEFT refuses "
             "to merge it too); train without it or serve the adapter"
         )
-    scale = _scale(draft, module.name, rank, B.shape[1])
+    scale = scale_of(draft.adapter, module.name, rank, B.shape[1])
     if A.shape[2:] != shape[2:] or any(size != 1 for size in B.shape[2:]):
         raise AdapterShapeError(
             module.name,
@@ -153,7 +162,7 @@ def _matrix_product(draft: Draft, module: StoredModule, layout: Layout, shape: t
             f"{draft.where}: {module.name}: lora_A {A.shape} and lora_B {B.shape} cannot be cut into the "
             f"{draft.adapter.settings.blocks} blocks of use_bdlora"
         )
-    scale = _scale(draft, module.name, rank, B.shape[1] * B_blocks)
+    scale = scale_of(draft.adapter, module.name, rank, B.shape[1] * B_blocks)
     left, right = View(B, B.shape, None, B_blocks, turned), View(A, A.shape, None, A_blocks, turned)
     return Product(right, left, scale) if turned else Product(left, right, scale)
 
@@ -177,13 +186,13 @@ def check_dimensions(
             )
 
 
-def check_rank(draft: Draft, module: str, rank: int, claimed: int, other: int) -> None:
+def check_rank(adapter: StoredAdapter, module: str, rank: int, claimed: int, other: int) -> None:
     """Refuse factors whose ranks differ, or that the config denies."""
     if other != rank:
-        raise AdapterError(f"{draft.where}: {module}: lora_A has rank {rank} but lora_B has rank {other}")
+        raise AdapterError(f"{adapter.where}: {module}: lora_A has rank {rank} but lora_B has rank {other}")
     if rank != claimed:
         raise AdapterError(
-            f"{draft.where}: {module}: the factors have rank {rank} but {CONFIG_FILE} says {claimed}; the scale "
+            f"{adapter.where}: {module}: the factors have rank {rank} but {CONFIG_FILE} says {claimed}; the scale "
             "alpha / r would be wrong"
         )
 
@@ -241,8 +250,12 @@ def _magnitude(draft: Draft, module: StoredModule, layout: Layout, shape: tuple[
     return View(entry, wanted)
 
 
-def _add_bias(draft: Draft, module: StoredModule, scale: float) -> None:
+def _add_bias(draft: Draft, module: StoredModule, layout: Layout) -> None:
     entry = module.tensors["B.bias"]
+    if layout == "mha":
+        draft.ignored[entry.name] = "PEFT never adds the bias on B of a MultiheadAttention's in_proj"
+        return
+    scale = scale_of(draft.adapter, module.name, module.tensors["A"].shape[0], module.tensors["A"].shape[0])
     slots = draft.names.slots(f"{module.name}.bias")
     if not slots:
         raise AdapterError(

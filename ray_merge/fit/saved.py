@@ -11,12 +11,13 @@ They hold absolute values, whatever their names say (`trainable_tokens_delta` to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ray_merge.errors import AdapterError
 from ray_merge.fit.draft import Draft, by_suffix, matrix_shape
 from ray_merge.spec import SameValues, SavedEntry, TensorEntry, TokenRows, View
-from ray_merge.storage.adapter import CONFIG_FILE, StoredTensor
+from ray_merge.storage.adapter import CONFIG_FILE, FLOATS, StoredTensor
 
 TABLE_NAMES = frozenset(
     {"embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_out", "embed_in"}
@@ -32,7 +33,7 @@ def fit_saved(draft: Draft) -> None:
     """
     for tensor in draft.adapter.saved:
         module, _, leaf = tensor.name.rpartition(".")
-        announced = by_suffix(draft.adapter.settings.saved, module) is not None
+        announced = is_announced(draft, module)
         slots = draft.names.slots(tensor.name)
         if not slots:
             _without_counterpart(draft, tensor, announced=announced)
@@ -41,6 +42,10 @@ def fit_saved(draft: Draft) -> None:
         base = draft.names.base.tensors[slot.tensor]
         if announced or _is_table(draft, tensor, module, leaf):
             _replace(draft, tensor, slot.tensor, announced=announced)
+        elif tensor.entry.dtype not in FLOATS:
+            raise AdapterError(
+                f"{draft.where}: {tensor.name} is of dtype {tensor.entry.dtype}; expected floats"
+            )
         elif "bias" in tensor.name and draft.adapter.settings.bias != "none":
             _same_shape(draft, tensor, base)
             shape = matrix_shape(base.shape)
@@ -51,6 +56,15 @@ def fit_saved(draft: Draft) -> None:
                 f"{draft.where}: {tensor.name} is a saved parameter of the base that {CONFIG_FILE} does not announce "
                 "(neither modules_to_save nor bias); nothing of an adapter is dropped silently"
             )
+
+
+def is_announced(draft: Draft, module: str) -> bool:
+    """Whether modules_to_save names this module, or one that holds it (`classifier` holds `classifier.dense`)."""
+    parts = module.split(".")
+    return any(
+        by_suffix(draft.adapter.settings.saved, ".".join(parts[:count])) is not None
+        for count in range(1, len(parts) + 1)
+    )
 
 
 def _without_counterpart(draft: Draft, tensor: StoredTensor, *, announced: bool) -> None:
@@ -90,7 +104,7 @@ def _tied_copy(draft: Draft, tensor: StoredTensor, tied: str) -> None:
 
 
 def _is_table(draft: Draft, tensor: StoredTensor, module: str, leaf: str) -> bool:
-    if by_suffix(draft.adapter.settings.saved, module) is not None or leaf not in ("weight", "bias"):
+    if leaf not in ("weight", "bias"):
         return False
     if leaf == "bias":  # of an output embedding that was saved whole
         return any(other.name == f"{module}.weight" and _is_table(draft, other, module, "weight")
@@ -137,14 +151,17 @@ def fit_tokens(draft: Draft) -> None:
     """
     indices = draft.adapter.settings.tokens
     for module, entry in draft.adapter.tokens.items():
+        tied = None if draft.names.slots(f"{module}.weight") else draft.names.tied_to(f"{module}.weight")
+        if tied is not None:
+            _tied_tokens(draft, module, entry, tied)
+            continue
         slot = draft.one_slot(f"{module}.weight", "training of tokens")
         rows, columns = draft.shape(slot.tensor)
-        layer = by_suffix(indices, module) if indices else None
-        if layer is None:
+        chosen = _indices(indices, module)
+        if chosen is None:
             raise AdapterError(
                 f"{draft.where}: {module} has trained tokens, but {CONFIG_FILE} has no trainable_token_indices for it"
             )
-        chosen = indices[layer]
         if entry.shape != (len(chosen), columns) or len(set(chosen)) != len(chosen):
             raise AdapterError(
                 f"{draft.where}: {module} has trained rows of shape {entry.shape}, expected "
@@ -164,10 +181,29 @@ def fit_tokens(draft: Draft) -> None:
                 f"{draft.where}: two modules train tokens of {slot.tensor}, which the base ties; write tied: untie"
             )
         draft.tokens[slot.tensor] = TokenRows(entry, chosen)
-    missing = [
-        layer for layer in indices if not any(module.endswith(layer) for module in draft.adapter.tokens)
-    ]
-    if missing and indices[missing[0]] and not draft.adapter.tokens:
+    if any(indices.values()) and not draft.adapter.tokens:
         raise AdapterError(
             f"{draft.where}: {CONFIG_FILE} names trained tokens, but the adapter holds no row of them"
         )
+
+
+def _indices(indices: Mapping[str, tuple[int, ...]], module: str) -> tuple[int, ...] | None:
+    """The row numbers of a module: its own, or those of all where every entry has the same (tied modules)."""
+    layer = by_suffix(tuple(indices), module)
+    if layer is not None:
+        return indices[layer]
+    return next(iter(indices.values())) if len(set(indices.values())) == 1 else None
+
+
+def _tied_tokens(draft: Draft, module: str, entry: TensorEntry, tied: str) -> None:
+    """The head's copy of trained rows, where the base ties it to the embedding: it must equal the embedding's."""
+    twin = draft.adapter.tokens.get(tied.removesuffix(".weight"))
+    if twin is None or twin.shape != entry.shape or len(set(draft.adapter.settings.tokens.values())) > 1:
+        raise AdapterError(
+            f"{draft.where}: {module} has trained tokens of its own, but {draft.base_url} ties it to {tied}; write "
+            "tied: untie in the recipe to give it a weight of its own"
+        )
+    why = f"{draft.where}: the trained tokens of {module} and {tied} differ, though the base ties the two"
+    flat = matrix_shape(entry.shape)
+    draft.same.append(SameValues(View(entry, flat), View(twin, flat), f"{why}; write tied: untie"))
+    draft.ignored[entry.name] = f"equal to the rows of {tied}, to which the base ties it"

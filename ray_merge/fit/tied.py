@@ -22,7 +22,7 @@ FLAG = "tie_word_embeddings"
 
 
 def untied(base: Checkpoint, architectures: Architectures) -> Checkpoint:
-    """The base with a tensor of its own for its tied head: same bytes, another name.
+    """The base with tensors of their own for its tied head: same bytes, other names.
 
     Raises:
         CheckpointError: a base whose head is tied in a way that this cannot undo exactly.
@@ -31,22 +31,23 @@ def untied(base: Checkpoint, architectures: Architectures) -> Checkpoint:
     pairs = {name: twin for name, twin in known.tied.items() if name not in known.slots}
     if not pairs:
         return base
-    if base.config.get("is_encoder_decoder") or len(pairs) > 1:
+    if base.config.get("is_encoder_decoder"):
         raise CheckpointError(
-            f"{base.url} ties {', '.join(sorted(pairs))}; only a decoder's one head can be untied "
-            "exactly (T5 scales its "
-            "logits by the flag): remove tied: untie"
+            f"{base.url} ties {', '.join(sorted(pairs))}; an encoder-decoder's head cannot be untied for every reader "
+            "(T5 scales its logits by the same flag, and transformers 4 would tie them again): remove tied: untie"
         )
-    ((head, twin),) = pairs.items()
-    slots = known.slots.get(twin, ())
-    if len(slots) != 1 or slots[0].expert is not None or slots[0].rows is not None:
-        raise CheckpointError(
-            f"{base.url}: {twin} is not one tensor on disk, so {head} cannot be untied from it"
-        )
-    table = base.tensors[slots[0].tensor]
-    name = _disk_name(head, twin, table.name)
-    tensors = {**base.tensors, name: replace(table, name=name)}
-    return replace(base, tensors=tensors, config=_without_flag(base.config), untied=name)
+    tensors, twins = dict(base.tensors), {}
+    for head, twin in pairs.items():
+        slots = known.slots.get(twin, ())
+        if len(slots) != 1 or slots[0].expert is not None or slots[0].rows is not None:
+            raise CheckpointError(
+                f"{base.url}: {twin} is not one tensor on disk, so {head} cannot be untied from it: remove tied: untie"
+            )
+        table = base.tensors[slots[0].tensor]
+        name = _disk_name(head, twin, table.name)
+        tensors[name] = replace(table, name=name)
+        twins[name] = table.name
+    return replace(base, tensors=tensors, config=_without_flag(base.config), untied=twins)
 
 
 def _disk_name(head: str, twin: str, table: str) -> str:
@@ -131,6 +132,20 @@ def _tied_tables(draft: Draft, tensors: set[str]) -> dict[str, str]:
         if tensor in suspects and name not in known.slots:
             found[tensor] = name
     return found
+
+
+def follow_tables(draft: Draft) -> None:
+    """After `tied: untie`, give the head what training kept equal in both: a resized table, trained tokens.
+
+    PEFT saves one of the two, or both; what it saved for the head itself stands.
+    """
+    for head, table in draft.names.base.untied.items():
+        kept_equal = table in draft.tables or (draft.adapter.settings.tied and table in draft.replaced)
+        if kept_equal and head not in draft.replaced:
+            draft.replaced[head] = draft.replaced[table]
+            draft.tables |= {head} & {head if table in draft.tables else ""}
+        if table in draft.tokens and head not in draft.tokens:
+            draft.tokens[head] = draft.tokens[table]
 
 
 def _refusal(draft: Draft, module: str, twin: str) -> AdapterError:

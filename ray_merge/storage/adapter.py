@@ -187,7 +187,7 @@ def _mentions_unsloth(store: Store, config: Mapping[str, Any]) -> bool:
 def _sort_tensors(tensors: Mapping[str, TensorEntry], settings: Settings, where: str) -> _Sorted:
     found = _Sorted()
     for key, entry in sorted(tensors.items()):
-        name = read_name(key, sampler=settings.sampler)
+        name = read_name(key, settings.training_only)
         if isinstance(name, str):
             raise AdapterError(
                 f"{where}: tensor {key!r} {name}, which is not supported; nothing of an adapter is dropped silently"
@@ -238,7 +238,8 @@ def _flat(entry: TensorEntry) -> View:
 def _check_entry(key: str, entry: TensorEntry, name: Name, where: str) -> None:
     if name.role == "ignored":
         return
-    if entry.dtype not in FLOATS:
+    # A saved BatchNorm counts its batches in whole numbers.
+    if entry.dtype not in FLOATS and name.role != "saved":
         raise AdapterError(f"{where}: {key!r} is of dtype {entry.dtype}; expected one of {', '.join(FLOATS)}")
     if 0 in entry.shape:
         raise AdapterError(

@@ -27,7 +27,7 @@ HARMLESS = frozenset(
         # which modules were adapted: the saved tensors decide, these only said where to put them
         "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
         # training only
-        "lora_dropout", "velora_config",
+        "lora_dropout",
         # settings of a variant that is switched on by another key
         "qalora_group_size", "megatron_core",
         # how A and B began; what matters is whether init_lora_weights changed the base
@@ -40,7 +40,7 @@ HANDLED = frozenset(
     {
         "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "bias", "lora_bias",
         "fan_in_fan_out", "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "use_dora",
-        "use_bdlora", "target_parameters", "peft_version", "lora_B_layout", "monteclora_config",
+        "use_bdlora", "target_parameters", "peft_version", "lora_B_layout", "monteclora_config", "velora_config",
     }
 )  # fmt: skip
 """Keys that change the delta and are read into `Settings`."""
@@ -56,6 +56,9 @@ REFUSED = {
     "megatron_config": "Megatron's tensor-parallel factors; export the adapter to Hugging Face format first",
 }
 """Keys that are refused when set, with the reason and the way out."""
+
+TRAINING_ONLY = {"monteclora_config": "lora_monteclora_sampler", "velora_config": "lora_velora_"}
+"""Settings whose extra tensors serve training alone: PEFT merges plain B A -> what those tensors' names hold."""
 
 PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")
 """Words for init_lora_weights that leave the base weight as it was; true, false and null do so too."""
@@ -109,7 +112,7 @@ class Settings:
         version: of PEFT, as numbers; empty when it was not written.
         expert_layout: "rank_major" or "grouped_by_expert", or "" where nobody says.
         mutated: init_lora_weights where it changed the base, else "".
-        sampler: training-only tensors of MonteCLoRA are expected.
+        training_only: what the names of tensors hold that are used in training only.
     """
 
     scaling: Scaling
@@ -125,7 +128,7 @@ class Settings:
     version: tuple[int, ...] = ()
     expert_layout: str = ""
     mutated: str = ""
-    sampler: bool = False
+    training_only: tuple[str, ...] = ()
 
 
 def read_settings(config: Mapping[str, Any], where: str) -> Settings:
@@ -170,7 +173,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings:
         version=_version(config, where),
         expert_layout=_expert_layout(config, where),
         mutated=_init(config, where),
-        sampler=bool(config.get("monteclora_config")),
+        training_only=tuple(part for key, part in TRAINING_ONLY.items() if config.get(key)),
     )
 
 

@@ -8,6 +8,7 @@ at a tensor. Source: PEFT 0.21 `utils/save_and_load.py`, `tuners/lora/model.py`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,21 +63,23 @@ def unwrap(key: str) -> str:
     return _WRAPPERS.sub("", key).removeprefix(PREFIX)
 
 
-def read_name(key: str, *, sampler: bool) -> Name | str:
+def read_name(key: str, training_only: Sequence[str] = ()) -> Name | str:
     """What `key` says, or in words why it cannot be told.
 
     Args:
         key: as stored.
-        sampler: whether MonteCLoRA's training-only tensors are expected.
+        training_only: parts of names that mark tensors of training alone (MonteCLoRA, VeLoRA).
     """
     runtime = unwrap(key)
-    if sampler and ".lora_monteclora_sampler." in runtime:
-        return Name("ignored", runtime, why="MonteCLoRA's sampler is used in training only")
+    if any(f".{part}" in runtime for part in training_only):
+        return Name("ignored", runtime, why="used in training only; the delta is plain B A")
     for role, pattern in _FACTORS:
         match = pattern.fullmatch(runtime)
         if match:
             module, depth = _take_base_layers(match["module"])
             return Name(role, module, depth)
+    # A resized table under trained tokens: `embed_tokens.token_adapter.base_layer.weight`.
+    runtime = runtime.replace(".token_adapter.base_layer.", ".base_layer.")
     unknown = next((words for part, words in UNKNOWN_PARTS.items() if f".{part}" in runtime), None)
     if unknown:
         return f"is {unknown}"

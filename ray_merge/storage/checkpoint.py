@@ -5,17 +5,19 @@ Owns which files are weights, which are side files, and where each tensor lies. 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from ray_merge.errors import CheckpointError
+from ray_merge.errors import CheckpointError, shown
 from ray_merge.spec import DTYPE_BYTES, FLOAT_DTYPES, TensorEntry
 from ray_merge.storage.headers import read_header
 from ray_merge.storage.quantised import Quantised, find_quantised, quantisation_config
 from ray_merge.storage.store import ObjectInfo, Store
+from ray_merge.storage.strict_json import MAX_JSON_BYTES, check_plain, parse_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -32,6 +34,18 @@ OWN_FOLDERS = ("ray_merge", "adapter", "heads")
 MAX_SIDE_FILE_BYTES = 256_000_000
 """Tokenizers reach some 30 MB; a larger side file is a weight in disguise and is refused, not copied."""
 
+MAX_SIDE_FILES = 10_000
+"""Models have some 20; a home folder that was given by mistake has more than this, and would be copied whole."""
+
+MAX_FILE_NAME = 255
+"""Characters; file systems keep as many bytes."""
+
+CONFIG_TYPES: Mapping[str, type] = {
+    "model_type": str, "architectures": list, "tie_word_embeddings": bool, "quantization_config": dict,
+    "text_config": dict,
+}  # fmt: skip
+"""What is read from config.json and must be of this type where it is not null."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
@@ -43,7 +57,7 @@ class Checkpoint:
         tensors: disk name -> where its bytes lie.
         weight_files: the safetensors files that hold them.
         side_files: every other file that a copy of the model needs (tokenizer, generation config ...).
-        untied: disk name of a head that the recipe gives a weight of its own; "" otherwise.
+        untied: disk names of tensors that the recipe unties -> the tensors that they were tied to.
         quantised: disk name -> how the weight is stored, where the base is quantised and is to be dequantised.
     """
 
@@ -52,7 +66,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorEntry]
     weight_files: tuple[ObjectInfo, ...]
     side_files: tuple[ObjectInfo, ...]
-    untied: str = ""
+    untied: Mapping[str, str] = field(default_factory=dict)
     quantised: Mapping[str, Quantised] = field(default_factory=dict)
 
     @property
@@ -62,15 +76,15 @@ class Checkpoint:
 
 
 def read_json(store: Store, path: str) -> dict[str, Any]:
-    """A JSON object from `path`; CheckpointError when it is missing or no object."""
-    if store.info(path) is None:
-        raise CheckpointError(f"{store.url}/{path} does not exist")
-    try:
-        document = json.loads(store.read(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{store.url}/{path} is not valid JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{store.url}/{path} is not a JSON object")
+    """A JSON object from `path`; CheckpointError when it is missing, no object, or longer or deeper than real ones."""
+    where = f"{store.url}/{path}"
+    info = store.info(path)
+    if info is None:
+        raise CheckpointError(f"{where} does not exist")
+    if info.n_bytes > MAX_JSON_BYTES:
+        raise CheckpointError(f"{where} is {info.n_bytes} bytes long; at most {MAX_JSON_BYTES} are read")
+    document = parse_object(store.read(path), where)
+    check_plain(document, where)
     return document
 
 
@@ -90,6 +104,7 @@ def read_checkpoint(store: Store, *, dequantise: bool = False) -> Checkpoint:
         hub = "; a model on a hub is written hf://org/name" if store.local_root is not None else ""
         raise CheckpointError(f"{store.url} does not exist or is empty{hub}")
     config = read_json(store, CONFIG_FILE)
+    _check_config(config, f"{store.url}/{CONFIG_FILE}")
     if quantisation_config(config) and not dequantise:
         raise CheckpointError(
             f"{store.url}/{CONFIG_FILE} has a quantization_config: its weights are not the numbers "
@@ -106,15 +121,19 @@ def read_checkpoint(store: Store, *, dequantise: bool = False) -> Checkpoint:
                 )
             tensors[entry.name] = entry
     if not tensors:
-        raise CheckpointError(f"{store.url}: {', '.join(names)} holds no tensor")
+        raise CheckpointError(f"{store.url}: {', '.join(names[:3])} holds no tensor")
     if INDEX_FILE in files and SINGLE_FILE not in files:
         _check_index(store, tensors)
     side = tuple(info for path, info in sorted(files.items()) if _is_side_file(store, info))
+    if len(side) > MAX_SIDE_FILES:
+        raise CheckpointError(
+            f"{store.url} holds {len(side)} files beside its weights, more than {MAX_SIDE_FILES}: no model's folder; "
+            "move the model into one of its own"
+        )
+    _check_links(store, [CONFIG_FILE, *(info.path for info in side)])
     quantised: Mapping[str, Quantised] = {}
     if quantisation_config(config):
-        quantised, plain = find_quantised(
-            config, tensors, store.url, lambda entry: store.read(entry.file, entry.start, entry.end)
-        )
+        quantised, plain = find_quantised(config, tensors, store.url, lambda entry: _read_small(store, entry))
         dtype = decoded_dtype(config)
         tensors = plain | {name: _decoded(name, weight, dtype) for name, weight in quantised.items()}
         config = without_quantisation(config)
@@ -126,6 +145,15 @@ def read_checkpoint(store: Store, *, dequantise: bool = False) -> Checkpoint:
         weight_files=tuple(files[name] for name in names),
         side_files=side,
     )
+
+
+def _read_small(store: Store, entry: TensorEntry) -> bytes:
+    if entry.n_bytes > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{store.url}: {entry.name} describes a quantised weight in {entry.n_bytes} bytes; at most "
+            f"{MAX_JSON_BYTES} are read"
+        )
+    return store.read(entry.file, entry.start, entry.end)
 
 
 def decoded_dtype(config: Mapping[str, Any]) -> str:
@@ -148,6 +176,40 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    for key, kind in CONFIG_TYPES.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise CheckpointError(f"{where}: {key} is {shown(value)}, expected {_KIND_NAMES[kind]}")
+    for name in config.get("architectures") or []:
+        if not isinstance(name, str):
+            raise CheckpointError(f"{where}: architectures holds {shown(name)}, expected names of classes")
+    if config.get("text_config"):
+        _check_config(config["text_config"], f"{where}: text_config")
+
+
+_KIND_NAMES = {str: "a text", list: "a list", bool: "true or false", dict: "a mapping"}
+
+
+def _check_links(store: Store, names: Iterable[str]) -> None:
+    """Refuse files that are copied and lie elsewhere: a downloaded folder must not publish what it only points to.
+
+    Weights may be links to anywhere, because only tensors are taken from them.
+    """
+    if store.local_root is None:
+        return
+    root = Path(os.path.realpath(store.local_root))
+    # The Hub's cache keeps a model's files in models--org--name/blobs and links to them from snapshots/<revision>.
+    inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for name in names:
+        target = os.path.realpath(root / name)
+        if not any(target.startswith(f"{folder}/") for folder in inside):
+            raise CheckpointError(
+                f"{store.url}/{name} is a link to {shown(target)}, outside of the model's folder, and would be copied; "
+                "put the file itself there"
+            )
+
+
 def _weight_files(store: Store, files: Mapping[str, ObjectInfo]) -> list[str]:
     if SINGLE_FILE in files:
         return [SINGLE_FILE]
@@ -167,9 +229,10 @@ def _weight_map(store: Store) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{store.url}/{INDEX_FILE} has no weight_map")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or "/" in file or "\\" in file or file.startswith("."):
+        plain = isinstance(file, str) and file.isprintable() and len(file) <= MAX_FILE_NAME
+        if not plain or "/" in file or "\\" in file or file.startswith("."):
             raise CheckpointError(
-                f"{store.url}/{INDEX_FILE} puts {name!r} into {file!r}: not a plain file name"
+                f"{store.url}/{INDEX_FILE} puts {shown(name)} into {shown(file)}: not a plain file name"
             )
     return weight_map
 
@@ -178,7 +241,7 @@ def _check_index(store: Store, tensors: Mapping[str, TensorEntry]) -> None:
     weight_map = _weight_map(store)
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
-            raise CheckpointError(f"{store.url}/{INDEX_FILE} puts {name!r} into {file}, which lacks it")
+            raise CheckpointError(f"{store.url}/{INDEX_FILE} puts {shown(name)} into {file}, which lacks it")
     extra = next((name for name in tensors if name not in weight_map), None)
     if extra is not None:
         raise CheckpointError(
@@ -187,6 +250,10 @@ def _check_index(store: Store, tensors: Mapping[str, TensorEntry]) -> None:
 
 
 def _is_side_file(store: Store, info: ObjectInfo) -> bool:
+    if not info.path.isprintable() or "\\" in info.path:
+        raise CheckpointError(
+            f"{store.url} holds a file {shown(info.path)}, a name that not every store can keep; rename it"
+        )
     parts = info.path.split("/")
     hidden = any(part.startswith(".") for part in parts)
     own = len(parts) > 1 and parts[0] in OWN_FOLDERS

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_merge.errors import CheckpointError
+from ray_merge.errors import CheckpointError, shown
 from ray_merge.spec import DTYPE_BYTES, TensorEntry
 from ray_merge.storage.store import Store
+from ray_merge.storage.strict_json import MAX_JSON_BYTES, parse_object
 
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library itself; a longer header is hostile or broken."""
+MAX_NAME_CHARACTERS = 1000
+"""Of a tensor; real ones have some 100. Numbers in names are read as such, which Python does up to 4300 digits."""
 
 MAX_DIMENSIONS = 64
 
@@ -47,10 +48,14 @@ def read_header(store: Store, path: str) -> Header:
     if len(first) < 8:
         raise CheckpointError(f"{where} is {info.n_bytes} bytes long: no safetensors file")
     length = int.from_bytes(first[:8], "little")
-    if length > MAX_HEADER_BYTES or 8 + length > info.n_bytes:
+    if 8 + length > info.n_bytes:
         raise CheckpointError(
             f"{where} claims a header of {length} bytes but is {info.n_bytes} bytes long: "
             "truncated, or no safetensors file"
+        )
+    if length > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{where} has a header of {length} bytes, at most {MAX_JSON_BYTES} are read; save it in several files"
         )
     raw = first[8 : 8 + length]
     if len(raw) < length:
@@ -67,12 +72,7 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int, where: str) -> Heade
         file_bytes: length of the whole file.
         where: how messages call the file.
     """
-    try:
-        document = json.loads(raw.decode(), object_pairs_hook=lambda pairs: _no_duplicates(pairs, where))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: the safetensors header is not valid JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{where}: the safetensors header is not a JSON object")
+    document = parse_object(raw, f"{where}: the safetensors header")
     metadata = document.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{where}: __metadata__ is not a mapping of strings")
@@ -82,31 +82,26 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int, where: str) -> Heade
     return Header({entry.name: entry for entry in entries}, metadata)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"{where}: {twice!r} stands twice in the safetensors header")
-    return result
-
-
 def _entry(name: str, value: Any, file: str, data_start: int, where: str) -> TensorEntry:
     try:
         dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{where}: tensor {name!r} lacks dtype, shape or data_offsets") from error
+        raise CheckpointError(f"{where}: tensor {shown(name)} lacks dtype, shape or data_offsets") from error
     numbers = [*shape, start, end] if isinstance(shape, list) else [None]
-    if not name.isprintable():
-        raise CheckpointError(f"{where}: tensor name {name!r} is not printable text")
+    if not name.isprintable() or len(name) > MAX_NAME_CHARACTERS:
+        what = f"is not printable text of up to {MAX_NAME_CHARACTERS} characters"
+        raise CheckpointError(f"{where}: tensor name {shown(name)} {what}")
     # Limits that no file can pass, so that a hostile shape costs no time.
     if len(numbers) > MAX_DIMENSIONS or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
-        raise CheckpointError(f"{where}: tensor {name!r} has a shape or offset that is no whole number >= 0")
+        raise CheckpointError(
+            f"{where}: tensor {shown(name)} has a shape or offset that is no whole number >= 0"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise CheckpointError(f"{where}: tensor {name!r} has the unknown dtype {dtype!r}")
+        raise CheckpointError(f"{where}: tensor {shown(name)} has the unknown dtype {shown(dtype)}")
     if math.prod(shape) * DTYPE_BYTES[dtype] != end - start:
         raise CheckpointError(
-            f"{where}: tensor {name!r} of shape {tuple(shape)} and dtype {dtype} cannot be {end - start} bytes"
+            f"{where}: tensor {shown(name)} of shape {shown(tuple(shape))} and dtype {dtype} cannot be "
+            f"{end - start} bytes"
         )
     return TensorEntry(name, dtype, tuple(shape), file, data_start + start, data_start + end)
 
@@ -116,7 +111,7 @@ def _check_layout(entries: Sequence[TensorEntry], data_start: int, file_bytes: i
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.end)):
         if entry.start != position:
             raise CheckpointError(
-                f"{where}: tensor {entry.name!r} begins at byte {entry.start}, expected {position}: "
+                f"{where}: tensor {shown(entry.name)} begins at byte {entry.start}, expected {position}: "
                 "overlap or hole in the file"
             )
         position = entry.end

@@ -33,6 +33,13 @@ T = TypeVar("T")
 _NO_LINK = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 """What link(2) answers on file systems without hard links (FAT, some FUSE mounts)."""
 
+_GONE = frozenset({errno.ENOENT, errno.ELOOP, errno.ESRCH})
+"""A dangling link, or removed since: no object."""
+
+MAX_LISTED = 300_000
+"""An output of 1,000 merges in 100 shards each has some 220,000 files. A link to `/`, or folders that link to each
+other, would be walked for hours."""
+
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG})
 
 
@@ -56,6 +63,10 @@ class LocalStore(NotPickled):
                 found = os.stat(file)
             except (FileNotFoundError, NotADirectoryError):
                 return None
+            except OSError as error:
+                if error.errno == errno.ELOOP:  # a link to itself leads to nothing, as in `list`
+                    return None
+                raise
             return _info(path, found) if _is_object(path, found) else None
 
         return self._guard("looking up", path, stat)
@@ -64,7 +75,7 @@ class LocalStore(NotPickled):
         """All files under `prefix`, links followed, sorted by path."""
         start = f"{check_path(prefix, self.url)}/" if prefix else ""
         root = self._root / prefix
-        found = self._guard("listing", prefix, lambda: [*_walk(root, start, ())])
+        found = self._guard("listing", prefix, lambda: [*_walk(root, start, self.url)])
         return sorted(found, key=lambda info: info.path)
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
@@ -215,27 +226,36 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[ObjectInfo]:
-    try:
-        own = os.stat(folder)
-        entries = [*os.scandir(folder)]
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    identity = (own.st_dev, own.st_ino)
-    if identity in above:  # a link to a folder above: already listed there
-        return
-    for entry in entries:
-        path = f"{prefix}{entry.name}"
+def _walk(root: Path, prefix: str, url: str) -> Iterator[ObjectInfo]:
+    pending: list[tuple[Path, str, tuple[tuple[int, int], ...]]] = [(root, prefix, ())]
+    n_seen = 0
+    while pending:
+        folder, prefix, above = pending.pop()
         try:
-            found = entry.stat()
-        except OSError as error:
-            if error.errno in {errno.ENOENT, errno.ELOOP}:  # a dangling link, or removed since: no object
-                continue
-            raise
-        if entry.is_dir():
-            yield from _walk(folder / entry.name, f"{path}/", (*above, identity))
-        elif _is_object(path, found):
-            yield _info(path, found)
+            own = os.stat(folder)
+            entries = [*os.scandir(folder)]
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        identity = (own.st_dev, own.st_ino)
+        if identity in above:  # a link to a folder above: already listed there
+            continue
+        n_seen += len(entries)
+        if n_seen > MAX_LISTED:
+            raise StoreDenied(
+                url, "listing", f"it holds more than {MAX_LISTED} files, those behind links included"
+            )
+        for entry in entries:
+            path = f"{prefix}{entry.name}"
+            try:
+                found = entry.stat()
+            except OSError as error:
+                if error.errno in _GONE:
+                    continue
+                raise
+            if entry.is_dir():
+                pending.append((folder / entry.name, f"{path}/", (*above, identity)))
+            elif _is_object(path, found):
+                yield _info(path, found)
 
 
 def _is_object(path: str, found: os.stat_result) -> bool:

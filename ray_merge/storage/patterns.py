@@ -1,9 +1,9 @@
-"""The keys of rank_pattern and alpha_pattern, matched to module names as PEFT does it, in bounded time.
+r"""The keys of rank_pattern and alpha_pattern, matched to module names as PEFT does it, in bounded time.
 
-PEFT 0.21 (`utils/other.py`, `get_pattern_key`): the first key with `re.match(rf"(.*\\.)?({key})$", module)`, else the
-key that equals the module. Python's own matcher tries one way after the other, so `(a+)+$` from a hostile adapter runs for
-years. Here a pattern is parsed by Python but evaluated on sets of positions, one bit each: every way at once.
-Patterns with look-around, back-references or flags have no such reading and are refused; PEFT's users write none.
+PEFT 0.21 (`utils/other.py`, `get_pattern_key`): the first key with `re.match(rf"(.*\.)?({key})$", module)`, else
+the key that equals the module. Python's own matcher tries one way after the other, so that `(a+)+$` from a hostile
+adapter runs for years. Here a pattern is parsed by Python but evaluated on sets of positions, one bit each: every
+way at once. Look-around, back-references and flags have no such reading and are refused; PEFT's users write none.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -21,38 +22,108 @@ def refusal(folder, kind=AdapterError):
     return str(caught.value)
 
 
-def test_every_factor_is_found_with_its_rank_and_scale(tmp_path):
+def test_every_module_is_found_with_its_tensors_by_role(tmp_path):
     tensors = factors(Q0) | factors(V1, rank=4)
     found = read(write_adapter(tmp_path, tensors, rank_pattern={"v_proj": 4}, alpha_pattern={"v_proj": 2}))
-    assert list(found.factors) == [Q0, V1]
-    assert (found.factors[Q0].rank, found.factors[Q0].scale) == (2, 2.0)
-    assert (found.factors[V1].rank, found.factors[V1].scale) == (4, 0.5)
-    assert found.factors[V1].A.shape == (4, 8)
-    assert found.factors[V1].B.shape == (8, 4)
+    assert [(module.name, module.depth) for module in found.modules] == [(Q0, 0), (V1, 0)]
+    assert found.modules[1].tensors["A"].shape == (4, 8)
+    assert found.modules[1].tensors["B"].shape == (8, 4)
+    assert found.settings.scaling.rank_of(V1) == 4
     assert found.file_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
     assert found.file_version
-    assert found.heads == ()
+    assert (found.file, found.pickled) == ("adapter_model.safetensors", False)
+    assert (found.saved, found.tokens, found.ignored, found.same) == ((), {}, {}, ())
 
 
-def test_rslora_is_scaled_by_the_root_of_each_rank(tmp_path):
-    tensors = factors(Q0) | factors(V1, rank=4)
-    found = read(write_adapter(tmp_path, tensors, use_rslora=True, rank_pattern={"v_proj": 4}))
-    assert found.factors[V1].scale == 4 / 2
+def test_every_role_of_a_module_is_kept(tmp_path):
+    embedding = "model.embed_tokens"
+    tensors = factors(Q0) | {
+        f"{P}{Q0}.lora_magnitude_vector": torch.ones(8),
+        f"{P}{Q0}.lora_B.bias": torch.ones(8),
+        f"{P}{embedding}.lora_embedding_A": torch.ones(2, 16),
+        f"{P}{embedding}.lora_embedding_B": torch.ones(8, 2),
+        f"{P}{embedding}.lora_magnitude_vector": torch.ones(8),
+    }
+    found = read(write_adapter(tmp_path, tensors, use_dora=True, lora_bias=True))
+    roles = {module.name: sorted(module.tensors) for module in found.modules}
+    assert roles == {
+        Q0: ["A", "B", "B.bias", "magnitude"],
+        embedding: ["embedding_A", "embedding_B", "magnitude"],
+    }
+
+
+def test_factors_around_other_factors_are_a_module_of_their_own(tmp_path):
+    experts = "model.layers.0.mlp.experts"
+    tensors = factors(experts) | factors(f"{experts}.base_layer", rank=4)
+    found = read(write_adapter(tmp_path, tensors))
+    assert [(module.name, module.depth) for module in found.modules] == [(experts, 0), (experts, 1)]
+    assert found.modules[1].tensors["A"].shape == (4, 8)
 
 
 @pytest.mark.parametrize("saved", [["classifier"], ["classifier", "score"]])
 def test_saved_heads_are_kept_under_runtime_names(tmp_path, saved):
     heads = {f"{P}classifier.dense.weight": torch.ones(8, 8), f"{P}classifier.dense.bias": torch.ones(8)}
     found = read(write_adapter(tmp_path, factors(Q0) | heads, modules_to_save=saved))
-    assert sorted(entry.name for entry in found.heads) == ["classifier.dense.bias", "classifier.dense.weight"]
-    assert list(found.factors) == [Q0]
+    assert [tensor.name for tensor in found.saved] == ["classifier.dense.bias", "classifier.dense.weight"]
+    assert not any(tensor.wrapped for tensor in found.saved)
+    assert [module.name for module in found.modules] == [Q0]
 
 
-def test_a_list_of_saved_modules_names_whole_components(tmp_path):
-    heads = {f"{P}my_classifier.weight": torch.ones(2, 8)}
-    assert "my_classifier.weight' is neither a factor nor a saved head" in refusal(
-        write_adapter(tmp_path, factors(Q0) | heads, modules_to_save=["classifier"])
-    )
+def test_whole_parameters_are_kept_whatever_the_config_says_and_whatever_they_were_wrapped_in(tmp_path):
+    # What they may be is decided by fit/saved.py, which knows the base.
+    saved = {
+        f"{P}{Q0}.base_layer.bias": torch.ones(8),
+        f"{P}model.norm.modules_to_save.weight": torch.ones(8),
+    }
+    found = read(write_adapter(tmp_path, factors(Q0) | saved))
+    assert [(tensor.name, tensor.wrapped) for tensor in found.saved] == [
+        (f"{Q0}.bias", True),
+        ("model.norm.weight", False),
+    ]
+
+
+def test_a_parameter_saved_under_two_names_must_have_equal_values(tmp_path):
+    # PEFT with bias: all saves the bias of a module of modules_to_save twice.
+    twice = {f"{P}score.bias": torch.ones(3), f"{P}score.modules_to_save.default.bias": torch.ones(3)}
+    found = read(write_adapter(tmp_path, factors(Q0) | twice))
+    assert [tensor.name for tensor in found.saved] == ["score.bias"]
+    (same,) = found.same
+    assert {same.one.entry.name, same.other.entry.name} == twice.keys()
+    assert same.one.matrix == same.other.matrix == (3, 1)
+    assert "two values of one parameter" in same.why
+
+
+def test_what_belongs_to_training_alone_is_listed_with_the_reason(tmp_path):
+    sampler = f"{P}{Q0}.lora_monteclora_sampler.default.lora_A_std"
+    original = f"{P}score.original_module.weight"
+    odd = {sampler: torch.ones(2), original: torch.ones(3, 8)}
+    found = read(write_adapter(tmp_path, factors(Q0) | odd, monteclora_config={"n": 4}))
+    assert found.ignored.keys() == odd.keys()
+    assert "training only" in found.ignored[sampler]
+    assert "modules_to_save replaced" in found.ignored[original]
+
+
+def test_trained_tokens_are_kept_by_the_path_of_their_embedding(tmp_path):
+    rows = {f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(3, 8)}
+    found = read(write_adapter(tmp_path, rows, trainable_token_indices=[1, 2, 5]))
+    assert found.tokens["model.embed_tokens"].shape == (3, 8)
+    assert found.settings.tokens == {"": (1, 2, 5)}
+    twice = rows | {f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta.default": torch.ones(3, 8)}
+    assert "the trained tokens of model.embed_tokens stand twice" in refusal(write_adapter(tmp_path, twice))
+
+
+def test_names_of_an_in_memory_dump_are_those_of_a_saved_adapter(tmp_path):
+    dumped = {
+        f"base_model.model._orig_mod.{Q0}.lora_A.default.weight": torch.ones(2, 8),
+        f"base_model.model._orig_mod.{Q0}.lora_B.default.weight": torch.ones(8, 2),
+    }
+    found = read(write_adapter(tmp_path, dumped))
+    assert [(module.name, sorted(module.tensors)) for module in found.modules] == [(Q0, ["A", "B"])]
+
+
+def test_two_tensors_of_one_role_are_refused(tmp_path):
+    tensors = factors(Q0) | {f"{P}{Q0}.lora_A.default.weight": torch.ones(2, 8)}
+    assert f"{Q0} has two tensors for its A" in refusal(write_adapter(tmp_path, tensors))
 
 
 @pytest.mark.parametrize(("side", "other"), [("A", "B"), ("B", "A")])
@@ -61,29 +132,11 @@ def test_a_missing_side_is_refused(tmp_path, side, other):
     assert f"{Q0} has lora_{other} but no lora_{side}" in refusal(write_adapter(tmp_path, tensors))
 
 
-def test_sides_of_different_rank_are_refused(tmp_path):
-    tensors = factors(Q0) | {f"{P}{Q0}.lora_B.weight": torch.ones(8, 3)}
-    assert "lora_A (2, 8) has rank 2 but lora_B (8, 3) has rank 3" in refusal(
-        write_adapter(tmp_path, tensors)
-    )
-
-
-def test_a_rank_that_the_config_does_not_claim_is_refused(tmp_path):
-    message = refusal(write_adapter(tmp_path, factors(Q0, rank=4)))
-    assert "the factors have rank 4 but adapter_config.json says 2" in message
-    assert str(tmp_path) in message
-
-
 def test_empty_tensors_point_at_the_sharded_training_that_made_them(tmp_path):
     tensors = factors(Q0) | {f"{P}{Q0}.lora_A.weight": torch.ones(0)}
     message = refusal(write_adapter(tmp_path, tensors))
     assert "empty shape (0,)" in message
     assert "ZeRO-3" in message
-
-
-def test_convolutions_are_refused(tmp_path):
-    tensors = factors(Q0) | {f"{P}{Q0}.lora_A.weight": torch.ones(2, 8, 3, 3)}
-    assert "4 dimensions (2, 8, 3, 3): LoRA on a convolution" in refusal(write_adapter(tmp_path, tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.int64])
@@ -95,55 +148,107 @@ def test_factors_that_are_no_floats_are_refused(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("model.embed_tokens.lora_embedding_A", "LoRA on an embedding"),
-        (f"{Q0}.lora_magnitude_vector", "a DoRA magnitude"),
-        (f"{Q0}.lora_magnitude_vector.weight", "a DoRA magnitude"),
         (f"{Q0}.lora_diag", "a KaSA diagonal"),
         (f"{Q0}.lora_E", "an AdaLoRA diagonal"),
-        (f"{Q0}.lora_B.bias", "a bias on B"),
-        (f"{Q0}.base_layer.weight", "a changed base layer"),
-        ("mlp.experts.base_layer.lora_A.weight", "a changed base layer"),
-        ("model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable tokens"),
-        (f"{Q0}.lora_A.default.weight", "neither a factor nor a saved head"),
-        ("model.embed_tokens.weight", "neither a factor nor a saved head"),
-        (f"{Q0}.bias", "neither a factor nor a saved head"),
+        (f"{Q0}.lora_C.weight", "a LoRA variant that this version does not know"),
+        (f"{Q0}.ranknum", "AdaLoRA's bookkeeping"),
+        (
+            f"{Q0}.lora_monteclora_sampler.default.lora_A_std",
+            "a LoRA variant that this version does not know",
+        ),
+        ("model.embed_tokens.token_adapter.other", "a token adapter's state"),
     ],
 )
-def test_a_tensor_that_is_no_factor_is_refused_by_what_it_is(tmp_path, name, words):
+def test_a_tensor_that_no_rule_takes_is_refused_by_what_it_is(tmp_path, name, words):
     message = refusal(write_adapter(tmp_path, factors(Q0) | {f"{P}{name}": torch.ones(2, 2)}))
     assert words in message
     assert name in message
 
 
-def test_a_changed_base_layer_is_no_head_even_if_it_is_listed(tmp_path):
-    tensors = factors(Q0) | {f"{P}lm_head.base_layer.weight": torch.ones(2, 2)}
-    message = refusal(write_adapter(tmp_path, tensors, modules_to_save=["lm_head"]))
-    assert "a changed base layer" in message
-
-
-def test_names_that_peft_does_not_write_are_refused(tmp_path):
-    assert "does not begin with 'base_model.model.'" in refusal(
-        write_adapter(tmp_path, {"lora_unet_x.lora_A.weight": torch.ones(2, 8)})
+@pytest.mark.parametrize(
+    ("name", "shape", "settings", "words"),
+    [
+        ("lora_magnitude_vector", (8,), {}, "has a lora_magnitude_vector, but .* use_dora: false"),
+        (None, (), {"use_dora": True}, "lacks a lora_magnitude_vector, but .* use_dora: true"),
+        ("lora_B.bias", (8,), {}, "has a bias on B, but .* does not say lora_bias: true"),
+        (None, (), {"lora_bias": True}, "lacks the bias on B that .* promises"),
+        ("lora_embedding_A", (2, 16), {}, "has lora_embedding_A but no lora_embedding_B"),
+    ],
+)
+def test_tensors_and_config_must_agree_on_the_variant(tmp_path, name, shape, settings, words):
+    extra = {} if name is None else {f"{P}{Q0}.{name}": torch.ones(shape)}
+    assert re.search(
+        f"{re.escape(Q0)} {words}", refusal(write_adapter(tmp_path, factors(Q0) | extra, **settings))
     )
 
 
-def test_an_adapter_without_factors_is_refused(tmp_path):
-    assert "holds no LoRA factor" in refusal(
-        write_adapter(tmp_path, {f"{P}classifier.weight": torch.ones(2, 8)}, modules_to_save=["classifier"])
+def test_a_module_is_either_a_layer_or_an_embedding(tmp_path):
+    both = {f"{P}{Q0}.lora_embedding_A": torch.ones(2, 8), f"{P}{Q0}.lora_embedding_B": torch.ones(8, 2)}
+    assert "factors of a linear layer and of an embedding" in refusal(
+        write_adapter(tmp_path, factors(Q0) | both)
     )
 
 
-@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-def test_a_pattern_that_matches_no_adapted_module_is_refused(tmp_path, field):
-    assert f"{field} 'k_proj' matches none of the 1 adapted modules" in refusal(
-        write_adapter(tmp_path, **{field: {"k_proj": 2}})
+def test_a_magnitude_alone_is_no_update(tmp_path):
+    message = refusal(
+        write_adapter(tmp_path, {f"{P}{Q0}.lora_magnitude_vector": torch.ones(8)}, use_dora=True)
     )
+    assert f"{Q0} has magnitude but no factors" in message
 
 
-def test_a_pickled_adapter_is_refused(tmp_path):
+def test_an_adapter_without_a_tensor_of_use_is_refused(tmp_path):
+    nothing = {f"{P}score.original_module.weight": torch.ones(2, 8)}
+    assert "holds no LoRA factor" in refusal(write_adapter(tmp_path, nothing))
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    path = write_adapter(tmp_path) / "adapter_model.safetensors"
+    assert "is a file; give the folder that holds adapter_config.json" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("card", "settings", "found"),
+    [
+        ("trained with [Unsloth](https://unsloth.ai)", {"target_parameters": ["experts.down_proj"]}, True),
+        ("trained with PEFT", {"target_parameters": ["experts.down_proj"]}, False),
+        ("trained with Unsloth", {}, False),
+        (None, {"base_model_name_or_path": "unsloth/gpt-oss-20b"}, True),
+    ],
+)
+def test_a_word_of_unsloth_is_noticed_where_it_could_matter(tmp_path, card, settings, found):
+    write_adapter(tmp_path, **settings)
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert read(tmp_path).unsloth is found
+
+
+def test_tokenizer_files_beside_the_weights_are_noted(tmp_path):
     write_adapter(tmp_path)
-    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    assert "holds a pickle, adapter_model.bin" in refusal(tmp_path, CheckpointError)
+    for name in ("tokenizer.json", "tokenizer_config.json", "training_args.bin"):
+        (tmp_path / name).write_text("{}")
+    assert [info.path for info in read(tmp_path).side_files] == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_the_adapter_that_training_started_from_is_read_too(tmp_path):
+    stores = [open_store(str(write_adapter(tmp_path / name))) for name in ("trained", "initial")]
+    found = read_adapter("a", stores[0], initial=stores[1])
+    assert (found.initial.url, found.initial.name) == (str(tmp_path / "initial"), "a (initial)")
+    (tmp_path / "initial" / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"initial/adapter_model\.safetensors does not exist"):
+        read_adapter("a", stores[0], initial=stores[1])
+
+
+def test_a_pickled_adapter_is_refused_unless_its_tensors_may_be_converted(tmp_path):
+    write_adapter(tmp_path / "a")
+    converted = tmp_path / "converted.safetensors"
+    converted.write_bytes((tmp_path / "a" / "adapter_model.safetensors").read_bytes())
+    (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
+    message = refusal(tmp_path / "a", CheckpointError)
+    assert "holds a pickle, adapter_model.bin" in message
+    assert "allow_pickle: true" in message
+    found = read_adapter("a", open_store(str(tmp_path / "a")), unpickle=lambda store, info: converted)
+    assert (found.file, found.pickled) == ("adapter_model.bin", True)
+    assert {entry.file for entry in found.modules[0].tensors.values()} == {"adapter_model.bin"}
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

@@ -120,9 +120,12 @@ def test_a_checkpoint_without_tensors_is_refused(tmp_path):
     assert "holds no tensor" in refusal(tmp_path)
 
 
-def test_a_quantised_base_is_refused(tmp_path):
+def test_a_quantised_base_is_refused_unless_it_is_to_be_dequantised(tmp_path):
+    # What its weights decode to: test_quantised.py.
     folder = write_base(tmp_path / "base", config={"quantization_config": {"quant_method": "gptq"}})
-    assert "quantised base is not supported" in refusal(folder)
+    message = refusal(folder)
+    assert "has a quantization_config" in message
+    assert "base_numerics: dequantise" in message
 
 
 @pytest.mark.parametrize(

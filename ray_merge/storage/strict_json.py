@@ -1,0 +1,94 @@
+"""JSON objects from untrusted bytes: config.json, indices, adapter configs and safetensors headers.
+
+Owns what none of them may hold: other encodings than UTF-8, keys that stand twice (readers disagree on which one
+counts), and, in files that are passed on, nesting and text that other readers choke on.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray_merge.errors import CheckpointError, shown
+
+MAX_JSON_BYTES = 20_000_000
+"""Some 150,000 tensors in a header; the largest index known (Kimi-K2) has 14 MB. A byte of hostile JSON becomes up to
+25 bytes of objects."""
+
+MAX_DEPTH = 100
+"""Levels of lists and mappings inside each other. Python's own limit depends on who calls and holds for writing too."""
+
+
+def parse_object(raw: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that `raw` is.
+
+    Args:
+        raw: at most `MAX_JSON_BYTES`, which the caller checks before it reads them.
+        where: how messages call it.
+
+    Raises:
+        CheckpointError: something else, or a key that stands twice.
+    """
+    try:
+        with _no_collector():
+            document = json.loads(raw.decode(), object_pairs_hook=lambda pairs: _no_duplicates(pairs, where))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not valid JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{where} is not a JSON object")
+    return document
+
+
+def check_plain(document: dict[str, Any], where: str) -> None:
+    """Refuse what could be read here but not be written again: deep nesting, and halves of surrogate pairs."""
+    pending: list[tuple[Any, int]] = [(document, 1)]
+    while pending:
+        value, depth = pending.pop()
+        if isinstance(value, str):
+            _check_text(value, where)
+        elif isinstance(value, dict | list):
+            if depth > MAX_DEPTH:
+                raise CheckpointError(f"{where} nests its values more than {MAX_DEPTH} levels deep")
+            items: Iterable[Any] = [*value, *value.values()] if isinstance(value, dict) else value
+            pending.extend((item, depth + 1) for item in items)
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{where} holds {shown(text)}, which is no text (half of a surrogate pair)"
+        ) from error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise CheckpointError(f"{where}: {shown(_first_repeated(name for name, _ in pairs))} stands twice")
+    return result
+
+
+def _first_repeated(names: Iterable[str]) -> str:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            break
+        seen.add(name)
+    return name
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    # JSON has no cycles, and looking for them in all objects made so far takes longer than to parse
+    # (a header of 165,000 tensors: 3.0 s, without 1.3 s).
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
