@@ -71,6 +71,10 @@ def main() -> None:
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     from rows import rows
     from test_parity_table import Bench
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
     known = {row.id: row for row in rows()}
     missing = sorted(set(KINDS) - set(known))
@@ -142,6 +146,7 @@ def mergekit(python: str, bench: Any, row: Any, output: Path) -> float:
     recipe = output / "mergekit.yaml"
     recipe.write_text(yaml.safe_dump(config))
     command = [python, "-m", "mergekit.scripts.run_yaml", str(recipe), str(output / "m"), "--no-copy-tokenizer"]
+    command += ["--lora-merge-cache", str(output / "cache")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().rpartition("\n")[2])

@@ -37,8 +37,10 @@ _GONE = frozenset({errno.ENOENT, errno.ELOOP, errno.ESRCH})
 """A dangling link, or removed since: no object."""
 
 MAX_LISTED = 300_000
-"""An output of 1,000 merges in 100 shards each has some 220,000 files. A link to `/`, or folders that link to each
-other, would be walked for hours."""
+"""Files and folders. An output of 1,000 merges in 100 shards each has some 220,000."""
+
+MAX_LINKED = 1000
+"""Folders behind links: a link to `/`, or folders that link to each other, would be walked for hours."""
 
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG})
 
@@ -227,10 +229,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def _walk(root: Path, prefix: str, url: str) -> Iterator[ObjectInfo]:
-    pending: list[tuple[Path, str, tuple[tuple[int, int], ...]]] = [(root, prefix, ())]
-    n_seen = 0
+    pending: list[tuple[Path, str, tuple[tuple[int, int], ...], bool]] = [(root, prefix, (), False)]
+    n_listed = n_linked = 0
     while pending:
-        folder, prefix, above = pending.pop()
+        folder, prefix, above, linked = pending.pop()
         try:
             own = os.stat(folder)
             entries = [*os.scandir(folder)]
@@ -239,10 +241,12 @@ def _walk(root: Path, prefix: str, url: str) -> Iterator[ObjectInfo]:
         identity = (own.st_dev, own.st_ino)
         if identity in above:  # a link to a folder above: already listed there
             continue
-        n_seen += len(entries)
-        if n_seen > MAX_LISTED:
+        n_listed, n_linked = n_listed + len(entries), n_linked + linked
+        if n_listed > MAX_LISTED or n_linked > MAX_LINKED:
             raise StoreDenied(
-                url, "listing", f"it holds more than {MAX_LISTED} files, those behind links included"
+                url,
+                "listing",
+                f"more than {MAX_LISTED} files, or {MAX_LINKED} folders behind links, are in it",
             )
         for entry in entries:
             path = f"{prefix}{entry.name}"
@@ -253,7 +257,8 @@ def _walk(root: Path, prefix: str, url: str) -> Iterator[ObjectInfo]:
                     continue
                 raise
             if entry.is_dir():
-                pending.append((folder / entry.name, f"{path}/", (*above, identity)))
+                behind = linked or entry.is_symlink()
+                pending.append((folder / entry.name, f"{path}/", (*above, identity), behind))
             elif _is_object(path, found):
                 yield _info(path, found)
 

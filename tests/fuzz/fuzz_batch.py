@@ -28,8 +28,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fuzz_inputs import Inputs, good_inputs
+from fuzz_inputs import Inputs, good_inputs, strange_inputs
 from fuzz_mutations import case_of
+
+from ray_merge.errors import RayMergeError
 
 MAX_SECONDS = 5.0
 """Of processor time."""
@@ -105,9 +107,10 @@ class Batch:
 
     def warm_up(self) -> None:
         """Load every library that a merge loads, then allow so much memory more."""
-        recipe = self._write(good_inputs())
-        self.api.run(recipe, engine="local", cache_dir=self.cache)
-        self._clean()
+        for inputs in (good_inputs(), strange_inputs()):
+            with contextlib.suppress(RayMergeError):
+                self.api.run(self._write(inputs), engine="local", cache_dir=self.cache)
+            self._clean()
         vm = re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())
         assert vm is not None
         limit = int(vm[1]) * 1024 + MAX_BYTES
@@ -150,7 +153,7 @@ class Batch:
         try:
             with self.watch.watching() as written, limited_time():
                 call()
-        except self.api.errors.RayMergeError as error:
+        except RayMergeError as error:
             return self._refusal(error, written)
         except Hang:
             return "hang", traceback.format_exc()

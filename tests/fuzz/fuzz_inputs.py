@@ -214,3 +214,10 @@ def good_inputs() -> Inputs:
         files[f"{name}/adapter_config.json"] = json.dumps(ADAPTER_CONFIG).encode()
         files[f"{name}/adapter_model.safetensors"] = safetensors(adapter_tensors(module))
     return Inputs(files, copy.deepcopy(RECIPE))
+
+
+def strange_inputs() -> Inputs:
+    """Inputs whose names fit only if somebody knows the model's class."""
+    inputs = good_inputs()
+    inputs.files["a/adapter_model.safetensors"] = safetensors(adapter_tensors("nosuch.module"))
+    return inputs

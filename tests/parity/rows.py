@@ -40,6 +40,8 @@ class Row:
 
 
 UNTIE = {"tied": "untie"}
+T5_HEAD = ("lm_head", "untie", "T5")
+"""No config unties T5 for every reader: its flag also scales the logits, and transformers 4 would tie them again."""
 ATTENTION, MLP = ["q_proj", "v_proj"], ["q_proj", "v_proj", "down_proj"]
 Q4, KV, MIX = ["q_proj", "down_proj"], ["k_proj", "v_proj"], ["q_proj", "o_proj", "up_proj"]
 
@@ -308,9 +310,9 @@ def rows() -> list[Row]:
         one("t5/dora", ["q", "wo"], use_dora=True),
         one("t5/relative_bias", ["q", "relative_attention_bias"]),
         one("t5/tokens", ["q"], trainable_token_indices=[3, 10, 45]),
-        one("t5/lm_head", ["q", "lm_head"], recipe=UNTIE),
+        one("t5/lm_head", ["q", "lm_head"], recipe=UNTIE, refused=T5_HEAD),
         one("t5_of_transformers_4/plain", ["q", "wo"]),
-        one("t5_of_transformers_4/lm_head", ["q", "lm_head"], recipe=UNTIE),
+        one("t5_of_transformers_4/lm_head", ["q", "lm_head"], recipe=UNTIE, refused=T5_HEAD),
         one("qwen2_vl/all_linear", "all-linear"),
         one("qwen2_vl/patches", ["proj", "q_proj", "patch_embed.proj"]),
         one("llava/language", llava_language),

@@ -136,7 +136,7 @@ def test_the_merged_model_equals_the_unmerged_one(row, bench, tmp_path):
 
 
 @of([row for row in ROWS if row.refused])
-def test_the_combination_is_refused(row, bench, tmp_path, capfd):
+def test_the_row_is_refused(row, bench, tmp_path, capfd):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(bench.recipe(row, tmp_path / "out"), sort_keys=False))
     with pytest.raises(SystemExit) as stopped:
