@@ -339,7 +339,7 @@ def test_saved_parameters_tokens_and_leftovers_are_listed(tmp_path):
         assert any("not part of the numbers" in note for note in found.notes)
 
 
-def test_a_NaN_in_a_saved_head_is_a_refusal_too(tmp_path):
+def test_a_nan_in_a_saved_head_is_a_refusal_too(tmp_path):
     head = {"base_model.model.score.weight": torch.full((3, HIDDEN), math.nan)}
     write_adapter(tmp_path / "a", random_pair(Q0, 2, seed=1) | head, modules_to_save=["score"])
     assert "score.weight holds 24 NaN" in look(tmp_path, "a").adapters[0].refusal

@@ -39,10 +39,7 @@ def checkpoint_config(plan: Plan, merge: Merge, base: Store) -> bytes:
 
 def vocabulary_owner(plan: Plan, merge: Merge) -> Adapter | None:
     """The adapter whose tokenizer belongs to the result: the one that resized the embeddings."""
-    for tensor, (name, entry) in plan.replaced(merge).items():
-        if entry.shape != plan.base.tensors[tensor].shape:
-            return plan.adapters[name]
-    return None
+    return next((a for name in merge.adapters if plan.resized(a := plan.adapters[name])), None)
 
 
 def _vocabulary(plan: Plan, merge: Merge) -> tuple[int, int] | None:

@@ -38,14 +38,16 @@ def read_inputs_identity(plan: Plan, digests: DigestCache, stores: Stores) -> In
     base_store = stores.open(plan.base.url)
     names = [info.path for info in (*plan.base.weight_files, *plan.base.side_files)]
     base = _versions(base_store, [*names, CONFIG_FILE], digests)
-    adapters = {name: _adapter_versions(adapter, digests, stores) for name, adapter in plan.adapters.items()}
+    adapters = {
+        name: _adapter_versions(plan, adapter, digests, stores) for name, adapter in plan.adapters.items()
+    }
     _check_training_base(plan, base, digests)
     return Inputs(base, adapters)
 
 
-def _adapter_versions(adapter: Adapter, digests: DigestCache, stores: Stores) -> Versions:
+def _adapter_versions(plan: Plan, adapter: Adapter, digests: DigestCache, stores: Stores) -> Versions:
     """Versions of an adapter's files; those of the adapter that it started from are called `initial/...`."""
-    resized = adapter.side_files if adapter.tables else ()  # a tokenizer matters to resized embeddings only
+    resized = adapter.side_files if plan.resized(adapter) else ()  # they matter to a grown vocabulary only
     versions = dict(_versions(stores.open(adapter.url), [ADAPTER_CONFIG, adapter.file, *resized], digests))
     if adapter.initial is not None:
         before = _versions(stores.open(adapter.initial.url), [ADAPTER_CONFIG, adapter.initial.file], digests)

@@ -70,9 +70,11 @@ class Draft:
     def unmatched(self, parameter: str) -> AdapterError:
         """The error of a name that nothing in the base answers to."""
         base = self.names.base.tensors
+        nobody = f"; its model class could not be asked: {self.names.no_class}" if self.names.no_class else ""
         return AdapterError(
             f"{self.where}: {parameter.removesuffix('.weight')} matches nothing in {self.base_url} (the base has, for "
-            f"example, {example(parameter, base)}); it was trained on another model, or its names need a key_mapping"
+            f"example, {example(parameter, base)}); it was trained on another model, or its names need a "
+            f"key_mapping{nobody}"
         )
 
     def add(self, site: Site, module: str, update: Update) -> None:
@@ -87,13 +89,18 @@ class Draft:
         self.updates[site.name] = update
         self.modules[site.name] = module
 
-    def site(self, slot: Slot, shape: tuple[int, int], layout: Layout, module: str) -> Site:
-        """The site of a whole disk tensor."""
-        entry = self.names.base.tensors[slot.tensor]
+    def floats(self, tensor: str, module: str) -> TensorEntry:
+        """A base tensor that trained values can be added to or written into."""
+        entry = self.names.base.tensors[tensor]
         if entry.dtype not in FLOAT_DTYPES.values():
             raise AdapterError(
                 f"{self.where}: {module}: base weight {entry.name} is stored as {entry.dtype}, not as floats"
             )
+        return entry
+
+    def site(self, slot: Slot, shape: tuple[int, int], layout: Layout, module: str) -> Site:
+        """The site of a whole disk tensor."""
+        entry = self.floats(slot.tensor, module)
         name = slot.tensor.removesuffix(".weight")
         if slot.tensor in self.replaced and self.shape(slot.tensor) != entry.shape:
             name += f"[{shape[0]} rows]"

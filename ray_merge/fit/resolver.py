@@ -8,7 +8,7 @@ What none of them proves has no disk tensor, and whoever asked refuses it.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,19 +27,38 @@ class Architectures:
 
     def __init__(self, base: Checkpoint) -> None:
         self._base = base
-        self._built: dict[tuple[str, str], Architecture] = {}
+        self._built: dict[str, Architecture | RayMergeError] = {}
 
-    def get(self, class_name: str = "", task_type: str = "") -> Architecture:
-        """The class that an adapter names, else the one that its task or the base's config means."""
+    def get(self) -> Architecture:
+        """The class that the base's config means.
+
+        Raises:
+            RayMergeError: transformers has no such class, or cannot build it.
+        """
+        found = next(self.candidates("", ""))
+        if isinstance(found, RayMergeError):
+            raise found
+        return found
+
+    def candidates(self, class_name: str, task_type: str) -> Iterator[Architecture | RayMergeError]:
+        """The classes that an adapter may have been trained in, best guess first, or why one cannot be built."""
         from ray_merge.models.architecture import build_architecture
+        from ray_merge.models.model_class import class_candidates
 
-        key = (class_name, task_type)
-        if key not in self._built:
-            shapes = {name: entry.shape for name, entry in self._base.tensors.items()}
-            self._built[key] = build_architecture(
-                self._base.config, shapes, class_name=class_name or None, task_type=task_type or None
-            )
-        return self._built[key]
+        config = self._base.config
+        try:
+            names = class_candidates(config, class_name=class_name or None, task_type=task_type or None)
+        except RayMergeError as error:
+            yield error
+            return
+        for name in names or ("",):
+            if name not in self._built:
+                shapes = {tensor: entry.shape for tensor, entry in self._base.tensors.items()}
+                try:
+                    self._built[name] = build_architecture(config, shapes, class_name=name or None)
+                except RayMergeError as error:
+                    self._built[name] = error
+            yield self._built[name]
 
 
 def mapped(adapter: StoredAdapter, mapping: Mapping[str, str]) -> StoredAdapter:
@@ -79,6 +98,8 @@ class Resolver:
         architectures: the model classes of the base.
         naming: the prefix rule of this adapter.
         found: runtime parameter -> disk tensors, of everything asked for.
+        used_class: the class whose rules were needed; "" where prefixes did.
+        no_class: why no class could be asked; "" where one could or none was needed.
     """
 
     base: Checkpoint
@@ -87,6 +108,9 @@ class Resolver:
     naming: Naming = field(default_factory=Naming)
     found: dict[str, tuple[Slot, ...]] = field(default_factory=dict)
     used_class: str = ""
+    no_class: str = ""
+    _class: Architecture | None = None
+    _asked: bool = False
 
     @classmethod
     def of(cls, base: Checkpoint, adapter: StoredAdapter, architectures: Architectures) -> Resolver:
@@ -132,14 +156,31 @@ class Resolver:
         return parameter if path is None else f"{path}.{leaf}"
 
     def architecture(self) -> Architecture | None:
-        """The model class that this adapter was trained in, or None where transformers does not know it."""
+        """The model class that this adapter was trained in, or None where transformers does not know it.
+
+        Several classes read one checkpoint (a text model and the vision-language model around it); the first one
+        that has all adapted modules is taken.
+        """
+        if not self._asked:
+            self._asked = True
+            self._class = self._find_class()
+        return self._class
+
+    def _find_class(self) -> Architecture | None:
+        from ray_merge.models.architecture import runtime_module
+
         auto = self.adapter.config.get("auto_mapping")
         named = auto.get("base_model_class") if isinstance(auto, Mapping) else None
         task = self.adapter.config.get("task_type")
-        try:
-            return self.architectures.get(_text(named), _text(task))
-        except RayMergeError:
-            return None
+        first: Architecture | None = None
+        for known in self.architectures.candidates(_text(named), _text(task)):
+            if isinstance(known, RayMergeError):
+                self.no_class = self.no_class or str(known)
+                continue
+            first = first or known
+            if all(runtime_module(known, module.name) for module in self.adapter.modules):
+                return known
+        return first
 
     def kind(self, module: str) -> str:
         """What kind of layer a runtime module is (models/architecture.py); "" where nobody knows."""

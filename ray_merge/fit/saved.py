@@ -106,6 +106,8 @@ def _tied_copy(draft: Draft, tensor: StoredTensor, tied: str) -> None:
 def _is_table(draft: Draft, tensor: StoredTensor, module: str, leaf: str) -> bool:
     if leaf not in ("weight", "bias"):
         return False
+    if "bias" in module.rpartition(".")[2] and draft.adapter.settings.bias == "all":
+        return False  # T5's relative_attention_bias is an embedding, which bias: all trains by its name
     if leaf == "bias":  # of an output embedding that was saved whole
         return any(other.name == f"{module}.weight" and _is_table(draft, other, module, "weight")
                    for other in draft.adapter.saved)  # fmt: skip
@@ -124,6 +126,11 @@ def _replace(draft: Draft, tensor: StoredTensor, disk: str, *, announced: bool) 
             draft.heads.append(replace(tensor.entry, name=tensor.name))  # another number of labels: a head
             return
         _same_shape(draft, tensor, base)
+    if tensor.entry.dtype != base.dtype and not {tensor.entry.dtype, base.dtype} <= set(FLOATS):
+        raise AdapterError(
+            f"{draft.where}: {tensor.name} is stored as {tensor.entry.dtype}, but {base.name} as {base.dtype} in "
+            f"{draft.base_url}, which cannot hold its values"
+        )
     if disk in draft.replaced:
         raise AdapterError(
             f"{draft.where}: two saved tensors take the place of {disk}; save the adapter again"
@@ -156,6 +163,7 @@ def fit_tokens(draft: Draft) -> None:
             _tied_tokens(draft, module, entry, tied)
             continue
         slot = draft.one_slot(f"{module}.weight", "training of tokens")
+        draft.floats(slot.tensor, module)
         rows, columns = draft.shape(slot.tensor)
         chosen = _indices(indices, module)
         if chosen is None:

@@ -89,6 +89,8 @@ def skip_tied_twin(draft: Draft, module: StoredModule) -> bool:
         raise _refusal(draft, module.name, twin)
     for side, across in (("A", "embedding_B"), ("B", "embedding_A")):
         one, two = module.tensors[side], other.tensors[across]  # type: ignore[index]
+        if one.shape != tuple(reversed(two.shape)):
+            raise _refusal(draft, module.name, twin)
         why = (
             f"{draft.where}: {module.name}.lora_{side} is not the transpose of {other.name}.lora_{across}, though "
             "both are tied; write tied: untie"
@@ -112,6 +114,8 @@ def check_tied(draft: Draft) -> None:
         return
     changed = {site.tensor: draft.modules[name] for name, site in draft.sites.items() if site.layout != "raw"}
     changed |= {tensor: tensor for tensor in draft.replaced.keys() - draft.tables}
+    # An unknown class with tied weights: a saved `lm_head` is no head of its own, though no disk tensor is called so.
+    changed |= {head.name: head.name for head in draft.heads}
     tables = _tied_tables(draft, set(changed))
     for tensor in sorted(tables):
         raise _refusal(draft, changed[tensor], tables[tensor])
@@ -125,7 +129,7 @@ def _tied_tables(draft: Draft, tensors: set[str]) -> dict[str, str]:
     known = draft.names.architecture() if suspects else None
     if known is None:
         tied = suspects and draft.names.base.config.get(FLAG) and not draft.untied
-        return dict.fromkeys(suspects, "the head") if tied else {}
+        return {name: "the embedding" if "head" in name else "the head" for name in suspects} if tied else {}
     found = {}
     for name, twin in known.tied.items():
         tensor = next((slot.tensor for slot in known.slots.get(twin, ())), None)

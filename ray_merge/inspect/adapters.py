@@ -66,9 +66,7 @@ def inspect(
     measured = measure(accepted, {one.name: one.sites for one in found}, cache, stores)
     return Inspection(
         base=None if known is None else known.url,
-        adapters=tuple(
-            report(one, measured.sites.get(one.name, {}), with_base=known is not None) for one in found
-        ),
+        adapters=tuple(report(one, measured.sites.get(one.name, {})) for one in found),
         pairs=tuple(
             InspectedPair(first=pair[0], second=pair[1], total=total, sites=measured.pairs[pair])
             for pair, total in measured.totals.items()

@@ -138,14 +138,18 @@ class Found:
     warnings: list[str] = field(default_factory=list)
     refusal: str = ""
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether a base has said which weights its sites are."""
+        return any(site.tensor for site in self.sites.values())
 
-def report(found: Found, measured: Mapping[str, SiteNumbers], *, with_base: bool) -> InspectedAdapter:
+
+def report(found: Found, measured: Mapping[str, SiteNumbers]) -> InspectedAdapter:
     """All that is known of one adapter.
 
     Args:
         found: what was read of it.
         measured: its numbers by site; empty where it is refused.
-        with_base: whether it was to be fitted to a base.
     """
     stored = found.stored
     sites = [*measured.values(), *_untold(found)]
@@ -169,7 +173,7 @@ def report(found: Found, measured: Mapping[str, SiteNumbers], *, with_base: bool
         else {name: entry.shape[0] for name, entry in sorted(stored.tokens.items())},
         ignored={} if stored is None else dict(sorted((found.adapter or stored).ignored.items())),
         layouts=dict(sorted(Counter(site.layout for site in found.sites.values()).items())),
-        names=found.adapter.names if found.adapter is not None and with_base else "",
+        names=found.adapter.names if found.adapter is not None and found.is_fitted else "",
         norm=math.hypot(*(site.norm for site in told if site.norm is not None)) if told else None,
         spectral_norm=max((site.spectral_norm or 0.0 for site in told), default=None),
         effective_rank=_mean(effective),
@@ -222,6 +226,8 @@ def _notes(found: Found, sites: Sequence[SiteNumbers]) -> Iterator[str]:
         )
     for why, count in Counter(why for _, why in found.untold.values()).items():
         yield f"{count} module(s) hold {why}; they are listed as stored, and have numbers only with a base (--base)"
+    if settings.tied and not found.is_fitted:
+        yield "ensure_weight_tying: without a base, a table and the head that is tied to it count as two modules"
     beyond = sum(site.scale is not None and site.norm is None for site in sites)
     if beyond:
         yield f"{beyond} site(s) have no numbers: s B A is too large for float64"

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ray_merge.algebra.delta import Delta
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.errors import MethodError
 from ray_merge.methods.declare import Method
 from ray_merge.methods.kernels import merge_site
-from ray_merge.methods.registry import get
+from ray_merge.methods.registry import get, takes_dense
 from ray_merge.methods.resolve import at_site, resolve_parameters
 from ray_merge.spec import Factor
 
@@ -36,7 +37,7 @@ def merge_factors(
     Args:
         method: a merge method's name.
         factors: one per adapter: B (O, R_i), A (R_i, I) of any floating dtype, and its scale.
-        base: the base weight (O, I), only for methods that need it.
+        base: the base weight (O, I), only for methods that need it and for factors with a DoRA magnitude.
         moments: statistics of inputs, only for methods that need them.
         phi: learned coefficients, only for methods that need them.
         seed: of random masks; adapter i is called "i" there.
@@ -50,15 +51,39 @@ def merge_factors(
         MethodError: unknown method or parameter, or factors that cannot be merged.
     """
     declared = get(method)
-    inputs = _inputs(declared, {"base": base, "moments": moments, "phi": phi})
+    is_dora = any(isinstance(factor, Factor) and factor.magnitude is not None for factor in factors)
+    inputs = _inputs(declared, {"base": None if is_dora else base, "moments": moments, "phi": phi})
     names = tuple(str(index) for index in range(len(factors)))
     given = _as_recipe(declared, parameters, names)
     resolved = resolve_parameters(declared, given, names)
     _check_factors(factors)
+    if is_dora:
+        _check_dora(declared, resolved, factors, base)
     chosen = at_site(declared, resolved, names, site="")
-    return merge_site(
-        declared.name, SiteFactors(factors), chosen, names=names, site="", seed=seed, inputs=inputs
-    )
+    site = SiteFactors(factors, base if is_dora else None)
+    return merge_site(declared.name, site, chosen, names=names, site="", seed=seed, inputs=inputs)
+
+
+def _check_dora(
+    method: Method, parameters: Mapping[str, Any], factors: Sequence[Factor], base: Tensor | None
+) -> None:
+    """A DoRA delta is dense and made of its base weight."""
+    shape = (factors[0].B.shape[0], factors[0].A.shape[1])
+    if base is None or tuple(base.shape) != shape:
+        got = "none" if base is None else tuple(base.shape)
+        raise MethodError(f"a factor has a DoRA magnitude, which needs `base` of shape {shape}, got {got}")
+    if not takes_dense(method, parameters):
+        raise MethodError(
+            f"{method.name} works on factors, but a DoRA delta is dense; use a method with space: dense"
+        )
+    for index, factor in enumerate(factors):
+        if factor.magnitude is not None and tuple(factor.magnitude.shape) not in (
+            (shape[0], 1),
+            (1, shape[1]),
+        ):
+            raise MethodError(
+                f"factors[{index}].magnitude is {tuple(factor.magnitude.shape)}, expected {(shape[0], 1)} or {(1, shape[1])}"
+            )
 
 
 def _inputs(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:

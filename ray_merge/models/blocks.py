@@ -30,7 +30,7 @@ class Part:
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key that puts layer 2 before layer 10."""
     return tuple(
-        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part
+        (0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part
     )
 
 

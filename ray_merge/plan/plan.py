@@ -71,6 +71,11 @@ class Plan:
                 found.setdefault(tensor, (name, entry))
         return {tensor: owner for tensor, owner in found.items() if tensor not in heads}
 
+    def resized(self, adapter: Adapter) -> list[str]:
+        """Disk names of the tables that an adapter gives another number of rows."""
+        tensors = self.base.tensors
+        return sorted(name for name, entry in adapter.replaced.items() if entry.shape != tensors[name].shape)
+
     def tensors(self, merge: Merge, shard: Shard) -> tuple[OutTensor, ...]:
         """What `merge` writes into `shard`."""
         return with_replaced(shard.tensors, self.replaced(merge))

@@ -147,7 +147,10 @@ def read_adapter(
         file_version="" if info is None else info.version,
         pickled=file == PICKLE_FILE,
         unsloth=_mentions_unsloth(store, config),
-        side_files=tuple(item for path in TOKENIZER_FILES if (item := store.info(path)) is not None),
+        # A request each on object storage: only saved tensors can have changed the vocabulary.
+        side_files=tuple(
+            item for path in TOKENIZER_FILES if found.saved and (item := store.info(path)) is not None
+        ),
         initial=started,
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.errors import AdapterError, NotFinite
-from ray_merge.spec import Adapter, Factor, FactorEntry, Product, SavedEntry, Site, TensorEntry
+from ray_merge.spec import Adapter, Factor, FactorEntry, Product, SameValues, SavedEntry, Site, TensorEntry
 from ray_merge.storage.cache import CachedFile, NodeCache
 from ray_merge.storage.store import ObjectInfo, Stores
 from ray_merge.work.job import AdapterCheck
@@ -91,11 +91,7 @@ class AdapterFiles:
             if checked is not None:
                 self._check_finite(checked)
         for same in adapter.same:
-            one, other = (self.open(adapter).matrix(view).double() for view in (same.one, same.other))
-            if not torch.equal(one, other):
-                raise AdapterError(
-                    f"{same.why} (they differ by up to {float((one - other).abs().max()):.3g})"
-                )
+            self._check_same(adapter, same)
         tables = {
             tensor: self._digest(adapter, adapter.replaced[tensor]) for tensor in sorted(adapter.tables)
         }
@@ -107,14 +103,27 @@ class AdapterFiles:
         for entry in _entries(adapter):
             if entry.dtype not in TORCH_DTYPES:
                 continue
-            tensor = file.read(entry)
-            finite = torch.isfinite(tensor)
-            if not bool(finite.all()):
-                count = int(tensor.numel() - finite.sum())
+            count = sum(int((~torch.isfinite(piece)).sum()) for piece in file.pieces(entry))
+            if count:
                 raise NotFinite(adapter.name, entry.name, count, f"{adapter.url}/{adapter.file}")
 
+    def _check_same(self, adapter: Adapter, same: SameValues) -> None:
+        file = self.open(adapter)
+        if same.one.transpose or same.other.transpose:
+            pairs = iter([(file.matrix(same.one), file.matrix(same.other))])
+        else:
+            pairs = zip(file.pieces(same.one.entry), file.pieces(same.other.entry), strict=True)
+        for one, other in pairs:
+            if not torch.equal(one.double(), other.double()):
+                off = float((one.double() - other.double()).abs().max())
+                raise AdapterError(f"{same.why} (they differ by up to {off:.3g})")
+
     def _digest(self, adapter: Adapter, entry: TensorEntry) -> str:
-        return hashlib.sha256(to_bytes(self.open(adapter).read(entry).double())).hexdigest()
+        """sha256 of the values, whatever dtype they were saved in."""
+        digest = hashlib.sha256()
+        for piece in self.open(adapter).pieces(entry):
+            digest.update(to_bytes(piece.double()))
+        return digest.hexdigest()
 
     def site(self, names: Sequence[str], site: Site, base: Base) -> SiteFactors:
         """Updates of the adapters at one site, in order; rank 0 for an adapter that does not touch it.

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ray_merge.spec import TensorEntry, View
+from ray_merge.spec import DTYPE_BYTES, TensorEntry, View
 
 TORCH_DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 """The floating dtypes that updates are added to; all others are passed through as bytes."""
+
+PIECE_ELEMENTS = 2**21
+"""Elements looked at together: 16 MiB as float64."""
 
 
 def from_bytes(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -84,6 +88,14 @@ class TensorFile:
     def read(self, entry: TensorEntry) -> Tensor:
         """The whole tensor in its stored dtype."""
         return from_bytes(self.read_bytes(entry.start, entry.end), TORCH_DTYPES[entry.dtype], entry.shape)
+
+    def pieces(self, entry: TensorEntry) -> Iterator[Tensor]:
+        """The elements of a tensor in order, flat, some million at a time: a saved embedding table is gigabytes."""
+        step = PIECE_ELEMENTS * DTYPE_BYTES[entry.dtype]
+        for start in range(entry.start, entry.end, step):
+            end = min(start + step, entry.end)
+            n_items = (end - start) // DTYPE_BYTES[entry.dtype]
+            yield from_bytes(self.read_bytes(start, end), TORCH_DTYPES[entry.dtype], (n_items,))
 
     def matrix(self, view: View) -> Tensor:
         """The matrix that `view` makes of its tensor, in the stored dtype."""

@@ -29,6 +29,11 @@ GPT2 = {
     "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 8, "n_layer": 1, "n_head": 2,
     "vocab_size": 16, "n_positions": 8,
 }  # fmt: skip
+T5 = {
+    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 8, "d_kv": 4, "d_ff": 12,
+    "num_layers": 1, "num_heads": 2, "vocab_size": 16, "relative_attention_num_buckets": 4, "is_encoder_decoder": True,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 UNKNOWN = {"model_type": "of_no_library"}
 """A model class that transformers does not know: only names, prefixes and shapes can prove anything."""
 

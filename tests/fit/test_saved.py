@@ -1,6 +1,6 @@
 import pytest
 import torch
-from fit_cases import LLAMA, UNKNOWN, P, fit, random, refusal
+from fit_cases import LLAMA, T5, UNKNOWN, P, fit, random, refusal
 
 from ray_merge.errors import AdapterError
 from ray_merge.spec import SavedEntry
@@ -145,14 +145,14 @@ def test_a_table_of_another_width_is_refused(tmp_path):
     assert "is (16, 9), but" in refused(tmp_path, {f"{P}{TABLE}": torch.ones(16, 9)})
 
 
-@pytest.mark.parametrize("config", [LLAMA, UNKNOWN])
-def test_a_parameter_that_is_called_like_a_bias_but_is_a_table_is_merged(tmp_path, config):
-    # T5's relative_attention_bias is an nn.Embedding, which bias: all trains.
-    name = "encoder.relative_attention_bias.weight"
-    adapter = fitted(
-        tmp_path, {f"{P}{name}": torch.ones(4, 2)}, BASE | {name: torch.zeros(4, 2)}, config, bias="all"
-    )
-    assert isinstance(adapter.factors[name.removesuffix(".weight")], SavedEntry)
+def test_t5s_attention_bias_is_a_trained_bias_though_it_is_an_embedding(tmp_path):
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    name = f"{attention}.relative_attention_bias"
+    base = {f"{attention}.q.weight": torch.zeros(8, 8), f"{name}.weight": torch.zeros(4, 2)}
+    tensors = factors(f"{attention}.q") | {f"{P}{name}.weight": torch.ones(4, 2)}
+    _, adapter = fit(tmp_path, base, T5, tensors, {"bias": "all"})
+    assert isinstance(adapter.factors[name], SavedEntry)
+    assert adapter.replaced == {}
 
 
 ROWS = f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta"
@@ -208,3 +208,9 @@ def test_a_saved_module_of_another_kind_of_numbers_than_the_bases_is_refused(tmp
     base = BASE | {"model.norm.weight": torch.ones(HIDDEN, dtype=stored)}
     head = {f"{P}model.norm.weight": torch.ones(HIDDEN)}
     assert "model.norm.weight" in refused(tmp_path, head, base, modules_to_save=["norm"])
+
+
+def test_tokens_of_a_table_that_is_not_stored_as_floats_are_refused(tmp_path):
+    base = BASE | {TABLE: torch.ones(16, HIDDEN, dtype=torch.int8)}
+    message = refused(tmp_path, {ROWS: torch.ones(1, HIDDEN)}, base, trainable_token_indices=[1])
+    assert f"base weight {TABLE} is stored as I8, not as floats" in message

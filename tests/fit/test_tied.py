@@ -1,6 +1,6 @@
 import pytest
 import torch
-from fit_cases import LLAMA, TIED_LLAMA, UNKNOWN, P, fit, inputs, pair, random, refusal
+from fit_cases import LLAMA, T5, TIED_LLAMA, UNKNOWN, P, fit, inputs, pair, random, refusal
 
 from ray_merge.errors import AdapterError, CheckpointError
 from ray_merge.fit import fit_adapters
@@ -134,12 +134,8 @@ def test_trained_tokens_of_a_tied_table_are_written_once(tmp_path):
 
 
 def test_a_tied_encoder_decoder_cannot_be_untied(tmp_path):
-    config = {
-        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 8, "d_kv": 4, "d_ff": 12,
-        "num_layers": 1, "num_heads": 2, "vocab_size": 16, "is_encoder_decoder": True, "tie_word_embeddings": True,
-    }  # fmt: skip
     q = "encoder.block.0.layer.0.SelfAttention.q"
     base = random({"shared.weight": (16, 8), f"{q}.weight": (8, 8)})
-    given = inputs(tmp_path, base, config, {"a": (factors(q), {})}, tied="untie")
+    given = inputs(tmp_path, base, T5, {"a": (factors(q), {})}, tied="untie")
     message = refusal(CheckpointError, fit_adapters, *given)
     assert "remove tied: untie" in message

@@ -133,7 +133,7 @@ class Batch:
         self.by_mutation[f"{mutation.partition('+')[0]} {outcome}"] += 1
         if outcome == "refused":
             self.reasons[_reason(detail)] += 1
-        elif outcome != "merged":
+        elif outcome not in ("merged", "not finite"):
             finding = {"seed": seed, "mutation": mutation, "outcome": outcome, "detail": detail[-3000:]}
             self.findings.append(finding)
             print(json.dumps(finding), flush=True)
@@ -166,6 +166,10 @@ class Batch:
 
     def _refusal(self, error: Any, written: list[str]) -> tuple[str, str]:
         sentence = str(error)
+        if error.exit_code == 1 and "is not finite after the merge" in sentence:
+            # DESIGN 6: numbers of a result can only be seen when it is there, and then nothing vouches for it.
+            manifests = [*(self.root / "in").rglob("MANIFEST.json")]
+            return ("manifest of a failed run", str(manifests)) if manifests else ("not finite", sentence)
         if error.exit_code != 2:
             return (
                 f"exit code {error.exit_code}",

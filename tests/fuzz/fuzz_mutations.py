@@ -541,15 +541,15 @@ def header_large(rng: random.Random, inputs: Inputs) -> None:
         inputs.files[path] = Sparse((2**40).to_bytes(8, "little"), 2**41)
     elif kind == 5:
         inputs.files[path] = file_of(b'{"a' + b"x" * 20_000_000 + b'":{}}', b"")
-    else:  # a head of 3 GB that is a hole
+    else:  # a head of 1.2 GB that is a hole
         tensors = adapter_tensors(MODULES[0])
         header = header_of(tensors)
         position = sum(len(data) for _, _, data in tensors.values())
         header[f"{PREFIX}classifier.weight"] = {
-            "dtype": "F32", "shape": [3, 250_000_000], "data_offsets": [position, position + 3_000_000_000],
+            "dtype": "F32", "shape": [3, 100_000_000], "data_offsets": [position, position + 1_200_000_000],
         }  # fmt: skip
         start = file_of(header, b"".join(data for _, _, data in tensors.values()))
-        inputs.files[WEIGHTS] = Sparse(start, len(start) + 3_000_000_000)
+        inputs.files[WEIGHTS] = Sparse(start, len(start) + 1_200_000_000)
         inputs.files[CONFIG] = json.dumps({**ADAPTER_CONFIG, "modules_to_save": ["classifier"]}).encode()
 
 
@@ -611,6 +611,61 @@ def base_config(rng: random.Random, inputs: Inputs) -> None:
         inputs.recipe["merges"][0]["export"] = "both"
     if rng.random() < 0.1:
         inputs.recipe["base_numerics"] = "dequantise"
+
+
+def model_class(rng: random.Random, inputs: Inputs) -> None:
+    """Names that fit only if a class of transformers is built from config.json, and what that says of its size."""
+    config: dict[str, Any] = dict(BASE_CONFIG)
+    huge = [10**3, 10**6, 10**9, 2**40, 10**18, 0, -1, 1.5, "8"]
+    for _ in range(rng.choice([1, 1, 2])):
+        key = rng.choice(
+            [
+                "num_hidden_layers", "num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size",
+                "num_attention_heads", "num_key_value_heads", "head_dim", "num_local_experts",
+                "max_position_embeddings",
+                "pad_token_id", "num_labels", "n_layer",
+            ]
+        )  # fmt: skip
+        config[key] = rng.choice(huge)
+    if rng.random() < 0.5:
+        config["model_type"] = rng.choice(
+            [
+                "mixtral",
+                "bert",
+                "gpt2",
+                "t5",
+                "nosuch",
+                "",
+                "__class__",
+                "../llama",
+                "gpt_oss",
+                "vit",
+                "whisper",
+                "x" * 5000,
+            ]
+        )
+    if rng.random() < 0.5:
+        config["architectures"] = rng.choice(
+            [["BertModel"], ["MixtralForCausalLM"], ["PreTrainedModel"], ["AutoModel"], ["Trainer"], ["pipeline"],
+             ["os"],
+             ["__file__"], [""], [], ["x" * 5000], ["LlamaForCausalLM", "BertModel"], ["T5ForConditionalGeneration"]]
+        )  # fmt: skip
+    if rng.random() < 0.2:
+        config["auto_map"] = {"AutoModelForCausalLM": "evil.py--Evil", "AutoConfig": "http://x/y"}
+    inputs.files["base/config.json"] = json.dumps(config).encode()
+    module = rng.choice(
+        [f"model.{MODULES[0]}", "nosuch.q_proj", MODULES[0].removeprefix("model."), "lm_head", MODULES[0]]
+    )
+    inputs.files[WEIGHTS] = safetensors(
+        {name.replace(MODULES[0], module): tensor for name, tensor in adapter_tensors(MODULES[0]).items()}
+    )
+    if rng.random() < 0.3:
+        auto = rng.choice(
+            [{"base_model_class": name} for name in ("LlamaModel", "BertModel", "os", "Trainer", 3)] + [[], 3]
+        )
+        inputs.files[CONFIG] = json.dumps({**ADAPTER_CONFIG, "auto_mapping": auto}).encode()
+    if rng.random() < 0.2:
+        inputs.recipe["tied"] = "untie"
 
 
 def base_index(rng: random.Random, inputs: Inputs) -> None:
@@ -899,7 +954,8 @@ MUTATIONS: list[tuple[Mutation, int]] = [
     (config_values, 26), (config_bytes, 10), (config_patterns, 10), (adapter_names, 22), (adapter_shapes, 16),
     (adapter_numbers, 4), (adapter_header, 26), (adapter_bytes, 14), (base_header, 12), (base_bytes, 6),
     (base_names, 8),
-    (base_config, 14), (base_index, 8), (special_files, 12), (special_folders, 5), (pickles, 6), (recipe_values, 12),
+    (base_config, 14), (base_index, 8), (model_class, 10), (special_files, 12), (special_folders, 5), (pickles, 6),
+    (recipe_values, 12),
     (recipe_text, 5),
 ]  # fmt: skip
 """Mutations and their shares. The two that write many megabytes come once in a hundred cases, see `case_of`."""

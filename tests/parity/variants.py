@@ -36,6 +36,7 @@ class Variant:
         initial: keep the adapter as it was before training in `initial_folder`.
         convert: save with path_initial_model_for_weight_conversion (needs `initial`).
         pickle: save adapter_model.bin in place of safetensors.
+        tables: save with save_embedding_layers=True.
         prepare: called with (model, config, inputs) before PEFT wraps the model.
         after: called with (peft model, inputs) right after PEFT wrapped it.
         edit: rewrites names and layout of the saved tensors and their config; the meaning stays.
@@ -49,6 +50,7 @@ class Variant:
     initial: bool = False
     convert: bool = False
     pickle: bool = False
+    tables: bool = False
     prepare: Callable[[nn.Module, Any, dict[str, Tensor]], None] | None = None
     after: Callable[[nn.Module, dict[str, Tensor]], None] | None = None
     edit: Edit | None = None
@@ -96,7 +98,10 @@ def train(tiny: TinyModel, base: Path, folder: Path, variant: Variant, seed: int
         move(live, seed, variant.out_of_reach)
         initial = str(initial_folder(folder)) if variant.convert else None
         live.save_pretrained(
-            folder, safe_serialization=not variant.pickle, path_initial_model_for_weight_conversion=initial
+            folder,
+            safe_serialization=not variant.pickle,
+            save_embedding_layers=variant.tables or "auto",
+            path_initial_model_for_weight_conversion=initial,
         )
         if variant.edit is not None:
             tensors = load_file(folder / WEIGHTS)
