@@ -26,10 +26,24 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+MAX_SENTENCE = 2000
+"""Characters of a message."""
+
+
+def sentence(text: str) -> str:
+    """A message on one line, without control characters and of bounded length, whatever names hostile files have."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return text if len(text) <= MAX_SENTENCE else f"{text[:1200]} ... {text[-600:]}"
+
+
 class RayMergeError(Exception):
     """Base of every error that this package raises on purpose; `str(error)` is one sentence for a person."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return sentence(super().__str__())
 
 
 class Refusal(RayMergeError):
@@ -56,7 +70,7 @@ class AdapterShapeError(AdapterError):
 
     def __str__(self) -> str:
         site, tensor, got, want, source, base = self.args
-        return (
+        return sentence(
             f"{site}: {tensor} is {tuple(got)} in {source}, but {want} ({base}); "
             "the adapter was trained on another base model"
         )
@@ -82,7 +96,9 @@ class StoreDenied(Refusal):
 
     def __str__(self) -> str:
         url, action, answer = self.args
-        return f"{action} {url} was refused: {answer}; check the URL, the credentials and their rights"
+        return sentence(
+            f"{action} {url} was refused: {answer}; check the URL, the credentials and their rights"
+        )
 
 
 class StoreUnfit(Refusal):
@@ -93,7 +109,7 @@ class StoreUnfit(Refusal):
 
     def __str__(self) -> str:
         url, reason = self.args
-        return f"{url} cannot publish exactly once ({reason}); use a store with conditional writes"
+        return sentence(f"{url} cannot publish exactly once ({reason}); use a store with conditional writes")
 
 
 class NotFinite(Refusal):
@@ -104,7 +120,7 @@ class NotFinite(Refusal):
 
     def __str__(self) -> str:
         adapter, tensor, count, source = self.args
-        return (
+        return sentence(
             f"adapter {adapter}: {tensor} holds {count} NaN or Inf values ({source}); train or save it again"
         )
 
@@ -121,7 +137,7 @@ class UnitFailed(RunFailed):
 
     def __str__(self) -> str:
         unit, attempts, reason = self.args
-        return f"unit {unit} failed after {attempts} attempt(s): {reason}"
+        return sentence(f"unit {unit} failed after {attempts} attempt(s): {reason}")
 
 
 class ShardConflict(RunFailed):
@@ -132,7 +148,7 @@ class ShardConflict(RunFailed):
 
     def __str__(self) -> str:
         url, there, ours = self.args
-        return (
+        return sentence(
             f"{url} is there already with {there}, this run made {ours}; "
             "remove that merge's folder and run again, or choose another output"
         )
@@ -146,7 +162,7 @@ class StoreError(RunFailed):
 
     def __str__(self) -> str:
         url, action, tries, cause = self.args
-        return f"{action} {url} failed after {tries} {'try' if tries == 1 else 'tries'}: {cause}"
+        return sentence(f"{action} {url} failed after {tries} {'try' if tries == 1 else 'tries'}: {cause}")
 
 
 __all__ = [
@@ -165,5 +181,4 @@ __all__ = [
     "StoreError",
     "StoreUnfit",
     "UnitFailed",
-    "shown",
 ]

@@ -162,10 +162,15 @@ def flat(tensors):
     tensors[f"base_model.model.{Q0}.lora_A.weight"] = torch.ones(2)
 
 
+def no_rows(tensors):
+    tensors[f"base_model.model.{EMBEDDING}.token_adapter.trainable_tokens_delta"] = torch.tensor(1.0)
+
+
 REFUSALS = {
     "NaN": ({}, nan, "lora_B.weight holds 1 NaN or Inf values"),
     "uneven ranks": ({}, uneven, "lora_A has rank 2 but lora_B has rank 5"),
     "a vector": ({}, flat, "no factors of any layer"),
+    "tokens without rows": ({"trainable_token_indices": [0]}, no_rows, "trained tokens of shape ()"),
     "another rank than the config's": ({"r": 4}, None, "have rank 2 but adapter_config.json says 4"),
     "another PEFT type": ({"peft_type": "LOHA"}, None, "peft_type is 'LOHA'"),
     "an unknown setting": ({"use_magic": True}, None, "use_magic"),

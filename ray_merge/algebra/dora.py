@@ -23,8 +23,8 @@ def dora_gain(base_OI: Tensor, left_OR: Tensor, right_RI: Tensor, magnitude: Ten
         magnitude: (O, 1) of rows or (1, I) of columns.
 
     Returns:
-        In the shape of `magnitude` and the dtype of `left_OR`. A row or column that is zero gives Inf or NaN, as it
-        does in PEFT; the worker then refuses the result.
+        In the shape of `magnitude`, float64. A row or column that is zero gives Inf or NaN, as it does in PEFT; the
+        worker then refuses the result.
     """
     shape = (base_OI.shape[0], base_OI.shape[1])
     of_rows = magnitude.shape[1] == 1 and magnitude.shape[0] == shape[0]
@@ -36,13 +36,16 @@ def dora_gain(base_OI: Tensor, left_OR: Tensor, right_RI: Tensor, magnitude: Ten
             squares[start:stop] = squared_NI.sum(dim=1, keepdim=True)
         else:
             squares += squared_NI.sum(dim=0, keepdim=True)
-    return (magnitude.double() / squares.sqrt()).to(left_OR.dtype)
+    return magnitude.double() / squares.sqrt()
 
 
 def dora_rows(base_OI: Tensor, left_OR: Tensor, right_RI: Tensor, gain: Tensor, index: int) -> Tensor:
-    """Rows of chunk `index` of the delta: (gain - 1) W + gain B A, which keeps the digits that W would cancel."""
+    """Rows of chunk `index` of the delta: (gain - 1) W + gain B A, which keeps the digits that W would cancel.
+
+    The gain is near 1, so it is rounded to the dtype of `left_OR` only after 1 is taken from it.
+    """
     step = chunk_rows(base_OI.shape[1])
     rows = slice(index * step, (index + 1) * step)
     base_NI = base_OI[rows].to(left_OR.dtype)
     own = gain[rows] if gain.shape[1] == 1 and gain.shape[0] == base_OI.shape[0] else gain
-    return (own - 1) * base_NI + own * (left_OR[rows] @ right_RI)
+    return (own - 1).to(base_NI.dtype) * base_NI + own.to(base_NI.dtype) * (left_OR[rows] @ right_RI)

@@ -48,9 +48,8 @@ class SiteFactors:
         self.magnitudes: tuple[Tensor | None, ...] = tuple(factor.magnitude for factor in factors)
         self._base = base
         if self.is_dense and (base is None or tuple(base.shape) != self.shape):
-            raise ValueError(
-                f"DoRA at a site of {self.shape} needs its base weight, got {base and tuple(base.shape)}"
-            )
+            got = None if base is None else tuple(base.shape)
+            raise ValueError(f"DoRA at a site of {self.shape} needs its base weight, got {got}")
 
     def __len__(self) -> int:
         return len(self.B)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from ray_merge.errors import AdapterError
 from ray_merge.fit.draft import Draft
 from ray_merge.fit.experts import fit_experts, is_expert_module
-from ray_merge.fit.modules import check_orientation, fit_module
+from ray_merge.fit.modules import check_orientation, fit_module, is_idle
 from ray_merge.fit.resolver import Architectures, Resolver, mapped
-from ray_merge.fit.saved import fit_saved, fit_tokens
+from ray_merge.fit.saved import check_vocabulary, fit_saved, fit_tokens
 from ray_merge.fit.tied import check_tied, follow_tables, skip_tied_twin, untied
 from ray_merge.recipe import Recipe
 from ray_merge.spec import Adapter, Site
@@ -80,12 +80,16 @@ def _fit(draft: Draft, layout: str) -> None:
                 f"{draft.where}: {module.name} has factors around other factors, as PEFT saves target_parameters, but "
                 f"{CONFIG_FILE} names none; save the adapter again"
             )
+        elif is_idle(draft, module):
+            why = "PEFT never applies LoRA on the out_proj of a MultiheadAttention by itself"
+            draft.ignored |= {entry.name: why for entry in module.tensors.values()}
         elif not skip_tied_twin(draft, module):
             if started and (draft.adapter.settings.dora or "B.bias" in module.tensors):
                 raise _unsupported_start(draft, module)
             fit_module(draft, module, started.get(module.name))
     fit_tokens(draft)
     follow_tables(draft)
+    check_vocabulary(draft)
     check_tied(draft)
     check_orientation(draft)
     _check_patterns(draft.adapter.settings, draft)

@@ -47,13 +47,18 @@ def stand_alone(stored: StoredAdapter) -> Alone:
             adapter that training started from.
     """
     initial_modules(stored)
+    for name, entry in stored.tokens.items():
+        if len(entry.shape) != 2:
+            raise AdapterError(
+                f"{stored.where}: {name} has trained tokens of shape {entry.shape}, expected rows"
+            )
     sites: dict[str, Site] = {}
     factors: dict[str, FactorEntry] = {}
     untold: dict[str, tuple[int, str]] = {}
     others: list[TensorEntry] = [replace(tensor.entry, name=tensor.name) for tensor in stored.saved]
     for module in stored.modules:
         name = module.name + ".base_layer" * module.depth
-        A, B, layout = _pair(module)
+        A, B, layout = _pair(stored, module)
         why = _why_untold(stored, module)
         if why:
             untold[name] = (A.shape[0], why)
@@ -64,11 +69,14 @@ def stand_alone(stored: StoredAdapter) -> Alone:
     return Alone(_adapter(stored, factors, others), sites, untold)
 
 
-def _pair(module: StoredModule) -> tuple[TensorEntry, TensorEntry, Layout]:
-    tensors = module.tensors
-    if "embedding_A" in tensors:
-        return tensors["embedding_A"], tensors["embedding_B"], "embedding"
-    return tensors["A"], tensors["B"], "conv" if len(tensors["A"].shape) > 2 else "linear"
+def _pair(stored: StoredAdapter, module: StoredModule) -> tuple[TensorEntry, TensorEntry, Layout]:
+    is_embedding = "embedding_A" in module.tensors
+    A, B = (module.tensors[role] for role in (("embedding_A", "embedding_B") if is_embedding else ("A", "B")))
+    if len(A.shape) < 2 or len(B.shape) != len(A.shape) or (is_embedding and len(A.shape) > 2):
+        raise AdapterError(
+            f"{stored.where}: {module.name}: lora_A is {A.shape} and lora_B is {B.shape}: no factors of any layer"
+        )
+    return A, B, "embedding" if is_embedding else "conv" if len(A.shape) > 2 else "linear"
 
 
 def _why_untold(stored: StoredAdapter, module: StoredModule) -> str:
@@ -84,10 +92,6 @@ def _why_untold(stored: StoredAdapter, module: StoredModule) -> str:
 def _site(
     stored: StoredAdapter, name: str, A: TensorEntry, B: TensorEntry, layout: Layout
 ) -> tuple[Site, FactorEntry]:
-    if len(A.shape) < 2 or len(B.shape) != len(A.shape):
-        raise AdapterError(
-            f"{stored.where}: {name}: lora_A is {A.shape} and lora_B is {B.shape}: no factors of any layer"
-        )
     rank, columns, rows = A.shape[0], math.prod(A.shape[1:]), B.shape[0]
     scale = scale_of(stored, name, rank, math.prod(B.shape[1:]))
     scale *= TWICE if in_attention(stored, name) else 1.0

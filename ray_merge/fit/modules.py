@@ -41,6 +41,11 @@ def fit_module(draft: Draft, module: StoredModule, initial: StoredModule | None)
     products = [_product(draft, module, layout, shape, slot)]
     if initial is not None:
         products.append(_taken_away(draft, module, initial, layout, shape, slot))
+        if products[1].rank != products[0].rank:
+            raise AdapterError(
+                f"{draft.where}: {module.name} has rank {products[0].rank}, but the initial adapter has rank "
+                f"{products[1].rank} there; it is not the one that this training started from"
+            )
     magnitude = _magnitude(draft, module, layout, site.shape)
     if in_attention(draft.adapter, module.name):
         # MultiheadAttention.merge, which its forward calls too, adds s B A by hand and then lets out_proj add it.
@@ -48,6 +53,17 @@ def fit_module(draft: Draft, module: StoredModule, initial: StoredModule | None)
     draft.add(site, module.name, FactorEntry(tuple(products), len(products) - 1, magnitude))
     if "B.bias" in module.tensors:
         _add_bias(draft, module, layout)
+
+
+def is_idle(draft: Draft, module: StoredModule) -> bool:
+    """Whether PEFT never applies these factors: out_proj of a MultiheadAttention that is not adapted itself.
+
+    `all-linear` targets it, but the attention reads out_proj's weight and never calls it; in training B stays 0.
+    """
+    parent, _, leaf = module.name.rpartition(".")
+    if leaf != "out_proj" or in_attention(draft.adapter, module.name):
+        return False
+    return bool(draft.names.slots(f"{parent}.in_proj_weight"))
 
 
 def _linear_slot(draft: Draft, module: StoredModule) -> tuple[Slot, Layout]:
@@ -69,6 +85,8 @@ def _linear_slot(draft: Draft, module: StoredModule) -> tuple[Slot, Layout]:
 def _is_conv1d(draft: Draft, module: StoredModule, shape: tuple[int, ...]) -> bool:
     """Whether the weight is stored (in, out): the module's type decides, then the shapes, then the flag."""
     A, B = module.tensors["A"].shape, module.tensors["B"].shape
+    if not A or not B:
+        return False  # scalars: check_dimensions refuses them
     blocks = max(1, draft.adapter.settings.blocks)
     straight = shape[0] in (B[0], B[0] * blocks) and shape[1] in (A[-1], A[-1] * blocks)
     turned = shape[1] in (B[0], B[0] * blocks) and shape[0] in (A[-1], A[-1] * blocks)

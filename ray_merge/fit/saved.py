@@ -142,6 +142,26 @@ def _replace(draft: Draft, tensor: StoredTensor, disk: str, *, announced: bool) 
         draft.heads.append(replace(tensor.entry, name=tensor.name))
 
 
+def check_vocabulary(draft: Draft) -> None:
+    """Refuse a resized table whose counterpart PEFT did not save: its new rows exist nowhere.
+
+    Raises:
+        AdapterError: the input and output embeddings would have different numbers of rows.
+    """
+    base = draft.names.base.tensors
+    grown = {name: entry for name, entry in draft.replaced.items() if entry.shape != base[name].shape}
+    for name, entry in grown.items():
+        for other in base.values():
+            module = other.name.removesuffix(".weight").rpartition(".")[2]
+            is_table = module in TABLE_NAMES and other.shape == base[name].shape
+            if is_table and draft.shape(other.name)[0] != entry.shape[0]:
+                raise AdapterError(
+                    f"{draft.where}: {name} was resized to {entry.shape[0]} rows, but {other.name} was not saved and has "
+                    f"{draft.shape(other.name)[0]}: its new rows are lost; save the adapter again with "
+                    "save_embedding_layers=True and both embeddings targeted or none"
+                )
+
+
 def _same_shape(draft: Draft, tensor: StoredTensor, base: TensorEntry) -> None:
     if tensor.entry.shape != base.shape:
         raise AdapterError(

@@ -97,6 +97,9 @@ def skip_tied_twin(draft: Draft, module: StoredModule) -> bool:
         )
         same = SameValues(View(one, one.shape), View(two, two.shape, transpose=True), why)
         draft.same.append(same)
+    if "magnitude" in module.tensors:
+        # One norm of rows and one of columns: no single table has both.
+        raise _refusal(draft, f"{module.name} (DoRA)", twin)
     for entry in module.tensors.values():
         draft.ignored[entry.name] = (
             f"equal to the factors of {other.name}, to which the base ties {module.name}"

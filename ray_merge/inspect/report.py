@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from ray_merge.inspect.measure import PairNumbers, SiteNumbers
@@ -23,9 +24,8 @@ VARIANTS: Mapping[str, str] = {
 """Keys of adapter_config.json that are worth a word when set."""
 
 MAX_TEXT = 200
-
 HUGE = 1e18
-"""No alpha is; a config may hold whole numbers that no float can."""
+"""No alpha is; JSON has whole numbers that no float can hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,9 +168,7 @@ def report(found: Found, measured: Mapping[str, SiteNumbers]) -> InspectedAdapte
         alphas=_alphas(found.config),
         scales=_ascending(site.scale for site in sites if site.scale is not None),
         saved=() if stored is None else tuple(tensor.name for tensor in stored.saved),
-        tokens={}
-        if stored is None
-        else {name: entry.shape[0] for name, entry in sorted(stored.tokens.items())},
+        tokens=_tokens(stored),
         ignored={} if stored is None else dict(sorted((found.adapter or stored).ignored.items())),
         layouts=dict(sorted(Counter(site.layout for site in found.sites.values()).items())),
         names=found.adapter.names if found.adapter is not None and found.is_fitted else "",
@@ -188,6 +186,11 @@ def _untold(found: Found) -> list[SiteNumbers]:
     if found.refusal:
         return []
     return [SiteNumbers(site=name, layout="", rank=rank) for name, (rank, _) in found.untold.items()]
+
+
+def _tokens(stored: StoredAdapter | None) -> dict[str, int]:
+    tokens = {} if stored is None else stored.tokens
+    return {name: entry.shape[0] if entry.shape else 0 for name, entry in sorted(tokens.items())}
 
 
 def _stored_ranks(stored: StoredAdapter | None) -> tuple[int, ...]:
@@ -220,10 +223,7 @@ def _notes(found: Found, sites: Sequence[SiteNumbers]) -> Iterator[str]:
         return
     settings = found.stored.settings
     if settings.dora:
-        yield (
-            "DoRA: the numbers are of the low-rank part s B A; with the magnitude the delta is dense and depends on "
-            "the base weight"
-        )
+        yield "DoRA: numbers of the low-rank part s B A; with its magnitude the delta is dense and depends on the base"
     for why, count in Counter(why for _, why in found.untold.values()).items():
         yield f"{count} module(s) hold {why}; they are listed as stored, and have numbers only with a base (--base)"
     if settings.tied and not found.is_fitted:
@@ -246,4 +246,4 @@ def _ascending(values: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
+    return fmean(values) if values else None

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from ray_merge.errors import RecipeError
+from ray_merge.errors import RecipeError, shown
 from ray_merge.recipe.source import MAX_RECIPE_BYTES, Source, nearest, parse_yaml, plain_data
 from ray_merge.spec import FLOAT_DTYPES, Export
 
@@ -38,13 +38,13 @@ assert set(FLOAT_DTYPES) == {"float16", "bfloat16", "float32", "float64"}
 def parse_size(value: Any) -> int:
     """Bytes of a size such as `5GB` (10^9), `5GiB` (2^30), `5B` or a plain number of bytes."""
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"{value!r} is no size; write for example 1GB or 512MiB")  # noqa: TRY004 (pydantic's)
+        raise ValueError(f"{shown(value)} is no size; write for example 1GB or 512MiB")  # noqa: TRY004 (pydantic's)
     match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", str(value))
     if match is None or match[2].upper() not in UNITS:
-        raise ValueError(f"{value!r} is no size; write for example 1GB or 512MiB")
+        raise ValueError(f"{shown(value)} is no size; write for example 1GB or 512MiB")
     size = int(Fraction(match[1]) * UNITS[match[2].upper()])
     if size < 1:
-        raise ValueError(f"{value!r} is no size: it must be at least one byte")
+        raise ValueError(f"{shown(value)} is no size: it must be at least one byte")
     return size
 
 
@@ -54,11 +54,11 @@ def check_name(value: Any) -> str:
     A leading dot is refused too: `.ray_merge` is where state lies, `.tmp-` marks unfinished files.
     """
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"{value!r} is no name; write it in quotes")  # noqa: TRY004 (pydantic's)
+        raise ValueError(f"{shown(value)} is no name; write it in quotes")  # noqa: TRY004 (pydantic's)
     text = str(value)
     if not re.fullmatch(NAME_PATTERN, text) or "__" in text or text.startswith("."):
         raise ValueError(
-            f"{text!r} is no usable name: use up to 64 of A-Z a-z 0-9 . _ - with no '__' and no dot in front"
+            f"{shown(text)} is no usable name: use up to 64 of A-Z a-z 0-9 . _ - with no '__' and no dot in front"
         )
     return text
 
@@ -83,7 +83,9 @@ def _check_mapping(value: Any) -> Any:
             re.compile(str(pattern))
             re.sub(f"(?:{pattern})|", str(replacement), "")
         except (re.error, IndexError) as error:
-            raise ValueError(f"{pattern!r}: {replacement!r} is no rule for names ({error})") from error
+            raise ValueError(
+                f"{shown(pattern)}: {shown(replacement)} is no rule for names ({error})"
+            ) from error
     return value
 
 
@@ -220,10 +222,15 @@ def load_recipe(recipe: str | Path | dict[str, Any], text: str | None = None) ->
     else:
         if text is None:
             try:
+                if Path(recipe).exists() and not Path(recipe).is_file():
+                    # A pipe without a writer would be waited for without end.
+                    raise RecipeError(f"cannot read recipe {recipe}: it is no file")
                 with Path(recipe).open(encoding="utf-8") as file:
                     text = file.read(MAX_RECIPE_BYTES + 1)  # a checkpoint given by mistake is not read whole
-            except (OSError, UnicodeDecodeError) as error:
-                reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            except UnicodeDecodeError as error:
+                raise RecipeError(f"cannot read recipe {recipe}: not UTF-8 text") from error
+            except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+                reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
                 raise RecipeError(f"cannot read recipe {recipe}: {reason}") from error
         source = parse_yaml(text, str(recipe))
     if not isinstance(source.value, dict):
@@ -249,7 +256,7 @@ def _describe(error: ValidationError, source: Source) -> str:
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = sorted(_known_keys(path[:-1]))
-        return f"{source.where(path)}: unknown key {path[-1]!r}{nearest(str(path[-1]), known)}{more}"
+        return f"{source.where(path)}: unknown key {shown(path[-1])}{nearest(str(path[-1]), known)}{more}"
     if first["type"] == "missing":
         return f"{source.where(path[:-1])}: {_dotted(path)} is missing{more}"
     message = first["msg"].removeprefix("Value error, ")

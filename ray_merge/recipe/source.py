@@ -18,7 +18,7 @@ import yaml
 from yaml.constructor import ConstructorError
 from yaml.reader import ReaderError
 
-from ray_merge.errors import RecipeError
+from ray_merge.errors import RecipeError, shown
 
 MAX_RECIPE_BYTES = 4_000_000
 """A recipe of 1,000 adapters and 200 merges is some 100 kB; more is a wrong file or an attack."""
@@ -125,7 +125,9 @@ def parse_yaml(text: str, name: str) -> Source:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{name}:{line}: not valid YAML ({error.problem or error.context})") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except RecursionError as error:
+        raise RecipeError(f"{name}: not valid YAML (nested too deeply)") from error
+    except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not valid YAML ({error})") from error
     return Source(name, value, lines)
 
@@ -135,14 +137,18 @@ def _collect(node: yaml.Node, path: Path, lines: dict[Path, int], name: str) -> 
     if len(lines) > MAX_VALUES:
         raise RecipeError(f"{name}: more than {MAX_VALUES} values with its aliases unfolded: not a recipe")
     if node.tag not in _TAGS:
-        raise RecipeError(f"{name}:{node.start_mark.line + 1}: tag {node.tag!r} has no place in a recipe")
+        raise RecipeError(
+            f"{name}:{node.start_mark.line + 1}: tag {shown(node.tag)} has no place in a recipe"
+        )
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             key = str(key_node.value)
             here = (*path, key)
             if here in lines:
                 line = key_node.start_mark.line + 1
-                raise RecipeError(f"{name}:{line}: key {key!r} stands twice (first on line {lines[here]})")
+                raise RecipeError(
+                    f"{name}:{line}: key {shown(key)} stands twice (first on line {lines[here]})"
+                )
             lines[here] = key_node.start_mark.line + 1
             _collect(value_node, here, lines, name)
     elif isinstance(node, yaml.SequenceNode):
@@ -160,7 +166,7 @@ def plain_data(recipe: Mapping[str, Any]) -> Any:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """`; did you mean 'x'?` for the nearest known word, else the list of what is known."""
-    match = get_close_matches(word, known, n=1, cutoff=0.6)
+    match = get_close_matches(word[:100], known, n=1, cutoff=0.6)
     if match:
         return f"; did you mean {match[0]!r}?"
     more = ", ..." if len(known) > MAX_NAMES_SHOWN else ""

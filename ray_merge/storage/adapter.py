@@ -212,6 +212,10 @@ def _place(key: str, entry: TensorEntry, name: Name, found: _Sorted, where: str)
         if before is not None:
             # PEFT with bias: all saves the bias of a module of modules_to_save under two names.
             why = f"{key!r} and {before.name!r} are two values of one parameter"
+            if before.entry.shape != entry.shape or not {before.entry.dtype, entry.dtype} <= set(FLOATS):
+                raise AdapterError(
+                    f"{where}: {why}, of different shapes or no floats; save the adapter again"
+                )
             found.same.append(SameValues(_flat(entry), _flat(before.entry), f"{where}: {why}"))
         else:
             found.saved[name.module] = StoredTensor(name.module, entry, name.wrapped)

@@ -87,9 +87,9 @@ class AdapterFiles:
             AdapterError: two tensors that must be equal are not.
         """
         adapter = self._adapters[name]
-        for checked in (adapter, adapter.initial):
-            if checked is not None:
-                self._check_finite(checked)
+        self._check_finite(adapter, _entries(adapter))
+        if adapter.initial is not None:
+            self._check_finite(adapter.initial, _initial_entries(adapter))
         for same in adapter.same:
             self._check_same(adapter, same)
         tables = {
@@ -98,9 +98,9 @@ class AdapterFiles:
         cached = self.fetch(adapter)
         return AdapterCheck(name, cached.sha256, adapter.file_bytes, len(_entries(adapter)), tables)
 
-    def _check_finite(self, adapter: Adapter) -> None:
+    def _check_finite(self, adapter: Adapter, entries: Sequence[TensorEntry]) -> None:
         file = self.open(adapter)
-        for entry in _entries(adapter):
+        for entry in entries:
             if entry.dtype not in TORCH_DTYPES:
                 continue
             count = sum(int((~torch.isfinite(piece)).sum()) for piece in file.pieces(entry))
@@ -193,6 +193,18 @@ def _entries(adapter: Adapter) -> list[TensorEntry]:
     return sorted(
         {(entry.start, entry.name): entry for entry in entries}.values(), key=lambda entry: entry.start
     )
+
+
+def _initial_entries(adapter: Adapter) -> list[TensorEntry]:
+    """The tensors of its initial adapter that are taken away."""
+    return [
+        view.entry
+        for update in adapter.factors.values()
+        if isinstance(update, FactorEntry) and update.initial
+        for product in update.products[-update.initial :]
+        for view in (product.B, product.A)
+        if view is not None
+    ]
 
 
 def _saved_factor(saved_OI: Tensor, base_OI: Tensor) -> Factor:

@@ -161,7 +161,7 @@ class Batch:
             return "memory", traceback.format_exc()
         except Exception:  # noqa: BLE001  (whatever it is, it is a finding)
             return "traceback", traceback.format_exc()
-        outside = self._outside(written, "cache", "in/out")
+        outside = self._outside(written, "cache", "in")
         return ("written", str(outside)) if outside else ("ok", "")
 
     def _refusal(self, error: Any, written: list[str]) -> tuple[str, str]:
@@ -177,15 +177,21 @@ class Batch:
             )
         if not sentence.strip() or len(sentence) > MAX_SENTENCE or not sentence.isprintable():
             return "bad sentence", f"{len(sentence)} characters: {sentence[:300]!r}"
-        if (self.root / "in" / "out").exists():
-            return "output written", sentence
         outside = self._outside(written, "cache")
-        return ("written", f"{outside}: {sentence}") if outside else ("refused", sentence)
+        if outside or (self.root / "in" / "out").exists() or [*(self.root / "in" / "here").iterdir()]:
+            return "written", f"{outside}: {sentence}"
+        return "refused", sentence
 
     def _outside(self, written: list[str], *allowed: str) -> list[str]:
         roots = tuple(f"{self.root}/{name}" for name in allowed)
-        # A descriptor or a name relative to one shows up without its folder.
-        return [path for path in written if not path.startswith((*roots, "/dev/null")) and not path.isdigit()]
+        # A descriptor, or a name relative to one, shows up without its folder. What had no folder was not written.
+        return [
+            path
+            for path in written
+            if not path.startswith((*roots, "/dev/null"))
+            and not path.isdigit()
+            and Path(path).absolute().parent.is_dir()
+        ]
 
     def _command(self, recipe: Any, outcome: str, detail: str) -> tuple[str, str]:
         """The same case through the command line."""
@@ -216,9 +222,12 @@ class Batch:
     def _write(self, inputs: Inputs) -> Any:
         folder = self.root / "in"
         folder.mkdir()
+        (folder / "here").mkdir()
+        os.chdir(folder / "here")  # some recipes have relative paths
         return inputs.write(folder)
 
     def _clean(self) -> None:
+        os.chdir(self.root)
         shutil.rmtree(self.root / "in")
         shutil.rmtree(self.cache / "adapters", ignore_errors=True)
 

@@ -6,6 +6,7 @@ references (PEFT's unmerged forward, and dense.py) must agree with each other, a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,14 @@ class Bench:
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True)
-    return Bench(tmp_path_factory.mktemp("parity"))
+    yield Bench(tmp_path_factory.mktemp("parity"))
+    torch.use_deterministic_algorithms(False)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

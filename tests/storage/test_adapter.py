@@ -93,6 +93,14 @@ def test_a_parameter_saved_under_two_names_must_have_equal_values(tmp_path):
     assert "two values of one parameter" in same.why
 
 
+@pytest.mark.parametrize("other", [torch.ones(4), torch.ones(3, dtype=torch.int64)])
+def test_two_values_of_one_parameter_that_cannot_be_equal_are_refused(tmp_path, other):
+    twice = {f"{P}score.bias": other, f"{P}score.modules_to_save.default.bias": torch.ones(3)}
+    assert "are two values of one parameter, of different shapes" in refusal(
+        write_adapter(tmp_path, factors(Q0) | twice)
+    )
+
+
 def test_what_belongs_to_training_alone_is_listed_with_the_reason(tmp_path):
     sampler = f"{P}{Q0}.lora_monteclora_sampler.default.lora_A_std"
     original = f"{P}score.original_module.weight"
@@ -222,10 +230,11 @@ def test_a_word_of_unsloth_is_noticed_where_it_could_matter(tmp_path, card, sett
     assert read(tmp_path).unsloth is found
 
 
-def test_tokenizer_files_beside_the_weights_are_noted(tmp_path):
-    write_adapter(tmp_path)
+def test_tokenizer_files_are_noted_where_the_vocabulary_may_have_changed(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "training_args.bin"):
         (tmp_path / name).write_text("{}")
+    assert read(write_adapter(tmp_path)).side_files == ()
+    write_adapter(tmp_path, factors(Q0) | {f"{P}model.embed_tokens.weight": torch.ones(20, 8)})
     assert [info.path for info in read(tmp_path).side_files] == ["tokenizer.json", "tokenizer_config.json"]
 
 
