@@ -92,6 +92,31 @@ def rename(tensors: dict[str, torch.Tensor]) -> None:
         )
 
 
+EMBEDDING = "base_model.model.model.embed_tokens"
+
+
+def dora(home: Path) -> None:
+    def magnitudes(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "lora_B" in name]:
+            module = name.removesuffix(".lora_B.weight")
+            tensors[f"{module}.lora_magnitude_vector"] = torch.ones(tensors[name].shape[0])
+
+    weights(home, magnitudes)
+    config(home, use_dora=True)
+    edit(home, lambda recipe: recipe["merges"][0].update(merge_method="cat"))
+
+
+def pickled(home: Path) -> None:
+    path = home / "in" / "adapters" / "a0" / "adapter_model.safetensors"
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+
+
+def base_config(home: Path, **keys) -> None:
+    path = home / "in" / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
 def truncate(home: Path) -> None:
     path = home / "in" / "adapters" / "a0" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -127,10 +152,13 @@ def something_else(home: Path) -> None:
 
 
 CASES = {
-    "adapter for another architecture": (other_base, ["a0", "match nothing"]),
-    "adapter for a wider base": (wider_base, ["lora_A", "another base model"]),
+    "adapter for another architecture": (other_base, ["a0", "trained on another model"]),
+    "adapter for a wider base": (wider_base, ["lora_B is (32, 2)", "has 64 outputs", "another base model"]),
     "adapter for a base with other weights": (same_shapes_other_weights, ["trained on", "weights differ"]),
-    "adapter key that matches nothing": (lambda h: weights(h, rename), ["qq_proj", "match nothing"]),
+    "adapter key that matches nothing": (
+        lambda h: weights(h, rename),
+        ["qq_proj", "matches nothing", "key_mapping"],
+    ),
     "truncated adapter": (truncate, ["adapter_model.safetensors", "truncated"]),
     "truncated base": (truncate_base, ["model.safetensors", "truncated"]),
     "NaN in a factor": (lambda h: weights(h, nan), ["a0", "q_proj.lora_B", "NaN"]),
@@ -139,7 +167,38 @@ CASES = {
     "missing adapter": (lambda h: shutil.rmtree(h / "in/adapters/a1"), ["a1", "does not exist"]),
     "missing base": (lambda h: shutil.rmtree(h / "in/base"), ["base", "does not exist"]),
     "missing recipe": (lambda h: (h / "recipe.yaml").unlink(), ["recipe.yaml", "No such file"]),
-    "DoRA": (lambda h: config(h, use_dora=True), ["use_dora", "a0"]),
+    "DoRA without magnitudes": (lambda h: config(h, use_dora=True), ["use_dora", "a0", "magnitude"]),
+    "DoRA in factor space": (dora, ["cat works on factors", "DoRA", "space: dense"]),
+    "a bias that nobody announced": (
+        lambda h: weights(h, lambda t: t.update({f"{FIRST}.bias": torch.ones(32)})),
+        ["q_proj.bias", "dropped silently"],
+    ),
+    "tokens without indices": (
+        lambda h: weights(
+            h, lambda t: t.update({f"{EMBEDDING}.token_adapter.trainable_tokens_delta": torch.ones(1, 32)})
+        ),
+        ["embed_tokens", "trainable_token_indices"],
+    ),
+    "half of a grown vocabulary": (
+        lambda h: weights(h, lambda t: t.update({f"{EMBEDDING}.weight": torch.ones(80, 32)})),
+        ["80 rows", "lm_head", "new rows are lost"],
+    ),
+    "a pickle": (pickled, ["a0", "adapter_model.bin", "allow_pickle: true"]),
+    "a quantised base": (
+        lambda h: base_config(h, quantization_config={"quant_method": "fp8"}),
+        ["quantization_config", "base_numerics: dequantise"],
+    ),
+    "a quantised base of no known scheme": (
+        lambda h: (
+            base_config(h, quantization_config={"quant_method": "gptq"}),
+            edit(h, lambda r: r.update(base_numerics="dequantise")),
+        ),
+        ["gptq"],
+    ),
+    "a key_mapping that is no rule": (
+        lambda h: edit(h, lambda r: r.update(key_mapping={"(": "x"})),
+        ["recipe.yaml:", "no rule for names"],
+    ),
     "unknown setting": (lambda h: config(h, use_magic="yes"), ["use_magic", "unknown setting"]),
     "PiSSA": (lambda h: config(h, init_lora_weights="pissa"), ["pissa", "changed base"]),
     "a pattern without a module": (

@@ -59,6 +59,14 @@ def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor] | None = Non
     return folder
 
 
+def tables(rows: int) -> dict[str, torch.Tensor]:
+    """What PEFT saves beside an adapter whose vocabulary has that many rows: both embeddings whole."""
+    return {
+        f"base_model.model.{name}.weight": torch.ones(rows, HIDDEN)
+        for name in ("model.embed_tokens", "lm_head")
+    }
+
+
 def write_recipe_files(folder: Path, names: tuple[str, ...] = ("a", "b")) -> dict[str, Any]:
     """A base and some adapters in `folder`, and the recipe of one task_arithmetic merge over them."""
     write_base(folder / "base")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ray_merge.errors import AdapterError
+from ray_merge.errors import AdapterError, shown
 from ray_merge.fit.draft import Draft
 from ray_merge.fit.experts import fit_experts, is_expert_module
 from ray_merge.fit.modules import check_orientation, fit_module, is_idle
@@ -138,7 +138,7 @@ def _check_patterns(settings: Settings, draft: Draft) -> None:
     for field, keys in (("rank_pattern", scaling.rank_keys), ("alpha_pattern", scaling.alpha_keys)):
         for key in keys.unmatched(names)[:1]:
             raise AdapterError(
-                f"{draft.where}: {field} {key!r} matches none of the {len(names)} adapted modules"
+                f"{draft.where}: {field} {shown(key)} matches none of the {len(names)} adapted modules"
             )
 
 

@@ -150,7 +150,7 @@ def _is_turned(
     d1, d2 = stored
     if made not in (stored, (d2, d1)):
         raise AdapterShapeError(
-            path, "lora_B lora_A", made, draft.where, f"one expert's weight is {stored}", draft.base_url
+            path, "lora_B lora_A", made, f"one expert's weight is {stored}", draft.where, draft.base_url
         )
     if d1 != d2:
         return made != stored
@@ -213,7 +213,7 @@ def _places(
 def _expect(draft: Draft, entry: TensorEntry, shape: tuple[int, ...]) -> None:
     if entry.shape != shape:
         raise AdapterShapeError(
-            entry.name, "the expert's weight", shape, draft.where, f"it is {entry.shape}", draft.base_url
+            entry.name, "the expert's weight", shape, f"it is {entry.shape}", draft.where, draft.base_url
         )
 
 

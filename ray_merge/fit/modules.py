@@ -162,8 +162,8 @@ def _conv_product(draft: Draft, module: StoredModule, shape: tuple[int, ...]) ->
             module.name,
             "lora_A",
             A.shape,
-            draft.where,
             f"the kernel of the base is {shape[2:]}",
+            draft.where,
             draft.base_url,
         )
     return Product(View(B, (B.shape[0], rank)), View(A, (rank, math.prod(A.shape[1:]))), scale)
@@ -230,8 +230,8 @@ def _check_fit(
                 module,
                 f"lora_{side}",
                 view.entry.shape,
-                draft.where,
                 f"{slot.tensor} has {want} {word}",
+                draft.where,
                 draft.base_url,
             )
 
@@ -283,7 +283,7 @@ def _add_bias(draft: Draft, module: StoredModule, layout: Layout) -> None:
     shape = draft.shape(slots[0].tensor)
     if entry.shape != shape:
         raise AdapterShapeError(
-            module.name, "lora_B.bias", entry.shape, draft.where, f"the bias is {shape}", draft.base_url
+            module.name, "lora_B.bias", entry.shape, f"the bias is {shape}", draft.where, draft.base_url
         )
     site = draft.site(slots[0], (shape[0], 1), "raw", module.name)
     draft.add(site, f"{module.name}.bias", FactorEntry((Product(View(entry, (shape[0], 1)), None, scale),)))

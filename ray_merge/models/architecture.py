@@ -84,7 +84,7 @@ def build_architecture(
             f"{config.get('model_type')!r}{' (' + ', '.join(asked) + ')' if asked else ''}, and remote code is never "
             f"run; {WAY_OUT}"
         )
-    model = meta_model(config, names[0])
+    model = meta_model(config, names[0], len(tensors))
     with quiet_and_offline():
         conversion = convert(model, tensors)
         older = dict(_older_names(model, conversion))

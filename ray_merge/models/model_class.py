@@ -54,8 +54,13 @@ def class_candidates(
     return tuple(dict.fromkeys(found))
 
 
-def meta_model(config: Mapping[str, Any], name: str) -> nn.Module:
+def meta_model(config: Mapping[str, Any], name: str, n_tensors: int) -> nn.Module:
     """A model of that class for that config, without weights and with its tied parameters tied.
+
+    Args:
+        config: the parsed config.json of the base.
+        name: of the class.
+        n_tensors: how many the checkpoint holds.
 
     Raises:
         AdapterError: the class belongs to another kind of model.
@@ -72,10 +77,10 @@ def meta_model(config: Mapping[str, Any], name: str) -> nn.Module:
         try:
             own_config = _config_for(model_class, config)
             own_config._attn_implementation = "eager"  # the others ask for packages and devices
-            with torch.device("meta"), skip_init():
+            with torch.device("meta"), skip_init(), _at_most(4 * n_tensors + 5000):
                 model: Any = model_class(own_config)
             model.tie_weights()  # version 4 does it only where it initialises
-        except AdapterError:
+        except (AdapterError, CheckpointError):
             raise
         except Exception as error:  # a class, its config and its validators raise whatever they like
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -103,6 +108,29 @@ def quiet_and_offline() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         constants.HF_HUB_OFFLINE = offline
+
+
+@contextmanager
+def _at_most(n_parameters: int) -> Iterator[None]:
+    """Stop when a model gets more parameters: `num_hidden_layers` of 10^6 in a config.json would take hours."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook as register
+
+    count = 0
+
+    def note(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > n_parameters:
+            raise CheckpointError(
+                f"the base's config.json describes a model of more than {n_parameters} parameters, which its "
+                "checkpoint does not hold; is it another model's?"
+            )
+
+    hook = register(note)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _model_class(name: str) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_merge.errors import AdapterError
+from ray_merge.errors import AdapterError, shown
 from ray_merge.storage.patterns import Patterns
 
 HARMLESS = frozenset(
@@ -145,7 +145,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(
-            f"{where}: peft_type is {_short(kind)}; only LORA merges as factors; PEFT's convert_to_lora turns some "
+            f"{where}: peft_type is {shown(kind)}; only LORA merges as factors; PEFT's convert_to_lora turns some "
             "others into it"
         )
     for key, value in config.items():
@@ -153,12 +153,12 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings:
             raise AdapterError(f"{where}: {key} is set: {REFUSED[key]}")
         if value and key not in HARMLESS | HANDLED | REFUSED.keys():
             raise AdapterError(
-                f"{where}: unknown setting {_short(key)} = {_short(value)}; this version cannot tell what it does to "
+                f"{where}: unknown setting {shown(key)} = {shown(value)}; this version cannot tell what it does to "
                 "the delta: merge with the PEFT that wrote it, or upgrade ray-merge"
             )
     bias = config.get("bias", "none") or "none"
     if bias not in ("none", "all", "lora_only"):
-        raise AdapterError(f"{where}: bias is {_short(bias)}, expected none, all or lora_only")
+        raise AdapterError(f"{where}: bias is {shown(bias)}, expected none, all or lora_only")
     return Settings(
         scaling=_scaling(config, where),
         bias=bias,
@@ -177,22 +177,17 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings:
     )
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
     value = config.get(key)
     if value is not None and not isinstance(value, bool):
-        raise AdapterError(f"{where}: {key} is {_short(value)}, expected true or false")
+        raise AdapterError(f"{where}: {key} is {shown(value)}, expected true or false")
     return bool(value)
 
 
 def _names(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     names = config.get(key) or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise AdapterError(f"{where}: {key} is {_short(names)}, expected a list of names")
+        raise AdapterError(f"{where}: {key} is {shown(names)}, expected a list of names")
     return tuple(names)
 
 
@@ -206,7 +201,7 @@ def _init(config: Mapping[str, Any], where: str) -> str:
     reason = "unknown, so it cannot be told whether it changed the base"
     if word == "loftq":
         reason = "LoftQ trained against a quantised base that no checkpoint holds; merge it with PEFT into that base"
-    raise AdapterError(f"{where}: init_lora_weights is {_short(init)}: {reason}")
+    raise AdapterError(f"{where}: init_lora_weights is {shown(init)}: {reason}")
 
 
 def _blocks(config: Mapping[str, Any], where: str) -> int:
@@ -215,7 +210,7 @@ def _blocks(config: Mapping[str, Any], where: str) -> int:
         return 0
     blocks = given.get("nblocks") if isinstance(given, Mapping) else None
     if type(blocks) is not int or blocks < 1:
-        raise AdapterError(f"{where}: use_bdlora is {_short(given)}, expected a mapping with nblocks >= 1")
+        raise AdapterError(f"{where}: use_bdlora is {shown(given)}, expected a mapping with nblocks >= 1")
     return blocks
 
 
@@ -227,7 +222,7 @@ def _tokens(config: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]
         for rows in by_layer.values()
     ):
         raise AdapterError(
-            f"{where}: trainable_token_indices is {_short(given)}, expected a list of rows, or one for each layer"
+            f"{where}: trainable_token_indices is {shown(given)}, expected a list of rows, or one for each layer"
         )
     return {str(layer): tuple(rows) for layer, rows in by_layer.items()}
 
@@ -239,7 +234,7 @@ def _version(config: Mapping[str, Any], where: str) -> tuple[int, ...]:
     # 0.19.1, 0.19.2.dev0, 0.19.0@UNKNOWN: the numbers in front are what decides.
     found = re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?", text) if isinstance(text, str) else None
     if found is None:
-        raise AdapterError(f"{where}: peft_version is {_short(text)}, expected for example 0.21.2")
+        raise AdapterError(f"{where}: peft_version is {shown(text)}, expected for example 0.21.2")
     return tuple(int(part or 0) for part in found.groups())
 
 
@@ -247,7 +242,7 @@ def _expert_layout(config: Mapping[str, Any], where: str) -> str:
     layout = config.get("lora_B_layout") or ""
     if layout not in ("", "rank_major", "grouped_by_expert"):
         raise AdapterError(
-            f"{where}: lora_B_layout is {_short(layout)}, expected rank_major or grouped_by_expert (Unsloth's words)"
+            f"{where}: lora_B_layout is {shown(layout)}, expected rank_major or grouped_by_expert (Unsloth's words)"
         )
     return str(layout)
 
@@ -255,15 +250,15 @@ def _expert_layout(config: Mapping[str, Any], where: str) -> str:
 def _scaling(config: Mapping[str, Any], where: str) -> Scaling:
     r, alpha = config.get("r"), config.get("lora_alpha")
     if type(r) is not int or r < 1:
-        raise AdapterError(f"{where}: r is {_short(r)}, expected a whole number >= 1")
+        raise AdapterError(f"{where}: r is {shown(r)}, expected a whole number >= 1")
     values, keys = {}, {}
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(key) or {}
         if not isinstance(pattern, Mapping):
-            raise AdapterError(f"{where}: {key} is {_short(pattern)}, expected a mapping of module names")
+            raise AdapterError(f"{where}: {key} is {shown(pattern)}, expected a mapping of module names")
         keys[key] = Patterns(pattern, f"{where}: {key}")
         for expression, value in pattern.items():
-            _check_number(value, f"{where}: {key} {_short(expression)}", whole=key == "rank_pattern")
+            _check_number(value, f"{where}: {key} {shown(expression)}", whole=key == "rank_pattern")
         values[key] = pattern
     _check_number(alpha, f"{where}: lora_alpha", whole=False)
     return Scaling(
@@ -286,4 +281,4 @@ def _check_number(value: Any, where: str, *, whole: bool) -> None:
         and math.isfinite(value)
     )
     if not (is_whole if whole else is_finite):
-        raise AdapterError(f"{where} is {_short(value)}, expected a {'whole' if whole else 'finite'} number")
+        raise AdapterError(f"{where} is {shown(value)}, expected a {'whole' if whole else 'finite'} number")

@@ -190,9 +190,8 @@ def _entries(adapter: Adapter) -> list[TensorEntry]:
         view.entry for same in adapter.same for view in (same.one, same.other)
     ]
     entries += [*adapter.heads, *adapter.replaced.values(), *(rows.entry for rows in adapter.tokens.values())]
-    return sorted(
-        {(entry.start, entry.name): entry for entry in entries}.values(), key=lambda entry: entry.start
-    )
+    # By place: a head has two names, its own in the file and the runtime's.
+    return sorted({entry.start: entry for entry in entries}.values(), key=lambda entry: entry.start)
 
 
 def _initial_entries(adapter: Adapter) -> list[TensorEntry]:

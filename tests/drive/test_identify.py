@@ -9,7 +9,17 @@ from ray_merge.errors import AdapterError
 from ray_merge.identity import difference
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.store import Stores
-from tiny import Q0, V1, factors, llama_tensors, plan_of, write_adapter, write_base, write_recipe_files
+from tiny import (
+    Q0,
+    V1,
+    factors,
+    llama_tensors,
+    plan_of,
+    tables,
+    write_adapter,
+    write_base,
+    write_recipe_files,
+)
 
 
 @pytest.fixture
@@ -73,6 +83,17 @@ CHANGES = {
     "dtype": (lambda r: r.update(dtype="float64"), 'dtype: "float32" there, "float64" here'),
     "out_dtype": (lambda r: r.update(out_dtype="bfloat16"), 'out_dtype: null there, "bfloat16" here'),
     "max_shard_size": (lambda r: r.update(max_shard_size=10**6), "max_shard_size"),
+    "tied": (lambda r: r.update(tied="untie"), "tied"),
+    "base_numerics": (lambda r: r.update(base_numerics="dequantise"), "base_numerics"),
+    "key_mapping": (lambda r: r.update(key_mapping={"^nothing$": "x"}), "key_mapping"),
+    "an adapter's key_mapping": (
+        lambda r: r["adapters"].update(a={"path": r["adapters"]["a"], "key_mapping": {"^nothing$": "x"}}),
+        "adapters[0].key_mapping",
+    ),
+    "the packing of experts": (
+        lambda r: r["adapters"].update(a={"path": r["adapters"]["a"], "moe_lora_b_layout": "rank_major"}),
+        "adapters[0].moe_lora_b_layout",
+    ),
     "base": (
         lambda r: write_base(Path(r["base_model"]), {**llama_tensors(), "x": torch.ones(1)}),
         "base.model.safetensors",
@@ -120,6 +141,37 @@ def test_the_task_of_an_adapter_counts_where_it_is_written_into_a_head(recipe, t
     with_task = ident(recipe, tmp_path)
     del recipe["adapters"]["a"]["task"]
     assert ident(recipe, tmp_path) != with_task
+
+
+def test_an_export_s_rank_and_tolerance_count_where_there_is_an_export(recipe, tmp_path):
+    ids = []
+    for keys in ({}, {"export_rank": 2}, {"export_rank": 3}, {"export_tolerance": 0.1}):
+        recipe["merges"] = [{"name": "m", "merge_method": "cat", "export": "both", **keys}]
+        ids.append(ident(recipe, tmp_path))
+    assert len(set(ids)) == 4
+    assert "export_rank" not in document(
+        recipe | {"merges": [{"name": "m", "merge_method": "cat"}]}, tmp_path
+    )
+
+
+def test_the_initial_adapter_is_an_input(recipe, tmp_path):
+    write_adapter(tmp_path / "a", factors(Q0), init_lora_weights="pissa")
+    write_adapter(tmp_path / "initial", factors(Q0), init_lora_weights="pissa")
+    recipe["adapters"]["a"] = {"path": recipe["adapters"]["a"], "initial": str(tmp_path / "initial")}
+    before = document(recipe, tmp_path)
+    changed = {name: tensor + 1 for name, tensor in factors(Q0).items()}
+    write_adapter(tmp_path / "initial", changed, init_lora_weights="pissa")
+    after = document(recipe, tmp_path)
+    assert difference(before, after).startswith("adapters[0].files.initial/adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(("rows", "counts"), [(16, False), (20, True)])
+def test_an_adapter_s_tokenizer_counts_where_it_grew_the_vocabulary(recipe, tmp_path, rows, counts):
+    write_adapter(tmp_path / "a", factors(Q0) | tables(rows))
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    before = ident(recipe, tmp_path)
+    (tmp_path / "a" / "tokenizer.json").write_text("{ }")
+    assert (ident(recipe, tmp_path) != before) is counts
 
 
 def train_on(tmp_path, name):

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import math
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from ray_merge.errors import ShardConflict
 from ray_merge.spec import Receipt, SiteReport
 from ray_merge.storage.commit import MANIFEST
 from ray_merge.storage.store import Stores, open_store
-from tiny import Q0, factors, plan_of, write_adapter, write_base, write_recipe_files
+from tiny import Q0, factors, plan_of, tables, write_adapter, write_recipe_files
 
 ID = "a" * 64
 
@@ -91,33 +90,58 @@ def test_another_manifest_in_the_way_is_a_conflict(tmp_path):
         published(tmp_path, recipe)
 
 
-def test_the_config_is_the_bases_own_byte_for_byte_without_an_output_dtype(tmp_path):
-    recipe = write_recipe_files(tmp_path)
-    (tmp_path / "base" / "config.json").write_text('{ "model_type":"llama",  "b": 1}')
-    assert (published(tmp_path, recipe) / "config.json").read_text() == '{ "model_type":"llama",  "b": 1}'
-
-
-@pytest.mark.parametrize(("key", "other"), [("dtype", "torch_dtype"), ("torch_dtype", "dtype")])
-def test_the_output_dtype_stands_in_the_config_wherever_the_base_has_one(tmp_path, key, other):
-    recipe = write_recipe_files(tmp_path) | {"out_dtype": "bfloat16"}
-    config = {
-        "model_type": "x",
-        key: "float32",
-        "text_config": {key: "float32", "n": 1},
-        "limit": [0.0, math.inf],
-    }
-    write_base(tmp_path / "base", config=config)
-    found = json.loads((published(tmp_path, recipe) / "config.json").read_text())
-    assert found == {**config, key: "bfloat16", "text_config": {key: "bfloat16", "n": 1}}
-    assert other not in found
-
-
 def test_the_index_counts_bytes_and_places_every_tensor(tmp_path):
     plan = plan_of(write_recipe_files(tmp_path) | {"out_dtype": "bfloat16"})
-    index = checkpoint_index(plan)
+    index = checkpoint_index(plan, plan.merges[0])
     assert index["metadata"]["total_size"] == plan.base.n_bytes // 2
     assert index["weight_map"].keys() == plan.base.tensors.keys()
     assert set(index["weight_map"].values()) == {shard.name for shard in plan.shards}
+
+
+def test_the_index_of_a_resized_vocabulary_counts_its_rows(tmp_path):
+    recipe = write_recipe_files(tmp_path)
+    write_adapter(tmp_path / "a", factors(Q0) | tables(20))
+    recipe["merges"].append({"name": "n", "merge_method": "cat", "adapters": ["b"]})
+    plan = plan_of(recipe)
+    grown, plain = (checkpoint_index(plan, merge)["metadata"] for merge in plan.merges)
+    assert plain["total_size"] == plan.base.n_bytes
+    assert grown["total_size"] - plain["total_size"] == 2 * 4 * 8 * 4
+    assert grown["total_parameters"] - plain["total_parameters"] == 2 * 4 * 8
+
+
+def test_the_tokenizer_of_a_resized_vocabulary_is_the_adapters(tmp_path):
+    recipe = write_recipe_files(tmp_path)
+    write_adapter(tmp_path / "a", factors(Q0) | tables(20))
+    (tmp_path / "a" / "tokenizer_config.json").write_text("the adapter's")
+    (tmp_path / "a" / "added_tokens.json").write_text("new")
+    (tmp_path / "base" / "vocab.txt").write_text("the base's")
+    found = contents(published(tmp_path, recipe))
+    assert found["tokenizer_config.json"] == b"the adapter's"
+    assert (found["added_tokens.json"], found["vocab.txt"]) == (b"new", b"the base's")
+
+
+def test_the_manifest_says_where_every_tensor_of_an_adapter_went(tmp_path):
+    recipe = write_recipe_files(tmp_path)
+    rows = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    extra = {
+        "base_model.model.model.norm.weight": torch.ones(8),
+        "base_model.model.score.weight": torch.ones(3, 8),
+        "base_model.model.score.original_module.weight": torch.ones(3, 8),
+        rows: torch.ones(2, 8),
+    }
+    settings = {"modules_to_save": ["norm", "score"], "trainable_token_indices": [3, 1]}
+    write_adapter(tmp_path / "a", factors(Q0) | extra, **settings)
+    manifest = json.loads((published(tmp_path, recipe) / MANIFEST).read_text())
+    found = manifest["adapters"]["a"]
+    why = found.pop("ignored")
+    assert found == {
+        "factors": 1,
+        "heads": 1,
+        "replaced": ["model.norm.weight"],
+        "tokens": {"model.embed_tokens.weight": [3, 1]},
+    }
+    assert list(why) == ["base_model.model.score.original_module.weight"]
+    assert manifest["base_numerics"] == "as stored"
 
 
 def with_head(tmp_path, **modules):

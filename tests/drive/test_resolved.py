@@ -8,7 +8,7 @@ from ray_merge.recipe import expand, load_recipe
 from ray_merge.storage.commit import id_line
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.store import Stores
-from tiny import plan_of, write_recipe_files
+from tiny import Q0, factors, plan_of, write_adapter, write_recipe_files
 
 ENTRIES = {
     "plain": {"merge_method": "task_arithmetic", "parameters": {"weight": {"a": 0.7, "b": 0.3}}},
@@ -74,6 +74,34 @@ def test_bases_that_were_declared_equal_stay_declared(tmp_path):
     plan = plan_of(write_recipe_files(tmp_path) | {"base_model_names": ["org/one", "org/two"]})
     document = yaml.safe_load(resolved_recipe(plan, plan.merges[0], "c" * 64))
     assert document["base_model_names"] == ["org/one", "org/two"]
+
+
+def test_what_decides_how_adapters_are_read_is_kept_and_defaults_are_not_written(tmp_path):
+    recipe = write_recipe_files(tmp_path)
+    plain = yaml.safe_load(resolved_recipe(plan_of(recipe), plan_of(recipe).merges[0], "c" * 64))
+    assert not {"tied", "base_numerics", "key_mapping"} & plain.keys()
+    assert list(plain["adapters"]["a"]) == ["path"]
+    write_adapter(tmp_path / "a", factors(Q0), init_lora_weights="olora")
+    write_adapter(tmp_path / "initial", factors(Q0), init_lora_weights="olora")
+    own = {"initial": str(tmp_path / "initial"), "key_mapping": {"^x$": "y", "^a$": "b"}, "allow_pickle": True,
+           "moe_lora_b_layout": "rank_major"}  # fmt: skip
+    recipe["adapters"]["a"] = {"path": recipe["adapters"]["a"], **own}
+    whole = {"tied": "untie", "base_numerics": "dequantise", "key_mapping": {"^z$": "w", "^c$": "d"}}
+    plan = plan_of(recipe | whole)
+    document = yaml.safe_load(resolved_recipe(plan, plan.merges[0], "c" * 64))
+    assert {key: document[key] for key in whole} == whole
+    assert document["adapters"]["a"] == {"path": str(tmp_path / "a"), **own}
+    for mapping in (document["key_mapping"], document["adapters"]["a"]["key_mapping"]):
+        assert list(mapping) in (["^z$", "^c$"], ["^x$", "^a$"])  # rules are applied in order
+
+
+@pytest.mark.parametrize("keys", [{"export_rank": 2}, {"export_tolerance": 0.25}])
+def test_how_far_an_export_may_be_truncated_is_kept(tmp_path, keys):
+    recipe = write_recipe_files(tmp_path)
+    recipe["merges"][0] |= {"export": "both", **keys}
+    plan = plan_of(recipe)
+    (merge,) = yaml.safe_load(resolved_recipe(plan, plan.merges[0], "c" * 64))["merges"]
+    assert {key: merge[key] for key in keys} == keys
 
 
 def test_adapters_of_other_merges_are_left_out(tmp_path):

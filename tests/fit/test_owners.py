@@ -6,7 +6,7 @@ from ray_merge.errors import RecipeError
 from ray_merge.fit import check_owners, fit_adapters
 from ray_merge.fit.owners import has_magnitude, is_head
 from ray_merge.spec import Merge
-from tiny import HIDDEN, Q0, V1, factors, llama_tensors
+from tiny import HIDDEN, Q0, V1, factors, llama_tensors, tables
 
 TABLE = "model.embed_tokens.weight"
 BASE = llama_tensors() | {"score.weight": torch.zeros(3, HIDDEN), "model.norm.bias": torch.zeros(HIDDEN)}
@@ -35,8 +35,8 @@ def refused(folder, a, b):
     return message
 
 
-def table(rows=16, name=TABLE):
-    return ({f"{P}{name}": torch.ones(rows, HIDDEN)}, {})
+def table(rows=16):
+    return (tables(rows), {})
 
 
 def whole(module, *shape, **settings):
@@ -99,7 +99,7 @@ def test_a_table_that_peft_saved_and_one_that_was_trained_are_two_values(tmp_pat
 
 def test_two_sizes_of_the_vocabulary_are_refused(tmp_path):
     message = refused(tmp_path, table(20), table(24))
-    assert f"adapters a and b resized the vocabulary in different ways for {TABLE}" in message
+    assert "adapters a and b resized the vocabulary in different ways for " in message
 
 
 def test_a_token_that_two_adapters_train_is_refused(tmp_path):

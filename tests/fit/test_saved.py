@@ -4,7 +4,7 @@ from fit_cases import LLAMA, T5, UNKNOWN, P, fit, random, refusal
 
 from ray_merge.errors import AdapterError
 from ray_merge.spec import SavedEntry
-from tiny import HIDDEN, Q0, factors, llama_tensors
+from tiny import HIDDEN, Q0, factors, llama_tensors, tables
 
 BIAS = f"{Q0}.bias"
 BASE = llama_tensors() | {BIAS: torch.zeros(HIDDEN), "model.norm.bias": torch.zeros(HIDDEN)}
@@ -121,16 +121,27 @@ def test_a_head_that_the_base_has_too_is_kept_apart_as_well(tmp_path, labels, re
 
 
 @pytest.mark.parametrize("name", [TABLE, "lm_head.weight", "model.embed_tokens.base_layer.weight"])
-@pytest.mark.parametrize("rows", [16, 20])
-def test_a_table_that_peft_saved_by_itself_takes_the_bases_place_whatever_its_rows(tmp_path, name, rows):
-    adapter = fitted(tmp_path, {f"{P}{name}": torch.ones(rows, HIDDEN)})
+def test_a_table_that_peft_saved_by_itself_takes_the_bases_place(tmp_path, name):
+    adapter = fitted(tmp_path, {f"{P}{name}": torch.ones(16, HIDDEN)})
     disk = name.replace(".base_layer", "")
-    assert adapter.replaced[disk].shape == (rows, HIDDEN)
+    assert adapter.replaced[disk].shape == (16, HIDDEN)
     assert adapter.tables == {disk}
 
 
+def test_tables_may_have_other_rows_as_long_as_both_do(tmp_path):
+    adapter = fitted(tmp_path, tables(20))
+    assert {name: entry.shape[0] for name, entry in adapter.replaced.items()} == {
+        TABLE: 20,
+        "lm_head.weight": 20,
+    }
+    for name in adapter.replaced:
+        message = refused(tmp_path, {f"{P}{name}": torch.ones(20, HIDDEN)})
+        assert f"{name} was resized to 20 rows, but" in message
+        assert "its new rows are lost" in message
+
+
 def test_factors_of_a_resized_table_have_its_rows_and_a_site_of_their_own(tmp_path):
-    tensors = {f"{P}{TABLE}": torch.ones(20, HIDDEN)} | random(
+    tensors = tables(20) | random(
         {
             f"{P}model.embed_tokens.lora_embedding_A": (2, 20),
             f"{P}model.embed_tokens.lora_embedding_B": (8, 2),
@@ -168,10 +179,9 @@ def test_trained_tokens_are_rows_of_their_table_in_the_configs_order(tmp_path, i
 
 
 def test_trained_tokens_may_be_new_rows_of_a_table_that_was_resized(tmp_path):
-    tensors = {ROWS: torch.ones(2, HIDDEN), f"{P}{TABLE}": torch.ones(20, HIDDEN)}
-    adapter = fitted(tmp_path, tensors, trainable_token_indices=[18, 19])
+    adapter = fitted(tmp_path, {ROWS: torch.ones(2, HIDDEN)} | tables(20), trainable_token_indices=[18, 19])
     assert adapter.tokens[TABLE].indices == (18, 19)
-    assert list(adapter.replaced) == [TABLE]
+    assert sorted(adapter.replaced) == ["lm_head.weight", TABLE]
 
 
 @pytest.mark.parametrize(

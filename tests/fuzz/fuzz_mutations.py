@@ -811,7 +811,9 @@ def pickles(rng: random.Random, inputs: Inputs) -> None:
     import torch
 
     inputs.files.pop(WEIGHTS)
-    values: dict[Any, Any] = {name: torch.zeros(2, HIDDEN) for name in adapter_tensors(MODULES[0])}
+    values: dict[Any, Any] = {
+        name: torch.full(shape, 0.5) for name, (_, shape, _) in adapter_tensors(MODULES[0]).items()
+    }
     stream = io.BytesIO()
     kind = rng.randrange(8)
     if kind == 0:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantised_files import Stored, four_bit
+from quantised_files import CASES
 from ray_merge.plan import OutTensor
 from ray_merge.spec import DTYPE_BYTES, TensorEntry
 from ray_merge.storage.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ from ray_merge.storage.stream import CHUNK_BYTES, Reader
 from ray_merge.work import sources as module
 from ray_merge.work.factors import AdapterFiles
 from ray_merge.work.sources import Sources
-from tiny import Q0, factors, llama_tensors, plan_of, write_adapter, write_recipe_files
+from tiny import Q0, factors, llama_tensors, plan_of, tables, write_adapter, write_recipe_files
 
 P = "base_model.model."
 
@@ -104,7 +104,7 @@ def test_a_tensor_that_an_adapter_saved_is_read_from_its_file_in_its_dtype(tmp_p
     recipe = write_recipe_files(tmp_path)
     table = torch.randn(20, 8).half()
     name = "model.embed_tokens.weight"
-    write_adapter(tmp_path / "a", factors(Q0) | {f"{P}{name}": table})
+    write_adapter(tmp_path / "a", factors(Q0) | tables(20) | {f"{P}{name}": table})
     with opened(recipe) as (plan, sources):
         tensor = out_tensors(plan)[name]
         assert (tensor.owner, tensor.shape, tensor.dtype) == ("a", (20, 8), "F32")
@@ -114,30 +114,33 @@ def test_a_tensor_that_an_adapter_saved_is_read_from_its_file_in_its_dtype(tmp_p
 
 
 @contextmanager
-def quantised(folder):
-    """A weight of 4-bit blocks that are longer than a row, and the values that it decodes to."""
-    stored = Stored(four_bit("nf4", (12, 16), 64))
+def quantised(folder, case):
+    """A quantised weight, seen as rows, and the values that it decodes to."""
+    stored, weight = case.open()
     (folder / "x").write_bytes(stored.bytes)
-    found, plain = stored.find(
-        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    )
-    weight = found["m.weight"]
-    base = headers_only(tensors=plain, quantised=found)._base
-    entry = TensorEntry("m.weight", "BF16", (12, 16), "", 0, 12 * 16 * 2)
+    name = case.weight
+    base = Checkpoint(url="", config={}, tensors={}, weight_files=(), side_files=(), quantised={name: weight})
+    n_bytes = 2 * weight.n_rows * weight.shape[-1]
+    tensor = OutTensor(name, TensorEntry(name, "BF16", weight.shape, "", 0, n_bytes), "BF16")
     with Reader(open_store(str(folder))) as reader:
-        yield Sources(base, reader, None), OutTensor("m.weight", entry, "BF16"), weight, stored.whole(weight)
+        yield Sources(base, reader, None), tensor, weight, stored.whole(weight).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 100, CHUNK_BYTES])
-def test_rows_of_a_quantised_weight_are_decoded_in_whole_blocks(tmp_path, monkeypatch, chunk_bytes):
+@pytest.mark.parametrize("chunk_bytes", [1, 1000, CHUNK_BYTES])
+@pytest.mark.parametrize("name", ["fp8 cut blocks", "fp4 blocks over rows", "mxfp4", "int8"])
+def test_rows_of_a_quantised_weight_are_decoded_in_units_that_stand_alone(
+    tmp_path, monkeypatch, name, chunk_bytes
+):
     monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
-    with quantised(tmp_path) as (sources, tensor, weight, whole):
-        unit = row_unit(weight)
-        assert unit > 1
-        spans = sources.spans(tensor, (0, 12), 16, 1)
-        assert all(start % unit == 0 for start, _ in spans)
-        rows = list(sources.rows(tensor, spans, 16))
+    with quantised(tmp_path, CASES[name]) as (sources, tensor, weight, whole):
+        columns = weight.shape[-1]
+        spans = sources.spans(tensor, (0, weight.n_rows), columns, 1)
+        assert all(start % row_unit(weight) == 0 for start, _ in spans)
+        assert len(spans) == (weight.n_rows // row_unit(weight) if chunk_bytes == 1 else len(spans))
+        rows = list(sources.rows(tensor, spans, columns))
         assert {part.dtype for part in rows} == {torch.bfloat16}
-        assert torch.equal(torch.cat(rows), whole.to(torch.bfloat16))
-        assert torch.equal(torch.cat(list(sources.raw(tensor))), whole.to(torch.bfloat16))
-        assert torch.equal(sources.matrix(tensor, (0, 12), 16), whole.to(torch.bfloat16))
+        assert torch.equal(torch.cat(rows), whole.reshape(-1, columns))
+        assert torch.equal(torch.cat(list(sources.raw(tensor))), whole.reshape(-1, columns))
+        unit = row_unit(weight)
+        part = sources.matrix(tensor, (unit, 2 * unit), columns)
+        assert torch.equal(part, whole.reshape(-1, columns)[unit : 2 * unit])
