@@ -64,7 +64,9 @@ KINDS = {
 
 def main() -> None:
     """Print one line per kind of adapter."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mergekit", metavar="PYTHON", help="python of an environment that has mergekit")
     parser.add_argument("--only", metavar="GLOB", default="*", help="row ids")
     options = parser.parse_args()
@@ -87,7 +89,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         bench = Bench(Path(home))
         for name in fnmatch.filter(KINDS, options.only):
-            cells = [attempt(peer, bench, known[name], Path(home) / "out" / label) for label, peer in peers.items()]
+            cells = [
+                attempt(peer, bench, known[name], Path(home) / "out" / label) for label, peer in peers.items()
+            ]
             print(f"| {KINDS[name]} | {' | '.join(cells)} |", flush=True)
 
 
@@ -103,8 +107,9 @@ def attempt(peer: Callable[..., float], bench: Any, row: Any, output: Path) -> s
 
 def error_of(bench: Any, row: Any, model: Any) -> float:
     """Relative error of a merged model's logits against the live, unmerged PeftModel."""
-    from models import MODELS
     from test_parity_table import relative_error
+
+    from models import MODELS
 
     got, want = MODELS[row.model].logits(model), bench.reference(row)
     return relative_error(got, want) if got.shape == want.shape else float("inf")
@@ -112,9 +117,8 @@ def error_of(bench: Any, row: Any, model: Any) -> float:
 
 def ours(bench: Any, row: Any, output: Path) -> float:
     """ray-merge, local engine."""
-    from models import MODELS
-
     import ray_merge
+    from models import MODELS
 
     ray_merge.run(bench.recipe(row, output), engine="local", cache_dir=output / "cache")
     model = MODELS[row.model].load(output / "m")
@@ -125,9 +129,10 @@ def ours(bench: Any, row: Any, output: Path) -> float:
 
 def peft(bench: Any, row: Any, output: Path) -> float:
     """PEFT's own merge, saved and loaded again."""
-    from models import MODELS
     from peft import PeftModel
     from variants import quiet
+
+    from models import MODELS
 
     tiny, folder = MODELS[row.model], bench.adapters(row)[0][0]
     with quiet():
@@ -142,10 +147,21 @@ def mergekit(python: str, bench: Any, row: Any, output: Path) -> float:
 
     output.mkdir(parents=True)
     model = f"{bench.base(row.model)}+{bench.adapters(row)[0][0]}"
-    config = {"merge_method": "linear", "models": [{"model": model, "parameters": {"weight": 1.0}}], "dtype": "float32"}
+    config = {
+        "merge_method": "linear",
+        "models": [{"model": model, "parameters": {"weight": 1.0}}],
+        "dtype": "float32",
+    }
     recipe = output / "mergekit.yaml"
     recipe.write_text(yaml.safe_dump(config))
-    command = [python, "-m", "mergekit.scripts.run_yaml", str(recipe), str(output / "m"), "--no-copy-tokenizer"]
+    command = [
+        python,
+        "-m",
+        "mergekit.scripts.run_yaml",
+        str(recipe),
+        str(output / "m"),
+        "--no-copy-tokenizer",
+    ]
     command += ["--lora-merge-cache", str(output / "cache")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     if done.returncode:

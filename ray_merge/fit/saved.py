@@ -156,8 +156,8 @@ def check_vocabulary(draft: Draft) -> None:
             is_table = module in TABLE_NAMES and other.shape == base[name].shape
             if is_table and draft.shape(other.name)[0] != entry.shape[0]:
                 raise AdapterError(
-                    f"{draft.where}: {name} was resized to {entry.shape[0]} rows, but {other.name} was not saved and has "
-                    f"{draft.shape(other.name)[0]}: its new rows are lost; save the adapter again with "
+                    f"{draft.where}: {name} was resized to {entry.shape[0]} rows, but {other.name} was not saved "
+                    f"and has {draft.shape(other.name)[0]}: its new rows are lost; save the adapter again with "
                     "save_embedding_layers=True and both embeddings targeted or none"
                 )
 

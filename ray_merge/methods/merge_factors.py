@@ -82,7 +82,8 @@ def _check_dora(
             (1, shape[1]),
         ):
             raise MethodError(
-                f"factors[{index}].magnitude is {tuple(factor.magnitude.shape)}, expected {(shape[0], 1)} or {(1, shape[1])}"
+                f"factors[{index}].magnitude is {tuple(factor.magnitude.shape)}, expected {(shape[0], 1)} of rows or "
+                f"{(1, shape[1])} of columns"
             )
 
 

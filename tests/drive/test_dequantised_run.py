@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantised_files import CASES, FP8, MXFP4, Stored, float8, four_bit, pattern, ramp
 from safetensors.torch import load_file, save_file
-from tiny import write_adapter
 
 import ray_merge
+from quantised_files import CASES, FP8, MXFP4, Stored, float8, four_bit, pattern, ramp
 from ray_merge.errors import Refusal
 from ray_merge.identity import canonical_json
+from tiny import write_adapter
 
 Q, KEEP = "model.layers.0.self_attn.q_proj", "model.norm.weight"
 
@@ -135,6 +135,8 @@ def test_a_quantised_base_is_refused_unless_asked_for(tmp_path):
 
 def test_a_scheme_that_cannot_be_decoded_is_refused_by_name(tmp_path):
     adapter(tmp_path / "a")
-    base = write_base(tmp_path / "base", {f"{Q}.qweight": torch.ones(4, 4)}, quantization_config={"quant_method": "gptq"})
+    base = write_base(
+        tmp_path / "base", {f"{Q}.qweight": torch.ones(4, 4)}, quantization_config={"quant_method": "gptq"}
+    )
     with pytest.raises(Refusal, match="gptq"):
         ray_merge.plan(recipe(tmp_path, base, "out", base_numerics="dequantise"))

@@ -5,16 +5,17 @@ import json
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import Q0, V1, factors, llama_tensors, write_adapter, write_base
 
 import ray_merge
+from tiny import Q0, V1, factors, llama_tensors, write_adapter, write_base
 
 
 def small(module: str, size: float):
     """Random factors whose delta is about `size` times the base weight."""
     generator = torch.Generator().manual_seed(1)
     return {
-        name: torch.randn(tensor.shape, generator=generator) * size**0.5 for name, tensor in factors(module).items()
+        name: torch.randn(tensor.shape, generator=generator) * size**0.5
+        for name, tensor in factors(module).items()
     }
 
 
@@ -52,7 +53,9 @@ def test_the_table_has_what_each_site_cost_and_receipts_have_its_seconds(given, 
     (row,) = [row for row in rows if row["site"] == Q0 and row["export"] == "checkpoint"]
     assert (row["layout"], row["rank"], row["bytes"]) == ("linear", 2, 8 * 8 * 2)
     assert "seconds" not in row
-    receipts = [json.loads(path.read_text()) for path in (tmp_path / "out/m/ray_merge/receipts").rglob("*.json")]
+    receipts = [
+        json.loads(path.read_text()) for path in (tmp_path / "out/m/ray_merge/receipts").rglob("*.json")
+    ]
     seconds = [site["seconds"] for receipt in receipts for site in receipt["sites"]]
     assert len(seconds) == 4
     assert all(0 < value < 60 for value in seconds)

@@ -13,9 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from zoo import relative_error
 
 import ray_merge
+from zoo import relative_error
 
 TOLERANCE = 1e-5
 VOCAB, HIDDEN = 32, 16
@@ -78,7 +78,9 @@ def adapters(draw, family: str) -> list[dict[str, Any]]:
         if patterned:
             config["rank_pattern"] = {patterned: draw(st.integers(1, 4))}
             config["alpha_pattern"] = {patterned: draw(st.sampled_from([2, 3]))}
-        result.append({"config": config, "embedding": draw(st.booleans()), "seed": seed + draw(st.integers(0, 99))})
+        result.append(
+            {"config": config, "embedding": draw(st.booleans()), "seed": seed + draw(st.integers(0, 99))}
+        )
     return result
 
 
@@ -120,7 +122,10 @@ METHODS = [
 
 @given(data=st.data())
 @settings(
-    max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_an_exported_adapter_reloaded_in_peft_equals_the_merged_checkpoint(bases, data):
     from peft import PeftModel
@@ -142,19 +147,26 @@ def test_an_exported_adapter_reloaded_in_peft_equals_the_merged_checkpoint(bases
         with torch.no_grad():
             got, want = adapted(ids).logits, merged(ids).logits
         assert relative_error(got, want) < TOLERANCE
-        assert all(bool(result.probed) for result in ray_merge.verify(f"{home}/out", cache_dir=f"{home}/cache"))
+        assert all(
+            bool(result.probed) for result in ray_merge.verify(f"{home}/out", cache_dir=f"{home}/cache")
+        )
 
 
 @given(data=st.data())
 @settings(
-    max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_a_truncated_export_keeps_what_it_promises(bases, data):
     family = data.draw(st.sampled_from(sorted(FAMILIES)))
     base, _ = bases[family]
     chosen = data.draw(adapters(family))
     wanted = data.draw(
-        st.sampled_from([{"export_rank": 1}, {"export_rank": 3}, {"export_tolerance": 0.2}, {"export_tolerance": 0.0}])
+        st.sampled_from(
+            [{"export_rank": 1}, {"export_rank": 3}, {"export_tolerance": 0.2}, {"export_tolerance": 0.0}]
+        )
     )
     with tempfile.TemporaryDirectory() as home:
         paths = {f"a{i}": write(Path(home) / f"a{i}", family, given) for i, given in enumerate(chosen)}
