@@ -54,3 +54,26 @@ def test_every_error_class_is_listed_in_order():
 def test_a_message_names_all_of_its_arguments():
     text = str(errors.UnitFailed("shard-00003", 4, "its worker died"))
     assert all(part in text for part in ("shard-00003", "4", "its worker died"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.RecipeError("a\nb \x1b[31m" + "x" * 10**6),
+        errors.StoreError("/a\x1b[2J", "reading", 1, "y" * 10**6),
+        errors.AdapterShapeError("s" * 10**6, "A", (1,), "x", "y\0", "z"),
+    ],
+)
+def test_a_message_is_one_printable_line_of_bounded_length(error):
+    assert str(error).isprintable()
+    assert len(str(error)) < 2100
+
+
+def test_values_of_hostile_files_are_shown_in_part():
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in ("x" * 10**6, [1] * 10**6, deep, {"a" * 10**6: "b" * 10**6}, 10**4000, ("x",) * 10**5):
+        assert len(errors.shown(value)) < 400
+    assert errors.shown("q_proj") == "'q_proj'"
+    assert errors.shown((2, 8)) == "(2, 8)"

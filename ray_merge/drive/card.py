@@ -81,7 +81,8 @@ def _adapter_row(plan: Plan, name: str, files: Mapping[str, str]) -> str:
     adapter = plan.adapters[name]
     version = files[adapter.file]
     ranks = sorted({factor.rank for factor in adapter.factors.values()})
-    shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    # An adapter may hold trained tokens or saved modules alone.
+    shown = " to ".join(str(rank) for rank in dict.fromkeys((*ranks[:1], *ranks[-1:])))
     head = f"`heads/{name}.safetensors`" if adapter.heads else ""
     return f"| {name} | `{_cell(version[:23])}` | {len(adapter.factors)} | {shown} | {head} |"
 

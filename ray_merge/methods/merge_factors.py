@@ -72,6 +72,8 @@ def _check_dora(
     if base is None or tuple(base.shape) != shape:
         got = "none" if base is None else tuple(base.shape)
         raise MethodError(f"a factor has a DoRA magnitude, which needs `base` of shape {shape}, got {got}")
+    if not base.is_floating_point() or not bool(torch.isfinite(base).all()):
+        raise MethodError(f"base holds NaN or Inf, or is no floating tensor ({base.dtype})")
     if not takes_dense(method, parameters):
         raise MethodError(
             f"{method.name} works on factors, but a DoRA delta is dense; use a method with space: dense"
@@ -123,7 +125,9 @@ def _check_factors(factors: Sequence[Factor]) -> None:
             raise MethodError(
                 f"factors[{index}]: B {tuple(B.shape)} and A {tuple(A.shape)}; expected (O, R) and (R, I)"
             )
-        for word, tensor in (("B", B), ("A", A)):
+        for word, tensor in (("B", B), ("A", A), ("magnitude", factor.magnitude)):
+            if tensor is None:
+                continue
             if not tensor.is_floating_point():
                 raise MethodError(
                     f"factors[{index}].{word} has dtype {tensor.dtype}, expected a floating dtype"

@@ -37,6 +37,10 @@ def check_export(merge: Merge, adapters: Mapping[str, Adapter], sites: Mapping[s
             f"merge {merge.name!r}: {merge.method} in {space} space has no exact low-rank form, so it cannot be "
             f"exported as an adapter; use export: checkpoint, or {options}"
         )
+    if not any(adapters[name].factors for name in merge.adapters):
+        raise RecipeError(
+            f"merge {merge.name!r}: its adapters have no factors to export; use export: checkpoint"
+        )
     for name in merge.adapters:
         what = _beyond_lora(adapters[name], sites)
         if what:

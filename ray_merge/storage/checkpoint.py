@@ -17,7 +17,7 @@ from ray_merge.spec import DTYPE_BYTES, FLOAT_DTYPES, TensorEntry
 from ray_merge.storage.headers import read_header
 from ray_merge.storage.quantised import Quantised, find_quantised, quantisation_config
 from ray_merge.storage.store import ObjectInfo, Store
-from ray_merge.storage.strict_json import MAX_JSON_BYTES, check_plain, parse_object
+from ray_merge.storage.strict_json import MAX_JSON_BYTES, check_depth, parse_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -84,7 +84,7 @@ def read_json(store: Store, path: str) -> dict[str, Any]:
     if info.n_bytes > MAX_JSON_BYTES:
         raise CheckpointError(f"{where} is {info.n_bytes} bytes long; at most {MAX_JSON_BYTES} are read")
     document = parse_object(store.read(path), where)
-    check_plain(document, where)
+    check_depth(document, where)
     return document
 
 

@@ -73,7 +73,8 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int, where: str) -> Heade
         where: how messages call the file.
     """
     document = parse_object(raw, f"{where}: the safetensors header")
-    metadata = document.pop("__metadata__", None) or {}
+    metadata = document.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{where}: __metadata__ is not a mapping of strings")
     data_start = 8 + len(raw)

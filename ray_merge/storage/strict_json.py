@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,39 +31,35 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
         where: how messages call it.
 
     Raises:
-        CheckpointError: something else, or a key that stands twice.
+        CheckpointError: something else, a key that stands twice, or half of a surrogate pair.
     """
     try:
         with _no_collector():
             document = json.loads(raw.decode(), object_pairs_hook=lambda pairs: _no_duplicates(pairs, where))
-    except (ValueError, RecursionError) as error:
+        if re.search(rb"\\u[dD][89a-fA-F]", raw):
+            json.dumps(document, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise CheckpointError(f"{where} is not valid JSON (nested too deeply)") from error
+    except ValueError as error:
         raise CheckpointError(f"{where} is not valid JSON ({error})") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{where} is not a JSON object")
     return document
 
 
-def check_plain(document: dict[str, Any], where: str) -> None:
-    """Refuse what could be read here but not be written again: deep nesting, and halves of surrogate pairs."""
-    pending: list[tuple[Any, int]] = [(document, 1)]
-    while pending:
-        value, depth = pending.pop()
-        if isinstance(value, str):
-            _check_text(value, where)
-        elif isinstance(value, dict | list):
-            if depth > MAX_DEPTH:
-                raise CheckpointError(f"{where} nests its values more than {MAX_DEPTH} levels deep")
-            items: Iterable[Any] = [*value, *value.values()] if isinstance(value, dict) else value
-            pending.extend((item, depth + 1) for item in items)
+def check_depth(document: dict[str, Any], where: str) -> None:
+    """Refuse what could be read here but not be written again, because it is nested too deeply."""
+    level: list[Any] = [document]
+    for _ in range(MAX_DEPTH):
+        level = [item for value in level for item in _items(value) if item and type(item) in (dict, list)]
+        if not level:
+            break
+    else:
+        raise CheckpointError(f"{where} nests its values more than {MAX_DEPTH} levels deep")
 
 
-def _check_text(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise CheckpointError(
-            f"{where} holds {shown(text)}, which is no text (half of a surrogate pair)"
-        ) from error
+def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -153,7 +153,7 @@ class _Tokens:
         """The trained rows of `tensor`, read from the adapters that have some."""
         rows: dict[int, Tensor] = {}
         for name, entry, indices in token_rows(unit.job.plan.adapters, merge.adapters, tensor.name):
-            values = unit.files.saved(name).read(entry).to(TORCH_DTYPES[tensor.dtype])
+            values = _cast(unit.files.saved(name).read(entry), replace(tensor, owner=name))
             rows |= dict(zip(indices, values, strict=True))
         return cls(rows) if rows else None
 
@@ -201,8 +201,9 @@ def _pass_through(unit: _Unit, tensor: OutTensor, outputs: Sequence[_Output]) ->
 def _cast(given: Tensor, tensor: OutTensor) -> Tensor:
     stored = given.to(TORCH_DTYPES[tensor.dtype])
     if stored.dtype != given.dtype and bool((stored.isinf() & ~given.isinf()).any()):
+        whose = f"adapter {tensor.owner}" if tensor.owner else "the base"
         raise RunFailed(
-            f"{tensor.name} of the base holds values that do not fit {tensor.dtype}; use out_dtype: bfloat16 or float32"
+            f"{tensor.name} of {whose} holds values that do not fit {tensor.dtype}; use out_dtype: bfloat16 or float32"
         )
     return stored
 

@@ -1,3 +1,4 @@
+import torch
 import yaml
 
 from ray_merge.drive.card import WARN_LOST_SHARE, model_card
@@ -90,3 +91,10 @@ def test_no_rounding_is_mentioned_where_nothing_was_rounded(tmp_path):
 def test_the_card_is_the_same_each_time(tmp_path):
     recipe = write_recipe_files(tmp_path)
     assert card(recipe, [report("x", 0.01)]) == card(recipe, [report("x", 0.01)])
+
+
+def test_an_adapter_of_saved_modules_alone_has_no_rank(tmp_path):
+    recipe = write_recipe_files(tmp_path)
+    head = {"base_model.model.score.weight": torch.ones(3, 8)}
+    write_adapter(tmp_path / "a", head, modules_to_save=["score"])
+    assert "| a | `sha256:dddddddddddddddd` | 0 |  | `heads/a.safetensors` |" in card(recipe)

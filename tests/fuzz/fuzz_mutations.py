@@ -193,7 +193,9 @@ def config_bytes(rng: random.Random, inputs: Inputs) -> None:
 def config_patterns(rng: random.Random, inputs: Inputs) -> None:
     pairs = {key: json.dumps(value) for key, value in ADAPTER_CONFIG.items()}
     for field in rng.choice([["rank_pattern"], ["alpha_pattern"], ["rank_pattern", "alpha_pattern"]]):
-        keys = rng.sample(HOSTILE_PATTERNS, rng.randrange(3)) + rng.sample(PLAIN_PATTERNS, rng.randrange(2))
+        keys = rng.sample(HOSTILE_PATTERNS, rng.randrange(1, 4)) + rng.sample(
+            PLAIN_PATTERNS, rng.randrange(2)
+        )
         values = [junk_text(rng) if rng.random() < 0.3 else "2" for _ in keys]
         pairs[field] = object_text(list(zip(keys, values, strict=True))).decode()
     if rng.random() < 0.5:  # longer names make bad patterns worse
@@ -202,28 +204,6 @@ def config_patterns(rng: random.Random, inputs: Inputs) -> None:
             for name, tensor in adapter_tensors(MODULES[0]).items()
         }
         inputs.files[WEIGHTS] = safetensors(renamed)
-    inputs.files[CONFIG] = object_text([*pairs.items()])
-
-
-def config_large(rng: random.Random, inputs: Inputs) -> None:
-    pairs = {key: json.dumps(value) for key, value in ADAPTER_CONFIG.items()}
-    field, text = rng.choice(
-        [
-            (rng.choice([*ADAPTER_CONFIG, "unknown", "target_parameters"]), json.dumps("x" * 10_000_000)),
-            (
-                rng.choice(["target_modules", "modules_to_save", "unknown", "r"]),
-                json.dumps(["q"] * 1_000_000),
-            ),
-            ("modules_to_save", json.dumps([f"m{i}" for i in range(100_000)])),
-            ("rank_pattern", json.dumps({f"layers.{i}.q_proj": 2 for i in range(50_000)})),
-            ("alpha_pattern", json.dumps({rf".*layers\.{i}\..*q_proj": 2 for i in range(5_000)})),
-            ("alpha_pattern", json.dumps({"." * i: 2 for i in range(1, 2_000)})),
-            ("trainable_token_indices", json.dumps([*range(1_000_000)])),
-            ("auto_mapping", "[" + "[]," * 8_000_000 + "0]"),
-            ("base_model_name_or_path", json.dumps("/x" * 2_000_000)),
-        ]
-    )
-    pairs[field] = text
     inputs.files[CONFIG] = object_text([*pairs.items()])
 
 
@@ -264,7 +244,7 @@ def _put_tensors(tensors: Tensors, inputs: Inputs) -> None:
 
 def adapter_names(rng: random.Random, inputs: Inputs) -> None:
     tensors = dict(adapter_tensors(MODULES[0]))
-    for _ in range(rng.choice([1, 1, 2])):
+    for _ in range(rng.choice([1, 2, 2])):
         kind = rng.randrange(6)
         if kind == 0:
             tensors.pop(rng.choice([*tensors]), None)
@@ -492,16 +472,16 @@ _HEADER_EDITS: list[Callable[[_File], None]] = [
 
 
 def spoilt_file(tensors: Tensors, rng: random.Random) -> bytes:
-    """The tensors as a safetensors file with one or two things wrong in its header."""
+    """The tensors as a safetensors file with up to three things wrong in its header."""
     file = _File(header_of(tensors), b"".join(data for _, _, data in tensors.values()), rng)
-    for edit in rng.choices(_HEADER_EDITS, k=rng.choice([1, 1, 2])):
+    for edit in rng.choices(_HEADER_EDITS, k=rng.choice([1, 2, 2, 3])):
         edit(file)
     header = file.header if file.text is None else file.text.encode("utf-8", "surrogatepass")
     return file_of(header, file.data, file.length)
 
 
 def adapter_header(rng: random.Random, inputs: Inputs) -> None:
-    inputs.files[WEIGHTS] = spoilt_file(adapter_tensors(MODULES[0]), rng)
+    inputs.files[WEIGHTS] = spoilt_file(adapter_tensors(rng.choice(MODULES)), rng)
 
 
 def adapter_bytes(rng: random.Random, inputs: Inputs) -> None:
@@ -520,37 +500,75 @@ def adapter_bytes(rng: random.Random, inputs: Inputs) -> None:
     inputs.files[WEIGHTS] = data
 
 
-def header_large(rng: random.Random, inputs: Inputs) -> None:
-    path = rng.choice([WEIGHTS, BASE])
-    kind = rng.randrange(7)
-    if kind == 0:  # 100,000 tensors
-        entry = '"dtype":"F32","shape":[0],"data_offsets":[0,0]'
-        names = [f"{PREFIX}m.{i}.lora_{side}.weight" for i in range(50_000) for side in "AB"]
-        inputs.files[path] = file_of(
-            ("{" + ",".join(f'"{n}":{{{entry}}}' for n in names) + "}").encode(), b""
-        )
-    elif kind == 1:  # each byte of it becomes 20 bytes of objects
-        inputs.files[path] = file_of(b'{"a":[' + b"[]," * 8_000_000 + b"0]}", b"")
-    elif kind == 2:
-        inputs.files[path] = file_of(
-            b'{"a":{' + b",".join(b'"%x":{}' % i for i in range(2_000_000)) + b"}}", b""
-        )
-    elif kind == 3:  # a header as long as the library's limit, and it is there
-        inputs.files[path] = Sparse((90_000_000).to_bytes(8, "little") + b'{"a":[', 90_000_100)
-    elif kind == 4:
-        inputs.files[path] = Sparse((2**40).to_bytes(8, "little"), 2**41)
-    elif kind == 5:
-        inputs.files[path] = file_of(b'{"a' + b"x" * 20_000_000 + b'":{}}', b"")
-    else:  # a head of 400 MB that is a hole
-        tensors = adapter_tensors(MODULES[0])
-        header = header_of(tensors)
-        position = sum(len(data) for _, _, data in tensors.values())
-        header[f"{PREFIX}classifier.weight"] = {
-            "dtype": "F32", "shape": [4, 25_000_000], "data_offsets": [position, position + 400_000_000],
-        }  # fmt: skip
-        start = file_of(header, b"".join(data for _, _, data in tensors.values()))
-        inputs.files[WEIGHTS] = Sparse(start, len(start) + 400_000_000)
-        inputs.files[CONFIG] = json.dumps({**ADAPTER_CONFIG, "modules_to_save": ["classifier"]}).encode()
+# Files of many megabytes
+
+
+def _large_setting(field: str, make: Callable[[], str]) -> Mutation:
+    def mutation(rng: random.Random, inputs: Inputs) -> None:
+        pairs = {key: json.dumps(value) for key, value in ADAPTER_CONFIG.items()}
+        inputs.files[CONFIG] = object_text([*(pairs | {field: make()}).items()])
+
+    return mutation
+
+
+def _large_header(path: str, make: Callable[[], bytes]) -> Mutation:
+    def mutation(rng: random.Random, inputs: Inputs) -> None:
+        inputs.files[path] = file_of(make(), b"")
+
+    return mutation
+
+
+def _many_tensors(count: int) -> bytes:
+    entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    names = [f"{PREFIX}m.{i}.lora_{side}.weight" for i in range(count // 2) for side in "AB"]
+    return ("{" + ",".join(f'"{name}":{entry}' for name in names) + "}").encode()
+
+
+def _long_header(rng: random.Random, inputs: Inputs) -> None:
+    inputs.files[WEIGHTS] = Sparse((90_000_000).to_bytes(8, "little") + b'{"a":[', 90_000_100)
+
+
+def _endless_file(rng: random.Random, inputs: Inputs) -> None:
+    inputs.files[BASE] = Sparse((2**40).to_bytes(8, "little"), 2**41)
+
+
+def _large_head(rng: random.Random, inputs: Inputs) -> None:
+    tensors = adapter_tensors(MODULES[0])
+    header = header_of(tensors)
+    position = sum(len(data) for _, _, data in tensors.values())
+    header[f"{PREFIX}classifier.weight"] = {
+        "dtype": "F32", "shape": [4, 15_625_000], "data_offsets": [position, position + 250_000_000],
+    }  # fmt: skip
+    start = file_of(header, b"".join(data for _, _, data in tensors.values()))
+    inputs.files[WEIGHTS] = Sparse(start, len(start) + 250_000_000)
+    inputs.files[CONFIG] = json.dumps({**ADAPTER_CONFIG, "modules_to_save": ["classifier"]}).encode()
+
+
+LARGE: list[Mutation] = [
+    _large_setting("unknown", lambda: json.dumps("x" * 10_000_000)),
+    _large_setting("base_model_name_or_path", lambda: json.dumps("/x" * 2_000_000)),
+    _large_setting("target_modules", lambda: json.dumps(["q"] * 1_000_000)),
+    _large_setting("modules_to_save", lambda: json.dumps([f"m{i}" for i in range(100_000)])),
+    _large_setting("rank_pattern", lambda: json.dumps({f"layers.{i}.q_proj": 2 for i in range(50_000)})),
+    _large_setting("alpha_pattern", lambda: json.dumps({rf".*layers\.{i}\..*q": 2 for i in range(3_000)})),
+    _large_setting("alpha_pattern", lambda: json.dumps({"." * i: 2 for i in range(1, 2_000)})),
+    _large_setting("trainable_token_indices", lambda: json.dumps([*range(1_000_000)])),
+    _large_setting("auto_mapping", lambda: "[" + "[]," * 6_000_000 + "0]"),
+    _large_setting("r", lambda: "[" + "[" * 90 + "]" * 90 + ",0]"),
+    _large_header(WEIGHTS, lambda: _many_tensors(100_000)),
+    _large_header(BASE, lambda: _many_tensors(20_000)),
+    _large_header(
+        WEIGHTS, lambda: b'{"a":[' + b"[]," * 6_000_000 + b"0]}"
+    ),  # 20 bytes in memory for each byte of it
+    _large_header(BASE, lambda: b"{" + b",".join(b'"%x":{}' % i for i in range(700_000)) + b"}"),
+    _large_header(BASE, lambda: b'{"a' + b"x" * 19_000_000 + b'":{}}'),
+    _long_header,
+    _endless_file,
+    _large_head,
+]
+"""Each of these takes seconds, so each comes once in `LARGE_EVERY` times their number of cases."""
+
+LARGE_EVERY = 120
 
 
 # The base
@@ -715,7 +733,7 @@ def base_index(rng: random.Random, inputs: Inputs) -> None:
 
 def special_files(rng: random.Random, inputs: Inputs) -> None:
     names = [CONFIG, WEIGHTS, "base/config.json", BASE, "base/tokenizer_config.json"]
-    for name in rng.sample(names, rng.choice([1, 1, 2])):
+    for name in rng.sample(names, rng.choice([1, 2, 2])):
         kind = rng.randrange(12)
         if kind == 0:
             inputs.files.pop(name)
@@ -913,7 +931,7 @@ def recipe_values(rng: random.Random, inputs: Inputs) -> None:
 
 def recipe_text(rng: random.Random, inputs: Inputs) -> None:
     text = yaml.safe_dump(inputs.recipe, sort_keys=False).encode()
-    kind = rng.randrange(8)
+    kind = rng.randrange(12)
     if kind == 0:
         text += rng.choice(
             [
@@ -956,21 +974,20 @@ MUTATIONS: list[tuple[Mutation, int]] = [
     (config_values, 26), (config_bytes, 10), (config_patterns, 10), (adapter_names, 22), (adapter_shapes, 16),
     (adapter_numbers, 4), (adapter_header, 26), (adapter_bytes, 14), (base_header, 12), (base_bytes, 6),
     (base_names, 8),
-    (base_config, 14), (base_index, 8), (model_class, 10), (special_files, 12), (special_folders, 5), (pickles, 6),
+    (base_config, 14), (base_index, 6), (model_class, 10), (special_files, 12), (special_folders, 5), (pickles, 5),
     (recipe_values, 12),
-    (recipe_text, 5),
+    (recipe_text, 4),
 ]  # fmt: skip
-"""Mutations and their shares. The two that write many megabytes come once in a hundred cases, see `case_of`."""
+"""Mutations and their shares; `LARGE` comes by number."""
 
 
 def case_of(seed: int) -> tuple[str, Inputs]:
     """The name of the mutation and the spoilt inputs of one seed."""
     rng = random.Random(seed)
     inputs = good_inputs()
-    if seed % 100 in (20, 70):
-        mutation = config_large if seed % 100 == 20 else header_large
-        mutation(rng, inputs)
-        return mutation.__name__, inputs
+    if seed % LARGE_EVERY == 20:
+        LARGE[seed // LARGE_EVERY % len(LARGE)](rng, inputs)
+        return "large", inputs
     chosen = [rng.choices([m for m, _ in MUTATIONS], [share for _, share in MUTATIONS])[0]]
     if rng.random() < 0.15:  # two things are wrong at once
         chosen.append(rng.choice([config_values, adapter_header, base_config, recipe_values]))

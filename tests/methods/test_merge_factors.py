@@ -129,3 +129,49 @@ def test_arguments_that_cannot_be_meant_are_refused(given, message):
 def test_a_scope_that_does_not_exist_is_refused():
     with pytest.raises(MethodError, match="scope is 'layer'"):
         merge_factors("ties", [bad()], scope="layer")
+
+
+def dora(shape=(4, 3), magnitude=None):
+    return Factor(
+        torch.ones(shape[0], 2), torch.ones(2, shape[1]), 0.5,
+        torch.arange(1.0, shape[0] + 1)[:, None] if magnitude is None else magnitude,
+    )  # fmt: skip
+
+
+BASE = torch.arange(12.0).reshape(4, 3)
+
+
+@pytest.mark.parametrize("magnitude", [torch.arange(1.0, 5)[:, None], torch.arange(1.0, 4)[None]])
+def test_a_dora_factor_is_merged_against_the_base_weight(magnitude):
+    factor = dora(magnitude=magnitude)
+    plain = bad(scale=2.0)
+    merged = merge_factors("task_arithmetic", [factor, plain], base=BASE, weight=[0.5, 3.0])
+    V = BASE.double() + 0.5 * (factor.B.double() @ factor.A.double())
+    tau = magnitude.double() * V / V.norm(dim=int(magnitude.shape[1] == 1), keepdim=True) - BASE.double()
+    want = 0.5 * tau + 3.0 * 2.0 * (plain.B.double() @ plain.A.double())
+    assert relative(merged.dense(), want) < 1e-6
+    assert merged.factors() is None
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "magnitude", "given", "message"),
+    [
+        ("task_arithmetic", None, None, {}, r"needs `base` of shape \(4, 3\), got none"),
+        ("task_arithmetic", torch.ones(3, 4), None, {}, r"needs `base` of shape \(4, 3\), got \(3, 4\)"),
+        ("task_arithmetic", BASE, torch.ones(3, 1), {}, r"factors\[0\].magnitude is \(3, 1\)"),
+        ("task_arithmetic", BASE, torch.ones(4), {}, r"factors\[0\].magnitude is \(4,\)"),
+        ("cat", BASE, None, {}, "cat works on factors, but a DoRA delta is dense"),
+        ("ties", BASE, None, {"space": "core"}, "ties works on factors"),
+        (
+            "task_arithmetic",
+            BASE,
+            torch.full((4, 1), float("nan")),
+            {},
+            r"factors\[0\].magnitude holds NaN or Inf",
+        ),
+        ("task_arithmetic", BASE.log(), None, {}, "base holds NaN or Inf"),
+    ],
+)
+def test_a_dora_factor_that_cannot_be_merged_is_refused(method, base, magnitude, given, message):
+    with pytest.raises(MethodError, match=message):
+        merge_factors(method, [dora(magnitude=magnitude)], base=base, **given)

@@ -74,3 +74,24 @@ def test_an_unknown_method_is_refused_with_its_neighbours():
 )
 def test_results_have_factors_where_the_declaration_says_so(name, space, gives):
     assert registry.gives_factors(registry.get(name), space) is gives
+
+
+DENSE = {
+    "task_arithmetic": {(): True},
+    "linear": {(): True, ("compat", "peft"): False},
+    "cat": {(): False},
+    "svd": {(): False},
+    "ties": {(): True, ("space", "core"): False, ("space", "knots"): False},
+    "dare_linear": {(): True, ("space", "core"): False},
+    "dare_ties": {(): True, ("space", "knots"): False},
+    "knots_ties": {(): False},
+    "knots_dare_ties": {(): False},
+}
+
+
+def test_every_method_says_whether_it_can_take_a_delta_without_factors():
+    assert DENSE.keys() == {method.name for method in registry.METHODS}
+    for name, cases in DENSE.items():
+        for given, takes in cases.items():
+            parameters = dict([given]) if given else {}
+            assert registry.takes_dense(registry.get(name), parameters) is takes, (name, given)

@@ -160,3 +160,10 @@ def test_the_order_in_which_tensors_are_listed_does_not_matter(model):
 
 def test_layer_2_sorts_before_layer_10():
     assert sorted(["l.10.a", "l.2.b", "l.2.a", "l"], key=natural_key) == ["l", "l.2.a", "l.2.b", "l.10.a"]
+
+
+def test_digits_that_are_no_numbers_are_text():
+    names = ["\u00b2", "1\u00b22.weight", "layers.\u0663.x", "9" * 1000]
+    assert sorted(
+        e.name for shard in cut_shards([entry(name) for name in names], GB) for e in shard
+    ) == sorted(names)

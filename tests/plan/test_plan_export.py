@@ -137,3 +137,12 @@ def test_a_rank_and_a_tolerance_belong_to_an_export_and_exclude_each_other(recip
         {"name": "m", "merge_method": "cat", "export": "both", "export_rank": 2, "export_tolerance": 0.1}
     ]
     assert "give export_rank or export_tolerance, not both" in refusal(recipe)
+
+
+def test_a_merge_without_factors_is_no_adapter(recipe, tmp_path):
+    head = {f"{P}score.weight": torch.ones(3, HIDDEN)}
+    for name in "ab":
+        write_adapter(tmp_path / name, head, modules_to_save=["score"])
+    assert "its adapters have no factors to export; use export: checkpoint" in refusal(recipe)
+    recipe["merges"][0]["export"] = "checkpoint"
+    assert plan_of(recipe).merges

@@ -181,3 +181,14 @@ def test_only_refuses_a_pattern_that_matches_nothing():
     some = merges("  - {name: scale, merge_method: cat}\n")
     with pytest.raises(RecipeError, match="--only scal: no such merge; did you mean 'scale'"):
         select(some, ["scale", "scal"])
+
+
+def test_every_merge_of_an_entry_is_exported_as_the_entry_says():
+    found = merges(
+        "  - {name: m, merge_method: cat, export: both, export_rank: 3, sweep: {lambda: [1, 2]}}\n"
+    )
+    assert [(merge.export, merge.export_rank, merge.export_tolerance) for merge in found] == [
+        ("both", 3, None)
+    ] * 2
+    (one,) = merges("  - {name: m, merge_method: cat, export: adapter, export_tolerance: 0.25}\n")
+    assert (one.export_rank, one.export_tolerance) == (None, 0.25)

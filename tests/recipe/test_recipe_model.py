@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,12 @@ def test_the_defaults_are_those_of_the_documentation():
     assert (recipe.dtype, recipe.out_dtype, recipe.max_shard_size) == ("float32", None, 10**9)
     merge = recipe.merges[0]
     assert (merge.export, merge.seed, merge.parameters, merge.adapters) == ("checkpoint", 0, {}, None)
+    assert (merge.export_rank, merge.export_tolerance) == (None, None)
+    assert (recipe.tied, recipe.base_numerics, recipe.key_mapping) == ("refuse", "reject", {})
+    adapter = recipe.adapters["a"]
+    assert (adapter.initial, adapter.allow_pickle, adapter.key_mapping, adapter.moe_lora_b_layout) == (
+        None, False, {}, None,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -70,6 +77,17 @@ def test_an_optional_key_with_nothing_behind_it_counts_as_not_given(empty):
         ("task_arithmetic\n", "ties\n    seed: -1\n", 11, "merges[0].seed"),
         ("task_arithmetic\n", "ties\ndtype: bfloat16\n", 11, "dtype: input should be 'float32' or 'float64'"),
         ("task_arithmetic\n", "ties\nmax_shard_size: 5 parsecs\n", 11, "'5 parsecs' is no size"),
+        ("task_arithmetic\n", "cat\n    export_rank: 0\n", 11, "merges[0].export_rank"),
+        ("task_arithmetic\n", "cat\n    export_tolerance: 1\n", 11, "merges[0].export_tolerance"),
+        ("task_arithmetic\n", "cat\n    export_tolerance: -0.1\n", 11, "merges[0].export_tolerance"),
+        ("task_arithmetic\n", "cat\ntied: untied\n", 11, "tied: input should be 'refuse' or 'untie'"),
+        ("task_arithmetic\n", "cat\nbase_numerics: dequantize\n", 11, "base_numerics: input should be"),
+        ("task_arithmetic\n", "cat\nkey_mapping: {'(': x}\n", 11, "'(': 'x' is no rule for names"),
+        ("task_arithmetic\n", "cat\nkey_mapping: {'a(b)': '\\2'}\n", 11, "is no rule for names"),
+        ("task_arithmetic\n", "cat\nkey_mapping: [a]\n", 11, "key_mapping: input should be a mapping"),
+        ("    data: /data/b.parquet", "    moe_lora_b_layout: other", 7, "adapters.b.moe_lora_b_layout"),
+        ("    data: /data/b.parquet", "    allow_pickle: perhaps", 7, "adapters.b.allow_pickle"),
+        ("    data: /data/b.parquet", "    intial: /x", 7, "'intial'; did you mean 'initial'?"),
         ("  a: /adapters/a", "  a:", 4, "adapters.a: input should be a mapping, got None"),
         ("  a: /adapters/a", "  a__b: /adapters/a", 4, "'a__b' is no usable name"),
         ("name: m", "name: a/b", 9, "'a/b' is no usable name"),
@@ -171,3 +189,24 @@ def test_a_recipe_from_python_that_holds_itself_is_refused():
     recipe["adapters"] = recipe
     with pytest.raises(RecipeError, match="not plain data"):
         load_recipe(recipe)
+
+
+def test_a_pipe_or_folder_is_no_recipe_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(RecipeError, match=f"cannot read recipe {path}: it is no file"):
+            load_recipe(path)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "\ud800"])
+def test_a_path_that_no_file_can_have_is_refused(path):
+    with pytest.raises(RecipeError, match="cannot read recipe"):
+        load_recipe(path)
+
+
+def test_a_recipe_nested_too_deeply_is_refused_in_the_same_words_wherever_it_is_read():
+    assert refusal("{a: " * 2000) == "r.yaml: not valid YAML (nested too deeply)"
+
+
+def test_a_key_of_a_megabyte_is_neither_searched_for_nor_shown():
+    assert len(refusal(f"{'x' * 10**6}: 3\n{RECIPE}")) < 400

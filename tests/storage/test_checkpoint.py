@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from ray_merge.errors import CheckpointError
+from ray_merge.storage import checkpoint
 from ray_merge.storage.checkpoint import MAX_SIDE_FILE_BYTES, read_checkpoint, read_json
 from ray_merge.storage.store import open_store
 from tiny import llama_tensors, write_base
@@ -171,3 +172,96 @@ def test_a_side_file_as_large_as_weights_is_refused(tmp_path):
     with (folder / "data.arrow").open("wb") as file:
         file.truncate(MAX_SIDE_FILE_BYTES + 1)
     assert "data.arrow is 256000001 bytes long: too large for a side file" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("model_type", [], "model_type is [], expected a text"),
+        ("model_type", {"a": 1}, "expected a text"),
+        ("architectures", 5, "architectures is 5, expected a list"),
+        ("architectures", [3], "architectures holds 3, expected names of classes"),
+        ("tie_word_embeddings", "yes", "tie_word_embeddings is 'yes', expected true or false"),
+        ("quantization_config", 3, "quantization_config is 3, expected a mapping"),
+        ("text_config", [1], "text_config is [1], expected a mapping"),
+        ("text_config", {"model_type": 3}, "text_config: model_type is 3, expected a text"),
+        ("model_type", ["x"] * 10**6, "expected a text"),
+    ],
+)
+def test_a_config_with_values_of_other_types_is_refused(tmp_path, key, value, words):
+    message = refusal(write_base(tmp_path / "base", config={"model_type": "llama", key: value}))
+    assert words in message
+    assert len(message) < 600
+
+
+def test_a_config_deeper_or_longer_than_any_real_one_is_refused(tmp_path):
+    folder = write_base(tmp_path / "base")
+    (folder / "config.json").write_text('{"a":' * 200 + "1" + "}" * 200)
+    assert "levels deep" in refusal(folder)
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(10**9)
+    assert "at most 20000000 are read" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["a\\b.json", "a\nb", "\x1b[31mred", "\u202etxt", "\udcff.json"])
+def test_a_side_file_whose_name_not_every_store_keeps_is_refused(tmp_path, name):
+    folder = write_base(tmp_path / "base")
+    (folder / name).write_text("x")
+    message = refusal(folder)
+    assert "a name that not every store can keep" in message
+    assert message.isprintable()
+
+
+def test_a_folder_that_is_no_models_is_not_copied_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MAX_SIDE_FILES", 20)
+    folder = write_base(tmp_path / "base")
+    for index in range(20):
+        (folder / f"{index}.txt").write_text("x")
+    assert "holds 21 files beside its weights, more than 20" in refusal(folder)
+
+
+def test_a_side_file_that_lies_elsewhere_is_not_published(tmp_path):
+    folder = write_base(tmp_path / "base")
+    (tmp_path / "secret").write_text("x")
+    (folder / "vocab.txt").symlink_to("../secret")
+    assert f"vocab.txt is a link to '{tmp_path}/secret', outside of the model's folder" in refusal(folder)
+    (folder / "vocab.txt").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.json").write_text("{}")
+    (folder / "folder").symlink_to(tmp_path / "elsewhere")
+    assert "folder/x.json is a link to" in refusal(folder)
+    (folder / "folder").unlink()
+    (folder / "config.json").rename(tmp_path / "config.json")
+    (folder / "config.json").symlink_to("../config.json")
+    assert "config.json is a link to" in refusal(folder)
+
+
+def test_links_inside_of_the_folder_and_of_the_hubs_cache_are_followed(tmp_path):
+    folder = write_base(tmp_path / "base")
+    (folder / "vocab.txt").symlink_to("tokenizer_config.json")
+    (tmp_path / "link").symlink_to(folder)
+    assert [info.path for info in read(tmp_path / "link").side_files] == [
+        "tokenizer_config.json",
+        "vocab.txt",
+    ]
+    (folder / "vocab.txt").unlink()
+    blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        path.rename(blobs / f"sha-{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/sha-{path.name}")
+    assert [info.path for info in read(snapshot).side_files] == ["tokenizer_config.json"]
+
+
+def test_weights_may_be_links_to_anywhere(tmp_path):
+    folder = write_base(tmp_path / "base")
+    (folder / "model.safetensors").rename(tmp_path / "weights")
+    (folder / "model.safetensors").symlink_to("../weights")
+    assert set(read(folder).tensors) == set(llama_tensors())
+
+
+@pytest.mark.parametrize("place", ["x" * 256, "a\nb", "\x1b[31m", ""])
+def test_an_index_names_files_as_file_systems_have_them(tmp_path, place):
+    words = "does not exist" if not place else "not a plain file name"
+    assert words in refusal(sharded(tmp_path / "base", {"a": place}))

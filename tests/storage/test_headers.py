@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from ray_merge.errors import CheckpointError
 from ray_merge.storage.headers import FIRST_READ_BYTES, MAX_DIMENSIONS, make_header, parse_header, read_header
 from ray_merge.storage.store import open_store
+from ray_merge.storage.strict_json import MAX_JSON_BYTES
 
 
 def raw_file(document, data=b""):
@@ -86,6 +87,8 @@ def test_a_missing_file_is_named(tmp_path):
         (raw_file(b'{"a": {}, "a": {}}'), "'a' stands twice"),
         (raw_file({"__metadata__": {"x": 1}}), "__metadata__ is not a mapping of strings"),
         (raw_file({"__metadata__": ["x"]}), "__metadata__ is not a mapping of strings"),
+        (raw_file({"__metadata__": []}), "__metadata__ is not a mapping of strings"),
+        (raw_file({"__metadata__": {"x": "\ud800"}}), "not valid JSON"),
         (raw_file({"a": 3}), "'a' lacks dtype, shape or data_offsets"),
         (raw_file({"a": []}), "'a' lacks dtype, shape or data_offsets"),
         (raw_file({"a": None}), "'a' lacks dtype, shape or data_offsets"),
@@ -114,14 +117,32 @@ def test_a_missing_file_is_named(tmp_path):
         (raw_file({"a": tensor(0, 8)}, b"0000"), "truncated or damaged"),
         (raw_file({"a": tensor(0, 4)}, b"0" * 8), "truncated or damaged"),
         (raw_file({"": tensor(0, 4), "a\nb": tensor(4, 8)}, b"0" * 8), "is not printable text"),
+        (raw_file({"x" * 1001: tensor(0, 4)}, b"0" * 4), "is not printable text of up to 1000 characters"),
         (
             raw_file(b'{"\\ud800": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}'),
-            "is not printable text",
+            "not valid JSON",
         ),
     ],
 )
 def test_a_hostile_or_damaged_header_is_refused(tmp_path, content, words):
     assert words in refusal(tmp_path, content)
+
+
+def test_a_header_that_would_fill_memory_is_refused_by_its_length(tmp_path):
+    with (tmp_path / "x.safetensors").open("wb") as file:
+        file.write((MAX_JSON_BYTES + 1).to_bytes(8, "little") + b'{"a":[')
+        file.truncate(MAX_JSON_BYTES + 100)
+    with pytest.raises(CheckpointError, match=f"at most {MAX_JSON_BYTES} are read"):
+        read_header(open_store(str(tmp_path)), "x.safetensors")
+
+
+def test_a_message_does_not_repeat_a_megabyte_of_a_hostile_name(tmp_path):
+    for content in (
+        {"x" * 10**6: 3},
+        {"a": {**tensor(0, 4), "dtype": "x" * 10**6}},
+        {"a": tensor(0, 4, [2**60] * 60)},
+    ):
+        assert len(refusal(tmp_path, raw_file(content, b"0000"))) < 600
 
 
 def test_a_shape_of_many_huge_numbers_costs_no_time(tmp_path):

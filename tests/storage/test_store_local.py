@@ -176,3 +176,49 @@ def test_a_killed_process_leaves_nothing_that_looks_complete_and_is_not(store, w
     assert all(info.n_bytes == 1000 for info in store.list())
     assert store.put_if_absent("new", b"x" * 1000, {}) is ("new" not in listed)
     assert store.read("new") == b"x" * 1000
+
+
+def test_what_is_no_file_is_no_object(store):
+    store.local_root.mkdir()
+    os.mkfifo(store.local_root / "pipe")
+    (store.local_root / "zero").symlink_to("/dev/zero")
+    (store.local_root / "self").symlink_to("self")
+    (store.local_root / "folder").mkdir()
+    for name in ("pipe", "zero", "self", "folder", "none"):
+        assert store.info(name) is None
+    assert list(store.list()) == []
+
+
+def test_folders_that_link_to_each_other_are_not_walked_in_every_order(store):
+    for one in range(10):
+        for other in range(10):
+            (store.local_root / f"d{one}").mkdir(parents=True, exist_ok=True)
+            (store.local_root / f"d{one}" / str(other)).symlink_to(f"../d{other}")
+    with pytest.raises(StoreDenied, match="1000 folders behind links"):
+        store.list()
+
+
+def test_a_link_to_everything_is_not_followed_to_its_end(store):
+    store.local_root.mkdir()
+    (store.local_root / "all").symlink_to("/")
+    with pytest.raises(StoreDenied, match=r"listing .* was refused"):
+        store.list()
+
+
+def test_folders_within_folders_are_listed_to_any_depth(store):
+    folder = store.local_root
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    for _ in range(1200):  # more than Python's stack has room for
+        os.mkdir("d", dir_fd=descriptor)
+        inner = os.open("d", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+    os.close(os.open("x", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor))
+    os.close(descriptor)
+    try:
+        assert [info.path for info in store.list()] == ["d/" * 1200 + "x"]
+    finally:
+        subprocess.run(
+            ["rm", "-r", str(folder / "d")], check=True
+        )  # shutil.rmtree calls itself for each level

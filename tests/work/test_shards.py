@@ -199,7 +199,8 @@ def test_trained_values_that_do_not_fit_the_stored_dtype_stop_the_run(tmp_path, 
         "a trained bias": ({f"{P}{BIAS}": torch.full((HIDDEN,), 1e6)}, {"bias": "all"}),
     }  # fmt: skip
     tensors, settings = large[what]
-    with pytest.raises(ray_merge.RunFailed, match=r"fit F16"):
+    whose = "not finite" if what == "a trained bias" else "of adapter a holds values that do not fit F16"
+    with pytest.raises(ray_merge.RunFailed, match=whose):
         run(tmp_path, {"a": (factors(V1) | tensors, settings)}, [{}], out_dtype="float16")
     assert not (tmp_path / "out" / "m0" / "ray_merge" / "MANIFEST.json").exists()
 
@@ -210,3 +211,21 @@ def test_embedding_tables_that_peft_saved_beside_two_adapters_must_be_equal(tmp_
         run(tmp_path, adapters, [{}])
     assert not (tmp_path / "out").exists()
     run(tmp_path, {"a": adapters["a"], "b": adapters["a"]}, [{}])
+
+
+def test_an_adapter_of_tokens_alone_changes_them_alone(tmp_path, chunks):
+    rows = {f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, HIDDEN)}
+    (found,) = run(tmp_path, {"a": (rows, {"trainable_token_indices": [3]})}, [{}])
+    table = BASE[TABLE].clone()
+    table[3] = 1
+    check(found, {TABLE: table})
+
+
+def test_an_adapter_of_a_head_alone_leaves_the_base_as_it_is(tmp_path):
+    head = {f"{P}score.weight": torch.ones(3, HIDDEN)}
+    (found,) = run(tmp_path, {"a": (head, {"modules_to_save": ["score"]})}, [{}])
+    check(found, {})
+    assert torch.equal(
+        load_file(tmp_path / "out" / "m0" / "heads" / "a.safetensors")["score.weight"],
+        head[f"{P}score.weight"],
+    )
