@@ -78,14 +78,14 @@ class Site:
         tensor: disk name of its weight (`encoder.layer.0.attention.self.query.weight`).
         shape: (O, I); a convolution has I = inputs * kernel, a bias I = 1.
         start: its first row where the tensor is seen as rows of length I.
-        layout: kind of layer.
+        layout: kind of layer, as the adapter sees it that named the site first; another one may see a raw parameter.
     """
 
     name: str
     tensor: str
     shape: tuple[int, int]
     start: int = 0
-    layout: Layout = "linear"
+    layout: Layout = field(default="linear", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +196,7 @@ class Adapter:
         config: the parsed adapter_config.json.
         factors: site name -> its update there.
         modules: site name -> runtime name of the module in the class that the adapter was trained in.
+        layouts: site name -> what kind of layer the adapter takes it for.
         heads: saved extra tensors of task heads, under their runtime names.
         replaced: disk tensor -> the saved tensor that takes its place (modules_to_save, resized embeddings).
         tables: the disk tensors in `replaced` that PEFT saved by itself beside LoRA on an embedding; several
@@ -217,6 +218,7 @@ class Adapter:
     config: Mapping[str, Any]
     factors: Mapping[str, Update]
     modules: Mapping[str, str]
+    layouts: Mapping[str, Layout]
     heads: tuple[TensorEntry, ...]
     replaced: Mapping[str, TensorEntry]
     tables: frozenset[str]

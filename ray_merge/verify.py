@@ -245,7 +245,8 @@ def _adapter_ratios(probe: _Probe, site: Site, factor: Factor, x_I: Tensor) -> l
         return []
     A, B = (_read(probe.store, probe.merged[name]).double() for name in names)
     A, B = A.flatten(1), B.flatten(1)
-    stored = Factor(A.T, B.T) if site.layout in ("conv1d", "embedding") else Factor(B, A)
+    turned = probe.plan.layout(probe.merge, site.name) in ("conv1d", "embedding")
+    stored = Factor(A.T, B.T) if turned else Factor(B, A)
     update_O, reach_O = _product(kept, x_I)
     bound_O = (2 * _step(probe.merged[names[0]]) + FLOAT32_SLACK) * reach_O
     return [_ratio(_product(stored, x_I)[0] - update_O, bound_O)]

@@ -50,7 +50,7 @@ def exported_config(plan: Plan, merge: Merge, reports: Mapping[str, SiteReport])
         "use_rslora": False,
         "use_dora": False,
         "bias": "none",
-        "fan_in_fan_out": any(plan.sites[site].layout == "conv1d" for site in reports),
+        "fan_in_fan_out": any(plan.layout(merge, site) == "conv1d" for site in reports),
         "lora_dropout": 0.0,
         "inference_mode": True,
     }

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ from ray_merge.storage.checkpoint import CONFIG_FILE, INDEX_FILE
 from ray_merge.storage.commit import MANIFEST, SITES, commit_bytes, pretty_json
 from ray_merge.storage.headers import make_header
 from ray_merge.storage.store import Store, Stores
+from ray_merge.work.pickles import safetensors_of
 
 CARD = "README.md"
 MANIFEST_FORMAT = 1
@@ -65,9 +67,17 @@ class _Files:
 
 
 def publish(
-    plan: Plan, merge: Merge, target: Target, receipts: Mapping[str, Receipt], stores: Stores
+    plan: Plan, merge: Merge, target: Target, receipts: Mapping[str, Receipt], stores: Stores, cache: Path
 ) -> list[str]:
     """Complete one merge whose shards and adapter are all receipted.
+
+    Args:
+        plan: of the run.
+        merge: to be published.
+        target: where it goes.
+        receipts: of its objects, by name.
+        stores: of this process.
+        cache: the node's folder for adapters, where pickles were converted.
 
     Returns:
         Warnings about what rounding took.
@@ -77,9 +87,9 @@ def publish(
         files.note(receipt.name, receipt.n_bytes, receipt.sha256)
     for name in merge.adapters:
         if plan.adapters[name].heads:
-            files.put(f"heads/{name}.safetensors", head_file(plan, plan.adapters[name], stores))
+            files.put(f"heads/{name}.safetensors", head_file(plan, plan.adapters[name], stores, cache))
     reports = {kind: _reports(receipts, kind == "adapter") for kind in ("checkpoint", "adapter")}
-    files.put(SITES, _site_table(plan, reports))
+    files.put(SITES, _site_table(plan, merge, reports))
     files.put(CARD, model_card(plan, merge, target.merge_id, target.inputs, reports))
     if merge.export != "checkpoint":
         by_site = {report.site: report for report in reports["adapter"]}
@@ -130,9 +140,9 @@ def checkpoint_index(plan: Plan, merge: Merge) -> dict[str, Any]:
     }
 
 
-def head_file(plan: Plan, adapter: Adapter, stores: Stores) -> bytes:
+def head_file(plan: Plan, adapter: Adapter, stores: Stores, cache: Path) -> bytes:
     """An adapter's heads under their runtime names, as one safetensors file with what a loader must know."""
-    store = stores.open(adapter.url)
+    store, file = safetensors_of(adapter, stores, cache)
     ordered = sorted(adapter.heads, key=lambda entry: entry.name)
     # A head's inner layers (`classifier.dense`, `pooler.dense`) are as wide as the model, its last one is not.
     labels = min((e.shape[0] for e in ordered if len(e.shape) == 2), default=0)
@@ -146,7 +156,7 @@ def head_file(plan: Plan, adapter: Adapter, stores: Stores) -> bytes:
         "id2label": json.dumps({str(index): f"LABEL_{index}" for index in range(labels)}),
     }
     header, _ = make_header([(entry.name, entry.dtype, entry.shape) for entry in ordered], metadata)
-    return header + b"".join(store.read(entry.file, entry.start, entry.end) for entry in ordered)
+    return header + b"".join(store.read(file, entry.start, entry.end) for entry in ordered)
 
 
 def _reports(receipts: Mapping[str, Receipt], of_adapter: bool) -> list[SiteReport]:
@@ -155,9 +165,9 @@ def _reports(receipts: Mapping[str, Receipt], of_adapter: bool) -> list[SiteRepo
     return sorted(reports, key=lambda report: natural_key(report.site))
 
 
-def _site_table(plan: Plan, reports: Mapping[str, Sequence[SiteReport]]) -> bytes:
+def _site_table(plan: Plan, merge: Merge, reports: Mapping[str, Sequence[SiteReport]]) -> bytes:
     rows = [
-        {**asdict(report), "export": kind, "layout": plan.sites[report.site].layout, "bytes": report.n_bytes}
+        {**asdict(report), "export": kind, "layout": plan.layout(merge, report.site), "bytes": report.n_bytes}
         for kind, some in reports.items()
         for report in some
     ]

@@ -307,7 +307,14 @@ def _publish_ready(
     for item in unfinished:
         if not item.missing and item.receipts:
             context.warnings.extend(
-                publish(context.plan, item.merge, item.target, item.receipts, context.stores)
+                publish(
+                    context.plan,
+                    item.merge,
+                    item.target,
+                    item.receipts,
+                    context.stores,
+                    context.settings.cache / "adapters",
+                )
             )
             item.receipts.clear()
             context.progress(Event(kind="merge", text=item.merge.name, units=units, n_bytes=n_bytes))

@@ -14,7 +14,7 @@ from ray_merge.fit.experts import fit_experts, is_expert_module
 from ray_merge.fit.modules import check_orientation, fit_module, is_idle
 from ray_merge.fit.resolver import Architectures, Resolver, mapped
 from ray_merge.fit.saved import check_vocabulary, fit_saved, fit_tokens
-from ray_merge.fit.tied import check_tied, follow_tables, skip_tied_twin, untied
+from ray_merge.fit.tied import check_tied, check_tied_tokens, follow_tables, skip_tied_twin, untied
 from ray_merge.recipe import Recipe
 from ray_merge.spec import Adapter, Site
 from ray_merge.storage.adapter import CONFIG_FILE, StoredAdapter, StoredModule
@@ -58,7 +58,7 @@ def fit_adapters(recipe: Recipe, base: Checkpoint, stored: Mapping[str, StoredAd
         draft = Draft(adapter, Resolver.of(base, adapter, architectures), recipe.tied == "untie")
         _fit(draft, source.moe_lora_b_layout or "")
         adapters[name] = _finished(draft)
-        sites |= draft.sites
+        sites = {**draft.sites, **sites}
         found = {
             key: tuple(slot.tensor for slot in slots) for key, slots in draft.names.found.items() if slots
         }
@@ -91,6 +91,7 @@ def _fit(draft: Draft, layout: str) -> None:
     follow_tables(draft)
     check_vocabulary(draft)
     check_tied(draft)
+    check_tied_tokens(draft)
     check_orientation(draft)
     _check_patterns(draft.adapter.settings, draft)
 
@@ -154,6 +155,7 @@ def _finished(draft: Draft) -> Adapter:
         config=stored.config,
         factors=draft.updates,
         modules=draft.modules,
+        layouts={name: site.layout for name, site in draft.sites.items()},
         heads=tuple(sorted(draft.heads, key=lambda entry: entry.name)),
         replaced=draft.replaced,
         tables=frozenset(draft.tables),

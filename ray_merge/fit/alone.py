@@ -105,6 +105,7 @@ def _adapter(stored: StoredAdapter, factors: Mapping[str, FactorEntry], others: 
         url=stored.url,
         config=stored.config,
         factors=factors,
+        layouts={},
         modules={name: name for name in factors},
         heads=tuple(others),
         replaced={},

@@ -49,7 +49,10 @@ def is_expert_module(draft: Draft, module: StoredModule) -> bool:
     parameters = draft.adapter.settings.parameters
     if not parameters or "A" not in module.tensors:
         return False
-    return module.depth > 0 or not draft.names.slots(f"{module.name}.weight")
+    weight = f"{module.name}.weight"
+    if module.depth > 0 or not draft.names.slots(weight):
+        return True
+    return any(weight == target or weight.endswith(f".{target}") for target in parameters)
 
 
 def fit_experts(draft: Draft, module: StoredModule, layout: str) -> None:
@@ -93,7 +96,9 @@ def _parameter(draft: Draft, module: StoredModule) -> tuple[str, tuple[int, ...]
     """Which parameter of the module: PEFT wraps them in module order, the first one innermost."""
     own, in_order = _own_parameters(draft, module)
     targets = draft.adapter.settings.parameters
-    adapted = [name for name in own if any(f".{name}".endswith(f".{target}") for target in targets)]
+    adapted = [
+        name for name in own if any(name == target or name.endswith(f".{target}") for target in targets)
+    ]
     there = [other for other in draft.adapter.modules if other.name == module.name]
     if len(adapted) != len(there):
         raise AdapterError(

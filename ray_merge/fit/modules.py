@@ -13,7 +13,9 @@ Deltas in the layout of the stored base weight (PEFT 0.21 `tuners/lora/layer.py`
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from ray_merge.errors import AdapterError, AdapterShapeError
 from ray_merge.fit.draft import Draft
@@ -91,11 +93,17 @@ def _is_conv1d(draft: Draft, module: StoredModule, shape: tuple[int, ...]) -> bo
     straight = shape[0] in (B[0], B[0] * blocks) and shape[1] in (A[-1], A[-1] * blocks)
     turned = shape[1] in (B[0], B[0] * blocks) and shape[0] in (A[-1], A[-1] * blocks)
     flag = draft.adapter.settings.transposed
-    suspect = flag or draft.names.base.config.get("model_type") in TRANSPOSED_MODELS
+    suspect = flag or _may_be_transposed(draft.names.base.config)
     if not turned or (straight and not suspect):
         return False
     kind = draft.names.kind(module.name)
     return kind == "conv1d" if kind else (flag or not straight)
+
+
+def _may_be_transposed(config: Mapping[str, Any]) -> bool:
+    """Whether the model, or one inside it (a GPT-2 that decodes for a vision encoder), has Conv1D layers."""
+    inner = [value for value in config.values() if isinstance(value, Mapping)]
+    return config.get("model_type") in TRANSPOSED_MODELS or any(map(_may_be_transposed, inner))
 
 
 def check_orientation(draft: Draft) -> None:

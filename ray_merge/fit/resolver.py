@@ -8,6 +8,7 @@ What none of them proves has no disk tensor, and whoever asked refuses it.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,7 @@ def mapped(adapter: StoredAdapter, mapping: Mapping[str, str]) -> StoredAdapter:
     saved = tuple(replace(tensor, name=rename(tensor.name)) for tensor in adapter.saved)
     tokens = {rename(name): entry for name, entry in adapter.tokens.items()}
     names = [(module.name, module.depth) for module in modules] + [(tensor.name, -1) for tensor in saved]
-    twice = next((name for name, depth in names if names.count((name, depth)) > 1), None)
+    twice = next((name for (name, _), count in Counter(names).items() if count > 1), None)
     if twice is not None or len(tokens) < len(adapter.tokens):
         raise AdapterError(
             f"{adapter.where}: key_mapping gives two tensors the name {twice or 'of one embedding'!r}"

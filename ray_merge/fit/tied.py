@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_merge.errors import AdapterError, CheckpointError
 from ray_merge.fit.draft import Draft
@@ -17,6 +17,9 @@ from ray_merge.fit.resolver import Architectures
 from ray_merge.spec import SameValues, View
 from ray_merge.storage.adapter import StoredModule
 from ray_merge.storage.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from ray_merge.models.architecture import Architecture
 
 FLAG = "tie_word_embeddings"
 
@@ -28,26 +31,31 @@ def untied(base: Checkpoint, architectures: Architectures) -> Checkpoint:
         CheckpointError: a base whose head is tied in a way that this cannot undo exactly.
     """
     known = architectures.get()
-    pairs = {name: twin for name, twin in known.tied.items() if name not in known.slots}
-    if not pairs:
+    if not known.tied:
         return base
     if base.config.get("is_encoder_decoder"):
         raise CheckpointError(
-            f"{base.url} ties {', '.join(sorted(pairs))}; an encoder-decoder's head cannot be untied for every reader "
-            "(T5 scales its logits by the same flag, and transformers 4 would tie them again): remove tied: untie"
+            f"{base.url} ties {', '.join(sorted(known.tied))}; an encoder-decoder's head cannot be untied for every "
+            "reader (T5 scales its logits by the same flag, transformers 4 would tie them again): remove tied: untie"
         )
     tensors, twins = dict(base.tensors), {}
-    for head, twin in pairs.items():
-        slots = known.slots.get(twin, ())
-        if len(slots) != 1 or slots[0].expert is not None or slots[0].rows is not None:
+    for head, twin in known.tied.items():
+        table = _one_tensor(known, twin)
+        if table is None or (head in known.slots and _one_tensor(known, head) is None):
             raise CheckpointError(
                 f"{base.url}: {twin} is not one tensor on disk, so {head} cannot be untied from it: remove tied: untie"
             )
-        table = base.tensors[slots[0].tensor]
-        name = _disk_name(head, twin, table.name)
-        tensors[name] = replace(table, name=name)
-        twins[name] = table.name
+        # A base may hold a copy of the head already, which readers tie all the same as long as the flag says so.
+        name = _one_tensor(known, head) or _disk_name(head, twin, table)
+        tensors.setdefault(name, replace(base.tensors[table], name=name))
+        twins[name] = table
     return replace(base, tensors=tensors, config=_without_flag(base.config), untied=twins)
+
+
+def _one_tensor(known: Architecture, name: str) -> str | None:
+    slots = known.slots.get(name, ())
+    whole = len(slots) == 1 and slots[0].expert is None and slots[0].rows is None
+    return slots[0].tensor if whole else None
 
 
 def _disk_name(head: str, twin: str, table: str) -> str:
@@ -124,7 +132,18 @@ def check_tied(draft: Draft) -> None:
         raise _refusal(draft, changed[tensor], tables[tensor])
 
 
-def _tied_tables(draft: Draft, tensors: set[str]) -> dict[str, str]:
+def check_tied_tokens(draft: Draft) -> None:
+    """Refuse trained tokens of a table whose tied twin lies on disk as a copy: it would not get them.
+
+    Raises:
+        AdapterError: the copy and the table would differ, though the base ties the two.
+    """
+    tables = _tied_tables(draft, set(draft.tokens), copies=True)
+    for tensor in sorted(tables):
+        raise _refusal(draft, f"{tensor} (trained tokens)", tables[tensor])
+
+
+def _tied_tables(draft: Draft, tensors: set[str], *, copies: bool = False) -> dict[str, str]:
     suspects = {
         tensor for tensor in tensors
         if any(word in tensor for word in ("embed", "wte", "shared", "lm_head"))
@@ -135,9 +154,11 @@ def _tied_tables(draft: Draft, tensors: set[str]) -> dict[str, str]:
         return {name: "the embedding" if "head" in name else "the head" for name in suspects} if tied else {}
     found = {}
     for name, twin in known.tied.items():
-        tensor = next((slot.tensor for slot in known.slots.get(twin, ())), None)
-        if tensor in suspects and name not in known.slots:
-            found[tensor] = name
+        # A copy on disk changes nothing: readers that see the flag tie the two again.
+        for one, other in ((twin, name), (name, twin)):
+            tensor = next((slot.tensor for slot in known.slots.get(one, ())), None)
+            if tensor in suspects and (other in known.slots or not copies):
+                found[tensor] = other
     return found
 
 

@@ -8,13 +8,13 @@ from typing import Any
 from ray_merge.errors import RecipeError
 from ray_merge.fit.owners import is_head
 from ray_merge.methods.registry import get, gives_factors
-from ray_merge.spec import Adapter, FactorEntry, Merge, SavedEntry, Site
+from ray_merge.spec import Adapter, FactorEntry, Merge, SavedEntry
 
 EXPORTED = frozenset({"linear", "conv1d", "embedding", "conv"})
 """Layouts that a plain LoRA config can describe."""
 
 
-def check_export(merge: Merge, adapters: Mapping[str, Adapter], sites: Mapping[str, Site]) -> None:
+def check_export(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
     """Refuse a merge whose result no plain LoRA adapter can hold.
 
     Raises:
@@ -42,7 +42,7 @@ def check_export(merge: Merge, adapters: Mapping[str, Adapter], sites: Mapping[s
             f"merge {merge.name!r}: its adapters have no factors to export; use export: checkpoint"
         )
     for name in merge.adapters:
-        what = _beyond_lora(adapters[name], sites)
+        what = _beyond_lora(adapters[name])
         if what:
             raise RecipeError(
                 f"merge {merge.name!r}: adapter {name} has {what}, which a merged LoRA adapter cannot hold; use "
@@ -51,9 +51,9 @@ def check_export(merge: Merge, adapters: Mapping[str, Adapter], sites: Mapping[s
     _check_classes(merge, adapters)
 
 
-def _beyond_lora(adapter: Adapter, sites: Mapping[str, Site]) -> str:
+def _beyond_lora(adapter: Adapter) -> str:
     for name, update in adapter.factors.items():
-        layout = sites[name].layout
+        layout = adapter.layouts[name]
         if isinstance(update, SavedEntry):
             return f"a trained {adapter.modules[name]}"
         if isinstance(update, FactorEntry) and update.magnitude is not None:

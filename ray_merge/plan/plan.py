@@ -18,7 +18,7 @@ from ray_merge.plan.export import check_export
 from ray_merge.plan.layout import OutTensor, Shard, file_bytes, plan_shards, with_replaced
 from ray_merge.plan.memory import DEFAULT_MEMORY_BYTES, fit_group
 from ray_merge.recipe import Recipe
-from ray_merge.spec import Adapter, Merge, Site, TensorEntry
+from ray_merge.spec import Adapter, Layout, Merge, Site, TensorEntry
 from ray_merge.storage.adapter import Pickles, StoredAdapter, read_adapter
 from ray_merge.storage.checkpoint import Checkpoint, read_checkpoint
 from ray_merge.storage.store import Stores
@@ -58,6 +58,10 @@ class Plan:
         return tuple(
             sorted((self.sites[n] for n in names), key=lambda site: (site.tensor, site.start, site.name))
         )
+
+    def layout(self, merge: Merge, site: str) -> Layout:
+        """What kind of layer the adapters of `merge` take a site for: the first of them that touches it."""
+        return next(a.layouts[site] for name in merge.adapters if site in (a := self.adapters[name]).layouts)
 
     def replaced(self, merge: Merge) -> dict[str, tuple[str, TensorEntry]]:
         """Disk tensor -> (adapter, saved tensor) that takes its place in `merge`; heads of several stay apart."""
@@ -162,7 +166,7 @@ def make_plan(
     for merge in merges:
         check_owners(merge, adapters, sites)
         _check_dense(merge, adapters)
-        check_export(merge, adapters, sites)
+        check_export(merge, adapters)
         warnings += _filter_warnings(merge, sites)
     warnings += _vocabulary_warnings(merges, base, adapters)
     checkpoints = [index for index, merge in enumerate(merges) if merge.export != "adapter"]

@@ -6,6 +6,7 @@ own text, and no merge method but through the registry.
 
 from __future__ import annotations
 
+import json
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -237,10 +238,22 @@ def load_recipe(recipe: str | Path | dict[str, Any], text: str | None = None) ->
         raise RecipeError(
             f"{source.name}: a recipe is a mapping with base_model, output, adapters and merges"
         )
+    _check_text(source)
     try:
         return Recipe.model_validate(source.value), source
     except ValidationError as error:
         raise RecipeError(_describe(error, source)) from error
+
+
+def _check_text(source: Source) -> None:
+    """Refuse halves of surrogate pairs, which YAML and JSON can write as escapes: no file can have such a name."""
+    try:
+        json.dumps(source.value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(error.object[error.start]):04X}"
+        raise RecipeError(
+            f"{source.name}: it holds {half}, half of a surrogate pair, which is no text"
+        ) from error
 
 
 def _describe(error: ValidationError, source: Source) -> str:

@@ -184,9 +184,16 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
     for name in config.get("architectures") or []:
         if not isinstance(name, str):
             raise CheckpointError(f"{where}: architectures holds {shown(name)}, expected names of classes")
-    if config.get("text_config"):
-        _check_config(config["text_config"], f"{where}: text_config")
+    for key, part in config.items():
+        if isinstance(part, dict) and key.endswith("_config") and key != "quantization_config":
+            _check_config(part, f"{where}: {key}")
+    labels = config.get("num_labels")
+    if labels is not None and not (type(labels) is int and 0 <= labels <= MAX_LABELS):
+        raise CheckpointError(f"{where}: num_labels is {shown(labels)}, expected a number up to {MAX_LABELS}")
 
+
+MAX_LABELS = 100_000
+"""transformers makes a dictionary of names for them whenever it reads a config.json; ImageNet-22k has 21,841."""
 
 _KIND_NAMES = {str: "a text", list: "a list", bool: "true or false", dict: "a mapping"}
 

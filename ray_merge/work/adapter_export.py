@@ -92,11 +92,12 @@ def exported_tensors(plan: Plan, merge: Merge, site: Site, factor: Factor) -> li
     module = next(adapter.modules[site.name] for name in merge.adapters
                   if site.name in (adapter := plan.adapters[name]).modules)  # fmt: skip
     B_OR, A_RI = factor.B, factor.A
-    if site.layout in ("conv1d", "embedding"):  # stored transposed: delta = A^T B^T
+    layout = plan.layout(merge, site.name)
+    if layout in ("conv1d", "embedding"):  # stored transposed: delta = A^T B^T
         B_OR, A_RI = A_RI.T, B_OR.T
-    if site.layout == "embedding":
+    if layout == "embedding":
         return [(f"{PREFIX}{module}.lora_embedding_A", A_RI), (f"{PREFIX}{module}.lora_embedding_B", B_OR)]
-    if site.layout == "conv":
+    if layout == "conv":
         kernel = plan.base.tensors[site.tensor].shape[1:]
         A_RI = A_RI.reshape(A_RI.shape[0], *kernel)
         B_OR = B_OR.reshape(*B_OR.shape, *(1 for _ in kernel[1:]))

@@ -7,8 +7,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from ray_merge.spec import Adapter
 from ray_merge.storage.cache import NodeCache
-from ray_merge.storage.store import ObjectInfo, Store
+from ray_merge.storage.store import ObjectInfo, Store, Stores, open_store
 
 
 def converted(pickle: Path, sha256: str, cache: Path) -> Path:
@@ -41,3 +42,12 @@ def unpickler(cache: Path) -> Callable[[Store, ObjectInfo], Path]:
         return converted(fetched.path, fetched.sha256, cache)
 
     return convert
+
+
+def safetensors_of(adapter: Adapter, stores: Stores, cache: Path) -> tuple[Store, str]:
+    """The store and name of the file that an adapter's entries count their bytes in."""
+    store = stores.open(adapter.url)
+    if not adapter.pickled:
+        return store, adapter.file
+    path = unpickler(cache)(store, ObjectInfo(adapter.file, adapter.file_bytes, adapter.file_version))
+    return open_store(str(path.parent)), path.name

@@ -88,7 +88,11 @@ class Sources:
 
     def matrix(self, tensor: OutTensor, rows: Span, columns: int) -> Tensor:
         """Some rows at once, for updates that depend on the whole weight."""
-        return torch.cat(list(self.rows(tensor, self.spans(tensor, rows, columns, 1), columns)))
+        whole = torch.empty((rows[1] - rows[0], columns), dtype=TORCH_DTYPES[tensor.source.dtype])
+        spans = self.spans(tensor, rows, columns, 1)
+        for (start, stop), given in zip(spans, self.rows(tensor, spans, columns), strict=True):
+            whole[start - rows[0] : stop - rows[0]] = given
+        return whole
 
     def _bytes(self, tensor: OutTensor, ranges: Sequence[Span]) -> Iterator[bytes]:
         if tensor.owner:

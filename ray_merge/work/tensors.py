@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class TensorFile:
     """Tensors of one local safetensors file by entry, read without mapping it.
 
     A mapped file counts as resident memory and turns a truncation during the run into a bus error. The last two
-    tensors are kept: the experts of a fused parameter are parts of the same two.
+    tensors that experts are picked from are kept: lora_B of gate_up_proj and of down_proj lie across all experts.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,9 +100,15 @@ class TensorFile:
 
     def matrix(self, view: View) -> Tensor:
         """The matrix that `view` makes of its tensor, in the stored dtype."""
-        key = (view.entry.start, view.entry.end)
         if view.pick is None:
             return as_matrix(self.read(view.entry), view)
+        axis, index = view.pick
+        if axis == 0:  # one expert of A lies in one piece
+            step = view.entry.n_bytes // view.shape[0]
+            data = self.read_bytes(view.entry.start + index * step, view.entry.start + (index + 1) * step)
+            one = from_bytes(data, TORCH_DTYPES[view.entry.dtype], (1, *view.shape[1:]))
+            return as_matrix(one, replace(view, shape=(1, *view.shape[1:]), pick=(0, 0)))
+        key = (view.entry.start, view.entry.end)
         if key not in self._last:
             if len(self._last) > 1:
                 del self._last[next(iter(self._last))]

@@ -37,7 +37,9 @@ def published(tmp_path, recipe, to="out", worker="host:1", reverse=False):
     inputs = {"seed": 0, "adapters": [{"name": name, "files": files} for name in plan.merges[0].adapters]}
     target = Target(root=url, url=url, merge_id=ID, inputs=inputs, complete=False, receipts={})
     given = receipts(plan, worker)
-    publish(plan, plan.merges[0], target, dict(reversed(given.items())) if reverse else given, Stores())
+    publish(
+        plan, plan.merges[0], target, dict(reversed(given.items())) if reverse else given, Stores(), tmp_path
+    )
     return tmp_path / to
 
 
@@ -159,7 +161,7 @@ def test_a_head_is_saved_with_what_a_loader_must_know(tmp_path):
         tmp_path, classifier__weight=weight, classifier__bias=bias, pooler__dense__weight=torch.ones(8, 8)
     )
     plan = plan_of(recipe)
-    (tmp_path / "h.safetensors").write_bytes(head_file(plan, plan.adapters["a"], Stores()))
+    (tmp_path / "h.safetensors").write_bytes(head_file(plan, plan.adapters["a"], Stores(), tmp_path))
     with safe_open(tmp_path / "h.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("classifier.weight"), weight)
         assert torch.equal(file.get_tensor("classifier.bias"), bias)
@@ -174,7 +176,7 @@ def test_one_output_or_the_recipes_word_make_a_regression(tmp_path, labels, task
     recipe = with_head(tmp_path, classifier__weight=torch.ones(labels, 8))
     recipe["adapters"]["a"] = {"path": recipe["adapters"]["a"], "task": task}
     plan = plan_of(recipe)
-    assert b'"problem_type":"regression"' in head_file(plan, plan.adapters["a"], Stores())
+    assert b'"problem_type":"regression"' in head_file(plan, plan.adapters["a"], Stores(), tmp_path)
 
 
 def test_a_base_that_is_itself_a_result_passes_nothing_of_it_on(tmp_path):

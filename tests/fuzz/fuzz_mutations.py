@@ -898,7 +898,8 @@ METHODS = [
 
 def recipe_values(rng: random.Random, inputs: Inputs) -> None:
     recipe = inputs.recipe
-    merge = recipe["merges"][0]
+    merges = recipe.get("merges")
+    merge = merges[0] if isinstance(merges, list) and merges and isinstance(merges[0], dict) else {}
     for _ in range(rng.choice([1, 1, 2])):
         kind = rng.randrange(7)
         if kind == 0:

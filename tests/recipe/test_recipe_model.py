@@ -210,3 +210,9 @@ def test_a_recipe_nested_too_deeply_is_refused_in_the_same_words_wherever_it_is_
 
 def test_a_key_of_a_megabyte_is_neither_searched_for_nor_shown():
     assert len(refusal(f"{'x' * 10**6}: 3\n{RECIPE}")) < 400
+
+
+def test_half_of_a_surrogate_pair_is_refused_in_a_mapping_and_in_yaml():
+    with pytest.raises(RecipeError, match="holds U\\+D800, half of a surrogate pair"):
+        load_recipe({"base_model": "/models/\ud800", "output": "/out", "adapters": {}, "merges": []})
+    assert "holds U+D800" in refusal(RECIPE.replace("/out", '"/out\\ud800"'))

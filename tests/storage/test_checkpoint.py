@@ -186,6 +186,8 @@ def test_a_side_file_as_large_as_weights_is_refused(tmp_path):
         ("text_config", [1], "text_config is [1], expected a mapping"),
         ("text_config", {"model_type": 3}, "text_config: model_type is 3, expected a text"),
         ("model_type", ["x"] * 10**6, "expected a text"),
+        ("num_labels", 10**9, "num_labels is 1000000000, expected a number up to 100000"),
+        ("vision_config", {"num_labels": 10**9}, "vision_config: num_labels is 1000000000"),
     ],
 )
 def test_a_config_with_values_of_other_types_is_refused(tmp_path, key, value, words):
