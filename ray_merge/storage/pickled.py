@@ -114,7 +114,8 @@ def _check(source: Path, n_bytes: int) -> bool:
             file.seek(0)
             for number in range(5):  # magic number, version, sizes, the object, keys of its numbers
                 _check_instructions(source, file, max_integer=2**80 if number == 0 else MAX_INTEGER)
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+    # MemoryError: a text that claims 4 GB is asked of the file at once.
+    except (ValueError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile) as error:
         raise AdapterError(f"{source} is no file of torch.save, or a damaged one ({error})") from error
     return False
 

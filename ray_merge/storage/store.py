@@ -235,6 +235,8 @@ def _file_path(url: str) -> str:
     host, _, path = url.removeprefix("file://").partition("/")
     if host not in {"", "localhost"}:
         raise Refusal(f"{redact(url)}: a file URL needs three slashes, file:///{host}/{path}")
+    if not path.strip("/"):  # an output of `file://` would lie at the root of the machine
+        raise Refusal(f"{redact(url)} names no folder")
     return "/" + unquote(path)
 
 

@@ -281,3 +281,38 @@ def test_an_unknown_model_class_is_decided_by_shapes_or_not_at_all(tmp_path):
         AdapterError, fit, tmp_path, ambiguous, UNKNOWN, factors(F, H, 1) | factors(F, H), given
     )
     assert "it cannot be proven which" in message
+
+
+ROUTER = "model.layers.0.mlp.router"
+
+
+@pytest.mark.parametrize(("rows", "config"), [(E, GPT_OSS), (E, UNKNOWN), (H, UNKNOWN)])
+def test_a_raw_matrix_is_a_target_too_and_never_turned(tmp_path, rows, config):
+    # PEFT adapts any parameter that target_parameters names; one of two axes is (out, in), square or not.
+    shapes = {f"{P}{ROUTER}.lora_A.weight": (R, H), f"{P}{ROUTER}.lora_B.weight": (rows, R)}
+    tensors = random(shapes)
+    given = {"r": R, "lora_alpha": ALPHA, "target_parameters": ["router.weight"], "target_modules": []}
+    fitted, adapter = fit(tmp_path, random({f"{ROUTER}.weight": (rows, H)}), config, tensors, given)
+    B, A = (tensors[f"{P}{ROUTER}.lora_{side}.weight"].double() for side in "BA")
+    ((name, delta),) = dense(adapter, tmp_path / "a").items()
+    assert fitted.sites[name].tensor == f"{ROUTER}.weight"
+    assert torch.allclose(delta, ALPHA / R * (B @ A), rtol=1e-12, atol=1e-12)
+
+
+def test_a_fused_parameter_that_the_disk_lacks_is_refused(tmp_path):
+    base = {name: tensor for name, tensor in gpt_oss_base().items() if "down_proj" not in name}
+    given = settings("down_proj", version="0.19.1")
+    assert "matches nothing" in refusal(AdapterError, fit, tmp_path, base, GPT_OSS, factors(F, H), given)
+
+
+def test_experts_that_are_not_stored_as_floats_are_refused(tmp_path):
+    base = gpt_oss_base() | {f"{EXPERTS}.down_proj": torch.zeros(E, F, H, dtype=torch.int8)}
+    given = settings("down_proj", version="0.19.1")
+    assert "is stored as I8" in refusal(AdapterError, fit, tmp_path, base, GPT_OSS, factors(F, H), given)
+
+
+def test_experts_of_another_shape_than_their_class_has_are_refused(tmp_path):
+    base = gpt_oss_base() | {f"{EXPERTS}.down_proj": torch.zeros(E, F, H + 1)}
+    given = settings("down_proj", version="0.19.1")
+    message = refusal(AdapterError, fit, tmp_path, base, GPT_OSS, factors(F, H), given)
+    assert f"{EXPERTS}.down_proj" in message

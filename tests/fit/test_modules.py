@@ -360,3 +360,23 @@ def test_an_initial_adapter_is_taken_from_plain_factors_only(tmp_path):
     source, settings = {"initial": str(tmp_path / "initial")}, {**INITIAL, "use_dora": True}
     message = refusal(AdapterError, one, tmp_path, (5, 7), trained, settings, source=source)
     assert "can be taken away from plain factors only" in message
+
+
+def test_an_initial_adapter_of_another_rank_is_refused(tmp_path):
+    _write_initial(tmp_path, pair(M, 3, 5, 7), r=3)
+    source = {"initial": str(tmp_path / "initial")}
+    message = refusal(AdapterError, one, tmp_path, (5, 7), pair(M, 2, 5, 7), INITIAL, source=source)
+    assert f"{M} has rank 2, but the initial adapter has rank 3 there" in message
+
+
+def test_a_factor_without_axes_is_refused(tmp_path):
+    tensors = {f"{P}{M}.lora_A.weight": torch.tensor(1.0), f"{P}{M}.lora_B.weight": torch.tensor(1.0)}
+    assert "has 0 dimensions" in refusal(AdapterError, one, tmp_path, (5, 7), tensors)
+
+
+def test_a_bias_on_the_in_proj_of_an_attention_is_never_applied_by_peft_and_listed(tmp_path):
+    tensors = pair("attn", 2, outputs=24, inputs=8) | {f"{P}attn.lora_B.bias": torch.ones(24)}
+    base = random({"attn.in_proj_weight": (24, 8), "attn.in_proj_bias": (24,)})
+    _, adapter = fit(tmp_path, base, UNKNOWN, tensors, {"lora_bias": True})
+    assert list(adapter.factors) == ["attn.in_proj_weight"]
+    assert list(adapter.ignored) == [f"{P}attn.lora_B.bias"]

@@ -224,3 +224,31 @@ def test_tokens_of_a_table_that_is_not_stored_as_floats_are_refused(tmp_path):
     base = BASE | {TABLE: torch.ones(16, HIDDEN, dtype=torch.int8)}
     message = refused(tmp_path, {ROWS: torch.ones(1, HIDDEN)}, base, trainable_token_indices=[1])
     assert f"base weight {TABLE} is stored as I8, not as floats" in message
+
+
+def test_a_count_of_a_saved_module_is_kept_in_whole_numbers_and_elsewhere_refused(tmp_path):
+    base = BASE | {"model.bn.num_batches_tracked": torch.tensor(3), "model.bn.weight": torch.ones(4)}
+    saved = {f"{P}model.bn.num_batches_tracked": torch.tensor(7), f"{P}model.bn.weight": torch.zeros(4)}
+    adapter = fitted(tmp_path, saved, base, modules_to_save=["bn"])
+    assert adapter.replaced["model.bn.num_batches_tracked"].dtype == "I64"
+    count = {f"{P}model.bn.num_batches_tracked": torch.tensor(7)}
+    assert "is of dtype I64; expected floats" in refused(tmp_path, count, base, bias="all")
+
+
+def test_a_parameter_that_is_neither_weight_nor_bias_is_no_table(tmp_path):
+    base = BASE | {"embed_tokens.in_proj": torch.ones(4, 4)}
+    assert "does not announce" in refused(tmp_path, {f"{P}embed_tokens.in_proj": torch.ones(4, 4)}, base)
+
+
+def test_two_saved_tensors_of_one_place_are_refused(tmp_path):
+    bare = {name.removeprefix("model."): tensor for name, tensor in llama_tensors().items()}
+    twice = {f"{P}{name}.weight": torch.ones(HIDDEN) for name in ("norm", "model.norm")}
+    message = refused(tmp_path, twice, bare, UNKNOWN, modules_to_save=["norm"])
+    assert "two saved tensors take the place of norm.weight" in message
+
+
+def test_two_modules_that_train_tokens_of_one_table_are_refused(tmp_path):
+    bare = {name.removeprefix("model."): tensor for name, tensor in llama_tensors().items()}
+    rows = {ROWS: torch.ones(1, HIDDEN), ROWS.replace("model.embed", "embed"): torch.ones(1, HIDDEN)}
+    message = refused(tmp_path, rows, bare, UNKNOWN, trainable_token_indices=[1])
+    assert "two modules train tokens of embed_tokens.weight" in message

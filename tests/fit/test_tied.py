@@ -139,3 +139,40 @@ def test_a_tied_encoder_decoder_cannot_be_untied(tmp_path):
     given = inputs(tmp_path, base, T5, {"a": (factors(q), {})}, tied="untie")
     message = refusal(CheckpointError, fit_adapters, *given)
     assert "remove tied: untie" in message
+
+
+@pytest.mark.parametrize("extra", ["another shape", "DoRA"])
+def test_a_tied_head_that_cannot_equal_the_embedding_is_refused(tmp_path, extra):
+    tensors, settings = {**HEAD, **EMBEDDING}, {"ensure_weight_tying": True}
+    if extra == "DoRA":
+        settings["use_dora"] = True
+        tensors |= {f"{P}lm_head.lora_magnitude_vector": torch.ones(16),
+                    f"{P}model.embed_tokens.lora_magnitude_vector": torch.ones(HIDDEN)}  # fmt: skip
+    else:
+        tensors |= pair("lm_head", 3, outputs=16, inputs=HIDDEN)
+    message = refusal(AdapterError, fit, tmp_path, TIED, TIED_LLAMA, tensors, settings)
+    assert "is tied to" in message
+
+
+def test_tokens_of_a_table_whose_tied_copy_lies_on_disk_are_refused(tmp_path):
+    rows = {f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, HIDDEN)}
+    settings = {"trainable_token_indices": [3]}
+    copied = TIED | {"lm_head.weight": TIED[TABLE].clone()}
+    message = refusal(AdapterError, fit, tmp_path, copied, TIED_LLAMA, factors(Q0) | rows, settings)
+    assert "trained tokens) is tied to lm_head" in message
+    assert list(fit(tmp_path, TIED, TIED_LLAMA, factors(Q0) | rows, settings)[1].tokens) == [TABLE]
+
+
+def test_the_untied_head_of_a_vision_language_model_is_called_as_its_table_is(tmp_path):
+    config = {
+        "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "tie_word_embeddings": True,
+        "text_config": {**TIED_LLAMA},
+        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 8, "intermediate_size": 12,
+                          "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
+                          "projection_dim": 8},
+    }  # fmt: skip
+    base = {f"language_model.{name}": tensor for name, tensor in TIED.items()}
+    fitted, _ = fit(tmp_path, base, config, factors(f"language_model.{Q0}"), tied="untie")
+    assert dict(fitted.base.untied) == {"language_model.lm_head.weight": f"language_model.{TABLE}"}
+    assert fitted.base.config["tie_word_embeddings"] is False
+    assert fitted.base.config["text_config"]["tie_word_embeddings"] is False

@@ -859,7 +859,7 @@ def pickles(rng: random.Random, inputs: Inputs) -> None:
 RECIPE_JUNK: list[Any] = [
     None, True, 0, -1, 1.5, "", "x", [], {}, [[]], {"a": 1}, "@/base", "@/out", "@/nosuch", "/dev/zero", "@/pipe",
     "..", "\0", "a" * 5000,
-    "s3://", "file://", "file:///etc/passwd", "nosuch://x", "hf://", "http://x/y", "ray://x", "x::y",
+    "s3://",  "file:///etc/passwd", "nosuch://x", "hf://", "http://x/y", "ray://x", "x::y",
     "@/base/model.safetensors",
     float("nan"), float("inf"), 10**30, "\ud800", "{id", "{date}", "{x}", "@/base/out", "@/a", "memory://x",
     "C:\\x", "1GB", "-5GB", "@/out/../b",

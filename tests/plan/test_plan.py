@@ -109,6 +109,20 @@ def test_a_saved_module_takes_the_place_of_the_bases(recipe, tmp_path):
     assert owners == [{"model.norm.weight": ("a", key)}, {}]
 
 
+def test_heads_of_several_adapters_stay_apart_and_the_bases_stays(recipe, tmp_path):
+    write_base(tmp_path / "base", llama_tensors() | {"score.weight": torch.zeros(3, 8)})
+    head = {"base_model.model.score.weight": torch.ones(3, 8)}
+    for name, module in (("a", Q0), ("b", V1)):
+        write_adapter(tmp_path / name, factors(module) | head, modules_to_save=["score"], task_type="SEQ_CLS")
+    recipe["merges"].append({"name": "n", "merge_method": "cat", "adapters": ["b"]})
+    plan = plan_of(recipe)
+    assert plan.replaced(plan.merges[0]) == {}
+    assert {tensor: name for tensor, (name, _) in plan.replaced(plan.merges[1]).items()} == {
+        "score.weight": "b"
+    }
+    assert [len(plan.adapters[name].heads) for name in "ab"] == [1, 1]
+
+
 def test_a_resized_table_counts_in_the_bytes_of_its_merge_alone(recipe, tmp_path):
     write_adapter(tmp_path / "a", factors(Q0) | tables(20))
     recipe["merges"].append({"name": "n", "merge_method": "cat", "adapters": ["b"]})

@@ -282,8 +282,10 @@ def test_other_files_are_refused(tmp_path, content):
 
 
 def test_a_text_of_gigabytes_in_a_short_pickle_is_refused(tmp_path):
+    endless = b"\x80\x02X" + struct.pack("<I", 2**31 - 1) + b"abc."
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02X" + struct.pack("<I", 2**31 - 1) + b"abc.")
-    (tmp_path / "adapter_model.bin").write_bytes(stream.getvalue())
-    refusal(tmp_path / "adapter_model.bin")
+        archive.writestr("archive/data.pkl", endless)
+    for content in (stream.getvalue(), endless):
+        (tmp_path / "adapter_model.bin").write_bytes(content)
+        assert "damaged" in refusal(tmp_path / "adapter_model.bin")

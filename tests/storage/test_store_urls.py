@@ -45,6 +45,8 @@ def test_a_home_folder_is_expanded():
         ("", "no URL and no path"),
         ("simplecache::s3://b/x", "chained"),
         ("file://host/path", "three slashes"),
+        ("file://", "names no folder"),
+        ("file:///", "names no folder"),
         ("s3://key:geheim@bucket/x", "s3://bucket/x: credentials do not belong into a URL"),
         ("s3://bucket/x?versionId=geheim", "s3://bucket/x: a folder's URL takes no query"),
         ("gs://key:geheim@bucket/x", "credentials do not belong"),

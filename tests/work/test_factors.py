@@ -246,3 +246,29 @@ def test_rows_of_tokens_come_from_every_adapter_that_trained_some(recipe, tmp_pa
         assert [(name, indices) for name, _, indices in found] == [("b", (0,)), ("a", (4, 2))]
         assert all(torch.equal(files.saved(name).read(entry), rows[name]) for name, entry, _ in found)
         assert list(token_rows(plan.adapters, ("a", "b"), "lm_head.weight")) == []
+
+
+def test_saved_counts_are_not_looked_at_and_tied_factors_are_compared_across(recipe, tmp_path):
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": 12,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 16, "tie_word_embeddings": True,
+    }  # fmt: skip
+    base = {name: tensor for name, tensor in llama_tensors().items() if name != "lm_head.weight"}
+    write_base(tmp_path / "base", base | {"bn.num_batches_tracked": torch.tensor(3)}, config)
+    head = random_like(factors("lm_head", rows=16))
+    A, B = (head[f"{P}lm_head.lora_{side}.weight"] for side in "AB")
+    tensors = head | {
+        f"{P}model.embed_tokens.lora_embedding_A": B.T.contiguous(),
+        f"{P}model.embed_tokens.lora_embedding_B": A.T.contiguous(),
+        f"{P}bn.num_batches_tracked": torch.tensor(7),
+    }
+    settings = {"ensure_weight_tying": True, "modules_to_save": ["bn"]}
+    write_adapter(tmp_path / "a", tensors, **settings)
+    with opened(recipe) as (_, files):
+        assert files.check("a").tensors == 5
+    write_adapter(tmp_path / "a", tensors | {f"{P}lm_head.lora_A.weight": A + 0.25}, **settings)
+    with (
+        opened(recipe) as (_, files),
+        pytest.raises(AdapterError, match=r"lora_A is not the transpose.*by up to 0\.25"),
+    ):
+        files.check("a")

@@ -75,6 +75,18 @@ def stored(tmp_path):
     return tmp_path / "f.safetensors", values, read_header(open_store(str(tmp_path)), "f.safetensors").tensors
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_picked_part_is_what_the_view_says_of_the_whole(tmp_path, axis, transpose):
+    value = torch.randn(24)
+    save_file({"x": value}, tmp_path / "f.safetensors")
+    entry = read_header(open_store(str(tmp_path)), "f.safetensors").tensors["x"]
+    with TensorFile(tmp_path / "f.safetensors") as file:
+        for index in range((2, 3, 4)[axis]):
+            view = View(entry, (2, 3, 4), (axis, index), 1, transpose, (0, 1, 2))
+            assert torch.equal(file.matrix(view), as_matrix(value, view))
+
+
 def test_a_file_gives_its_tensors_whole_in_pieces_and_as_matrices(stored, monkeypatch):
     path, values, entries = stored
     monkeypatch.setattr(module, "PIECE_ELEMENTS", 4)
@@ -89,19 +101,24 @@ def test_a_file_gives_its_tensors_whole_in_pieces_and_as_matrices(stored, monkey
         )
 
 
-def test_parts_of_one_tensor_are_read_once(stored):
+def test_parts_of_the_first_axis_are_read_alone_and_other_parts_share_one_reading(stored):
     path, values, entries = stored
     with TensorFile(path) as file:
         reads = []
         read = file.read_bytes
-        file.read_bytes = lambda start, end: reads.append((start, end)) or read(start, end)
+        file.read_bytes = lambda start, end: reads.append(end - start) or read(start, end)
+        for index in range(3):
+            part = file.matrix(View(entries["a"], (5, 7, 1), (0, index)))
+            assert torch.equal(part, values["a"][index][:, None])
+        assert reads == [7 * 4] * 3
+        del reads[:]
         for _ in range(2):
             for name in "ac":
                 shape = (*values[name].shape, 1)
                 for index in range(3):
-                    part = file.matrix(View(entries[name], shape, (0, index)))
-                    assert torch.equal(part, values[name][index][:, None])
-        assert reads == [(entries[name].start, entries[name].end) for name in "ac"]
+                    part = file.matrix(View(entries[name], shape, (1, index)))
+                    assert torch.equal(part, values[name][:, index][:, None])
+        assert reads == [entries[name].n_bytes for name in "ac"]
 
 
 def test_a_file_that_ends_early_is_noticed(stored):
