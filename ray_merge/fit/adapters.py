@@ -134,8 +134,10 @@ def initial_modules(adapter: StoredAdapter) -> dict[str, StoredModule]:
 def _check_patterns(settings: Settings, draft: Draft) -> None:
     # alpha cannot be checked against a tensor, so a pattern that matches nothing is the only sign of a typo.
     scaling = settings.scaling
-    names = [module.name for module in draft.adapter.modules]
-    names += [module.rpartition("[")[0] for module in draft.modules.values() if module.endswith("]")]
+    trained = draft.adapter.in_training
+    names = [trained(module.name) for module in draft.adapter.modules]
+    fused = {module.rpartition("[")[0] for module in draft.modules.values() if module.endswith("]")}
+    names += [f"{trained(path)}.{leaf}" for path, _, leaf in (name.rpartition(".") for name in sorted(fused))]
     for field, keys in (("rank_pattern", scaling.rank_keys), ("alpha_pattern", scaling.alpha_keys)):
         for key in keys.unmatched(names)[:1]:
             raise AdapterError(

@@ -14,7 +14,7 @@ with the expert slowest, which no shape shows. What cannot be proven is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ray_merge.errors import AdapterError, AdapterShapeError
@@ -49,10 +49,15 @@ def is_expert_module(draft: Draft, module: StoredModule) -> bool:
     parameters = draft.adapter.settings.parameters
     if not parameters or "A" not in module.tensors:
         return False
-    weight = f"{module.name}.weight"
-    if module.depth > 0 or not draft.names.slots(weight):
+    if module.depth > 0 or not draft.names.slots(f"{module.name}.weight"):
         return True
-    return any(weight == target or weight.endswith(f".{target}") for target in parameters)
+    weight = f"{draft.adapter.in_training(module.name)}.weight"
+    return _is_target(weight, parameters)
+
+
+def _is_target(parameter: str, targets: Sequence[str]) -> bool:
+    """PEFT's rule for target_parameters: whole components at the end."""
+    return any(parameter == target or parameter.endswith(f".{target}") for target in targets)
 
 
 def fit_experts(draft: Draft, module: StoredModule, layout: str) -> None:
@@ -77,8 +82,8 @@ def _read(draft: Draft, module: StoredModule, layout: str) -> _Fused:
     check_dimensions(draft, module.name, ("lora_A", A), ("lora_B", B), 2)
     experts, d1, d2 = shape if len(shape) == 3 else (1, *shape)
     path = f"{module.name}.{parameter}"
-    scaling = draft.adapter.settings.scaling
-    rank = scaling.rank_of(path)
+    scaling, trained = draft.adapter.settings.scaling, f"{draft.adapter.in_training(module.name)}.{parameter}"
+    rank = scaling.rank_of(trained)
     if A.shape[0] != experts * rank or B.shape[1] != experts * rank:
         raise AdapterError(
             f"{draft.where}: {path}: lora_A {A.shape} and lora_B {B.shape} are no factors of rank {rank} "
@@ -88,7 +93,7 @@ def _read(draft: Draft, module: StoredModule, layout: str) -> _Fused:
         draft, module, path, (d1, d2), (B.shape[0], A.shape[1]), three_dimensional=len(shape) == 3
     )
     grouped = _is_grouped(draft, path, layout) if experts > 1 and rank > 1 else False
-    scale = scaling.scale_of(path, rank)
+    scale = scaling.scale_of(trained, rank)
     return _Fused(module.name, parameter, experts, (d1, d2), rank, A, B, turned, grouped, scale)
 
 
@@ -96,9 +101,8 @@ def _parameter(draft: Draft, module: StoredModule) -> tuple[str, tuple[int, ...]
     """Which parameter of the module: PEFT wraps them in module order, the first one innermost."""
     own, in_order = _own_parameters(draft, module)
     targets = draft.adapter.settings.parameters
-    adapted = [
-        name for name in own if any(name == target or name.endswith(f".{target}") for target in targets)
-    ]
+    trained = draft.adapter.in_training(module.name)
+    adapted = [name for name in own if _is_target(f"{trained}.{name.rpartition('.')[2]}", targets)]
     there = [other for other in draft.adapter.modules if other.name == module.name]
     if len(adapted) != len(there):
         raise AdapterError(

@@ -133,7 +133,8 @@ def scale_of(adapter: StoredAdapter, module: str, rank: int, other: int) -> floa
     """The scale of a module whose two factors have the rank that the config claims."""
     scaling = adapter.settings.scaling
     # PEFT adapts MultiheadAttention and its out_proj as one module: patterns name the former.
-    name = module.removesuffix(".out_proj") if in_attention(adapter, module) else module
+    name = adapter.in_training(module)
+    name = name.removesuffix(".out_proj") if in_attention(adapter, module) else name
     check_rank(adapter, module, rank, scaling.rank_of(name), other)
     return scaling.scale_of(name, rank)
 

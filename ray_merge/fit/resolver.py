@@ -86,7 +86,9 @@ def mapped(adapter: StoredAdapter, mapping: Mapping[str, str]) -> StoredAdapter:
             f"{adapter.where}: key_mapping gives two tensors the name {twice or 'of one embedding'!r}"
         )
     initial = None if adapter.initial is None else mapped(adapter.initial, mapping)
-    return replace(adapter, modules=modules, saved=saved, tokens=tokens, initial=initial)
+    before = [module.name for module in adapter.modules] + [tensor.name for tensor in adapter.saved]
+    trained = {rename(name): name for name in (*before, *adapter.tokens)}
+    return replace(adapter, modules=modules, saved=saved, tokens=tokens, initial=initial, trained=trained)
 
 
 @dataclass(slots=True)

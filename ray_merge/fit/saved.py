@@ -33,7 +33,7 @@ def fit_saved(draft: Draft) -> None:
     """
     for tensor in draft.adapter.saved:
         module, _, leaf = tensor.name.rpartition(".")
-        announced = is_announced(draft, module)
+        announced = is_announced(draft, draft.adapter.in_training(tensor.name).rpartition(".")[0])
         slots = draft.names.slots(tensor.name)
         if not slots:
             _without_counterpart(draft, tensor, announced=announced)
@@ -185,7 +185,7 @@ def fit_tokens(draft: Draft) -> None:
         slot = draft.one_slot(f"{module}.weight", "training of tokens")
         draft.floats(slot.tensor, module)
         rows, columns = draft.shape(slot.tensor)
-        chosen = _indices(indices, module)
+        chosen = _indices(indices, draft.adapter.in_training(module))
         if chosen is None:
             raise AdapterError(
                 f"{draft.where}: {module} has trained tokens, but {CONFIG_FILE} has no trainable_token_indices for it"

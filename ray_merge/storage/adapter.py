@@ -73,6 +73,7 @@ class StoredAdapter:
         unsloth: its card or config mentions Unsloth.
         side_files: tokenizer files beside it.
         initial: the adapter that training started from, if the recipe gives one.
+        trained: names that a key_mapping made -> the names in training, which the config's patterns mean.
     """
 
     name: str
@@ -91,6 +92,11 @@ class StoredAdapter:
     unsloth: bool = False
     side_files: tuple[ObjectInfo, ...] = ()
     initial: StoredAdapter | None = None
+    trained: Mapping[str, str] = field(default_factory=dict)
+
+    def in_training(self, name: str) -> str:
+        """What a module or parameter was called where the adapter was trained."""
+        return self.trained.get(name, name)
 
     @property
     def where(self) -> str:

@@ -148,9 +148,6 @@ def test_a_mapping_that_makes_two_tensors_one_is_refused(tmp_path, tensors):
     assert "key_mapping gives two tensors the name" in message
 
 
-@pytest.mark.xfail(
-    reason="patterns are matched to names after key_mapping, PEFT matched them to its own", strict=True
-)
 def test_patterns_are_matched_to_the_names_that_the_adapter_was_trained_with(tmp_path):
     source = {"key_mapping": {"^block.q$": Q0, "^block.v$": V1}}
     settings = {"alpha_pattern": {"block.q": 6}}
