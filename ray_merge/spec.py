@@ -8,7 +8,7 @@ Shape legend, used in names everywhere (`B_OR` is a tensor of shape (O, R)):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,15 @@ DTYPE_BYTES: Mapping[str, int] = {
 
 FLOAT_DTYPES: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 """A recipe's dtype names -> safetensors dtype names."""
+
+
+CONV1D_MODELS = frozenset(
+    {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_encoder", "clvp_decoder"}
+)
+"""Model types with HF Conv1D layers, whose weights are stored (in, out); a square one looks like a Linear's."""
+
+HEADED_TASKS = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
+"""PEFT's task types whose models have a head of their own, which PEFT saves without being told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +176,24 @@ class SavedEntry:
 
 
 Update = FactorEntry | SavedEntry
+
+
+def used_entries(updates: Iterable[Update], *, initial: bool = False) -> Iterator[TensorEntry]:
+    """The stored tensors that updates are made of: an adapter's own, or those of its initial adapter."""
+    for update in updates:
+        if isinstance(update, SavedEntry):
+            yield update.saved.entry
+            continue
+        own = len(update.products) - update.initial
+        for product in update.products[own:] if initial else update.products[:own]:
+            yield from (view.entry for view in (product.B, product.A) if view is not None)
+        if update.magnitude is not None and not initial:
+            yield update.magnitude.entry
+
+
+def needs_base(update: Update | None) -> bool:
+    """Whether an update depends on the base weight: DoRA, and parameters saved as they are."""
+    return isinstance(update, SavedEntry) or (update is not None and update.magnitude is not None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ray_merge.plan import Plan
+from ray_merge.plan import Plan, with_vocabulary
 from ray_merge.spec import FLOAT_DTYPES, Adapter, Merge
 from ray_merge.storage.checkpoint import CONFIG_FILE
 from ray_merge.storage.store import Store
@@ -30,7 +30,7 @@ def checkpoint_config(plan: Plan, merge: Merge, base: Store) -> bytes:
         config = {**_with_dtype(config, dtype), key: dtype}
     rows = _vocabulary(plan, merge)
     if rows is not None:
-        config = _with_vocabulary(config, *rows)
+        config = with_vocabulary(config, *rows) or config
     if config is plan.base.config and not plan.base.quantised and not plan.base.untied:
         return base.read(CONFIG_FILE)
     # Not pretty_json: some configs hold Infinity (Mamba2's time_step_limit), which transformers writes and reads.
@@ -60,15 +60,4 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         else:
             nested = isinstance(value, dict) and key.endswith("_config")
             changed[key] = _with_dtype(value, dtype) if nested else value
-    return changed
-
-
-def _with_vocabulary(config: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
-    # Vision-language models have it in text_config, and sometimes at the top as well.
-    changed = dict(config)
-    if changed.get("vocab_size") == before:
-        changed["vocab_size"] = after
-    text = changed.get("text_config")
-    if isinstance(text, dict) and text.get("vocab_size") == before:
-        changed["text_config"] = {**text, "vocab_size": after}
     return changed

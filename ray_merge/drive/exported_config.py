@@ -6,16 +6,13 @@ already in its factors.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ray_merge.plan import Plan
-from ray_merge.spec import Merge, SiteReport
-
-HEADED_TASKS = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
-"""Task types for which PEFT itself adds a head to modules_to_save and then fails to load an adapter without one.
-Heads of several adapters are not merged, so their export names no task and loads into any class of the base."""
+from ray_merge.spec import HEADED_TASKS, Merge, SiteReport
 
 
 def exported_config(plan: Plan, merge: Merge, reports: Mapping[str, SiteReport]) -> dict[str, Any]:
@@ -33,13 +30,16 @@ def exported_config(plan: Plan, merge: Merge, reports: Mapping[str, SiteReport])
     }
     ranks = {modules[site]: report.rank for site, report in sorted(reports.items())}
     common = Counter(ranks.values()).most_common(1)[0][0]
-    uneven = {site: rank for site, rank in ranks.items() if rank != common}
+    uneven = {_pattern(name, ranks): rank for name, rank in ranks.items() if rank != common}
     configs = [plan.adapters[name].config for name in merge.adapters]
     bases = {str(config.get("base_model_name_or_path") or "") for config in configs}
     return {
         "peft_type": "LORA",
+        # For a headed task PEFT adds a head to modules_to_save, and fails to load an adapter without one. Heads of
+        # several adapters are not merged, so their export names no task and loads into any class of the base.
         "task_type": None if (kind := configs[0].get("task_type")) in HEADED_TASKS else kind,
-        "base_model_name_or_path": (bases.pop() if len(bases) == 1 else "") or plan.recipe.base_model,
+        # Not the recipe's place of the base: the merge id does not know it.
+        "base_model_name_or_path": (bases.pop() if len(bases) == 1 else "") or None,
         "r": common,
         "lora_alpha": common,
         "rank_pattern": uneven,
@@ -54,6 +54,12 @@ def exported_config(plan: Plan, merge: Merge, reports: Mapping[str, SiteReport])
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
+
+
+def _pattern(name: str, names: Collection[str]) -> str:
+    """The key of a rank_pattern that means this module alone: PEFT matches `conv1` to `layer1.conv1` as well."""
+    ambiguous = any(other.endswith(f".{name}") for other in names)
+    return f"^{re.escape(name)}" if ambiguous else name
 
 
 def target_modules(plan: Plan, merge: Merge, modules: Mapping[str, str]) -> list[str]:

@@ -16,7 +16,7 @@ from ray_merge.fit.resolver import Architectures, Resolver, mapped
 from ray_merge.fit.saved import check_vocabulary, fit_saved, fit_tokens
 from ray_merge.fit.tied import check_tied, check_tied_tokens, follow_tables, skip_tied_twin, untied
 from ray_merge.recipe import Recipe
-from ray_merge.spec import Adapter, Site
+from ray_merge.spec import Adapter, Site, used_entries
 from ray_merge.storage.adapter import CONFIG_FILE, StoredAdapter, StoredModule
 from ray_merge.storage.adapter_config import Settings
 from ray_merge.storage.checkpoint import Checkpoint
@@ -94,6 +94,7 @@ def _fit(draft: Draft, layout: str) -> None:
     check_tied_tokens(draft)
     check_orientation(draft)
     _check_patterns(draft.adapter.settings, draft)
+    _check_consumed(draft)
 
 
 def _unsupported_start(draft: Draft, module: StoredModule) -> AdapterError:
@@ -142,6 +143,21 @@ def _check_patterns(settings: Settings, draft: Draft) -> None:
         for key in keys.unmatched(names)[:1]:
             raise AdapterError(
                 f"{draft.where}: {field} {shown(key)} matches none of the {len(names)} adapted modules"
+            )
+
+
+def _check_consumed(draft: Draft) -> None:
+    """Every stored tensor is used, is a head, or is ignored for a reason; the rule that the rest of fit/ must keep."""
+    stored = [entry for module in draft.adapter.modules for entry in module.tensors.values()]
+    stored += [tensor.entry for tensor in draft.adapter.saved] + list(draft.adapter.tokens.values())
+    used = {(entry.start, entry.end) for entry in used_entries(draft.updates.values())}
+    used |= {(entry.start, entry.end) for entry in (*draft.heads, *draft.replaced.values())}
+    used |= {(rows.entry.start, rows.entry.end) for rows in draft.tokens.values()}
+    for entry in stored:
+        if (entry.start, entry.end) not in used and entry.name not in draft.ignored:
+            raise AdapterError(
+                f"{draft.where}: tensor {entry.name!r} has no place in {draft.base_url}; nothing of an adapter is "
+                "dropped silently"
             )
 
 

@@ -14,12 +14,15 @@ from ray_merge.storage.adapter import StoredAdapter
 
 @dataclass(slots=True)
 class Draft:
-    """An adapter's parts as they are found; `fit/__init__.py` makes the `Adapter` of it.
+    """An adapter's parts as they are found; `fit/adapters.py` makes the `Adapter` of it.
 
     Args:
         adapter: what was stored.
         names: its resolver.
         untied: whether the recipe unties head and embedding.
+        sites, updates, modules: by site name: the place, what is done to it, the runtime module.
+        heads, replaced, tables, tokens, same, ignored: as in `spec.Adapter`.
+        proven: disk tensors of which the adapter's own file proves that their tied twin is changed alike.
     """
 
     adapter: StoredAdapter
@@ -34,6 +37,7 @@ class Draft:
     tokens: dict[str, TokenRows] = field(default_factory=dict)
     same: list[SameValues] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
+    proven: set[str] = field(default_factory=set)
 
     @property
     def where(self) -> str:

@@ -49,6 +49,9 @@ def is_expert_module(draft: Draft, module: StoredModule) -> bool:
     parameters = draft.adapter.settings.parameters
     if not parameters or "A" not in module.tensors:
         return False
+    attention = f"{draft.adapter.in_training(module.name)}.in_proj_weight"
+    if not module.depth and draft.names.slots(f"{module.name}.in_proj_weight"):
+        return _is_target(attention, parameters)
     if module.depth > 0 or not draft.names.slots(f"{module.name}.weight"):
         return True
     weight = f"{draft.adapter.in_training(module.name)}.weight"
@@ -77,7 +80,17 @@ def fit_experts(draft: Draft, module: StoredModule, layout: str) -> None:
 
 
 def _read(draft: Draft, module: StoredModule, layout: str) -> _Fused:
+    others = sorted(module.tensors.keys() - {"A", "B"})
+    if others:
+        raise AdapterError(
+            f"{draft.where}: {module.name} has {', '.join(others)} beside factors of raw parameters "
+            "(target_parameters), which PEFT cannot make; save the adapter again"
+        )
     parameter, shape = _parameter(draft, module)
+    if len(shape) not in (2, 3):
+        raise AdapterError(
+            f"{draft.where}: {module.name}.{parameter} has shape {shape}; target_parameters takes 2 or 3 dimensions"
+        )
     A, B = module.tensors["A"], module.tensors["B"]
     check_dimensions(draft, module.name, ("lora_A", A), ("lora_B", B), 2)
     experts, d1, d2 = shape if len(shape) == 3 else (1, *shape)
@@ -108,6 +121,11 @@ def _parameter(draft: Draft, module: StoredModule) -> tuple[str, tuple[int, ...]
         raise AdapterError(
             f"{draft.where}: {module.name} has {len(there)} pair(s) of factors, but target_parameters {list(targets)} "
             f"names {len(adapted)} of its parameters ({', '.join(own)}); the adapter does not say which is which"
+        )
+    if module.depth >= len(adapted):
+        raise AdapterError(
+            f"{draft.where}: {module.name} is wrapped {module.depth + 1} times, but only {len(adapted)} of its "
+            "parameters are adapted; save the adapter again"
         )
     if in_order:
         name = adapted[len(adapted) - 1 - module.depth]

@@ -20,12 +20,8 @@ from typing import Any
 from ray_merge.errors import AdapterError, AdapterShapeError
 from ray_merge.fit.draft import Draft
 from ray_merge.models.conversion import Slot
-from ray_merge.spec import FactorEntry, Layout, Product, TensorEntry, View
+from ray_merge.spec import CONV1D_MODELS, FactorEntry, Layout, Product, TensorEntry, View
 from ray_merge.storage.adapter import CONFIG_FILE, StoredAdapter, StoredModule
-
-TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-"""Model types with HF Conv1D layers; a square one cannot be told from a Linear by its shape."""
-
 
 TWICE = 2.0
 
@@ -38,6 +34,7 @@ def fit_module(draft: Draft, module: StoredModule, initial: StoredModule | None)
     else:
         slot, layout = _linear_slot(draft, module)
     shape = draft.shape(slot.tensor)
+    _check_kind(draft, module, layout, shape)
     rows = shape[0]
     site = draft.site(slot, (rows, math.prod(shape[1:])), layout, module.name)
     products = [_product(draft, module, layout, shape, slot)]
@@ -48,6 +45,11 @@ def fit_module(draft: Draft, module: StoredModule, initial: StoredModule | None)
                 f"{draft.where}: {module.name} has rank {products[0].rank}, but the initial adapter has rank "
                 f"{products[1].rank} there; it is not the one that this training started from"
             )
+        if products[1].scale != -products[0].scale:
+            raise AdapterError(
+                f"{draft.where}: {module.name} has scale {products[0].scale:g}, but the initial adapter has scale "
+                f"{-products[1].scale:g} there; it is not the one that this training started from"
+            )
     magnitude = _magnitude(draft, module, layout, site.shape)
     if in_attention(draft.adapter, module.name):
         # MultiheadAttention.merge, which its forward calls too, adds s B A by hand and then lets out_proj add it.
@@ -55,6 +57,19 @@ def fit_module(draft: Draft, module: StoredModule, initial: StoredModule | None)
     draft.add(site, module.name, FactorEntry(tuple(products), len(products) - 1, magnitude))
     if "B.bias" in module.tensors:
         _add_bias(draft, module, layout)
+
+
+def _check_kind(draft: Draft, module: StoredModule, layout: Layout, shape: tuple[int, ...]) -> None:
+    """Refuse factors of an embedding on another layer, and the other way round."""
+    may_be_table = layout == "embedding" or any(word in module.name for word in ("embed", "wte", "wpe"))
+    kind = draft.names.kind(module.name) if may_be_table else ""
+    is_table = kind == "embedding" if kind else layout == "embedding"
+    if (layout == "embedding" and len(shape) != 2) or is_table != (layout == "embedding"):
+        has = "of an embedding" if layout == "embedding" else "of a linear layer"
+        raise AdapterError(
+            f"{draft.where}: {module.name} has factors {has}, but it is {kind or 'no embedding'} of shape {shape} in "
+            f"{draft.base_url}; the adapter was trained on another model"
+        )
 
 
 def is_idle(draft: Draft, module: StoredModule) -> bool:
@@ -103,7 +118,7 @@ def _is_conv1d(draft: Draft, module: StoredModule, shape: tuple[int, ...]) -> bo
 def _may_be_transposed(config: Mapping[str, Any]) -> bool:
     """Whether the model, or one inside it (a GPT-2 that decodes for a vision encoder), has Conv1D layers."""
     inner = [value for value in config.values() if isinstance(value, Mapping)]
-    return config.get("model_type") in TRANSPOSED_MODELS or any(map(_may_be_transposed, inner))
+    return str(config.get("model_type")) in CONV1D_MODELS or any(map(_may_be_transposed, inner))
 
 
 def check_orientation(draft: Draft) -> None:

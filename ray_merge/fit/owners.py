@@ -72,16 +72,18 @@ def _check_shared_tables(
                 )
         for name in other.factors:
             site = sites[name]
-            if (
-                site.tensor in mine
-                and site.shape[1] == mine[site.tensor].shape[1]
-                and _overlap(site, mine[site.tensor])
-            ):
+            own = mine.get(site.tensor)
+            if own is not None and own.shape[1] != site.shape[1]:
                 raise _refusal(
                     merge,
-                    f"adapters {adapter.name} and {other.name} have {mine[site.tensor].shape[0]} and "
-                    f"{site.shape[0]} rows "
-                    f"for {site.tensor}: their vocabularies differ",
+                    f"adapters {adapter.name} and {other.name} see {site.tensor} as rows of {own.shape[1]} and of "
+                    f"{site.shape[1]} (target_modules and target_parameters)",
+                )
+            if own is not None and _overlap(site, own):
+                raise _refusal(
+                    merge,
+                    f"adapters {adapter.name} and {other.name} have {own.shape[0]} and {site.shape[0]} rows for "
+                    f"{site.tensor}: their vocabularies differ",
                 )
     for tensor, site in mine.items():
         owner = replaced.get(tensor)

@@ -185,6 +185,11 @@ class Resolver:
                 return known
         return first
 
+    def is_parameter(self, name: str) -> bool:
+        """Whether the class that the adapter was trained in has a parameter of that name."""
+        known = self.architecture()
+        return known is not None and self._in_class(known, name) in known.parameters
+
     def kind(self, module: str) -> str:
         """What kind of layer a runtime module is (models/architecture.py); "" where nobody knows."""
         from ray_merge.models.architecture import runtime_module

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from ray_merge.errors import AdapterError
 from ray_merge.fit.draft import Draft, by_suffix, matrix_shape
-from ray_merge.spec import SameValues, SavedEntry, TensorEntry, TokenRows, View
+from ray_merge.spec import HEADED_TASKS, SameValues, SavedEntry, TensorEntry, TokenRows, View
 from ray_merge.storage.adapter import CONFIG_FILE, FLOATS, StoredTensor
 
 TABLE_NAMES = frozenset(
@@ -72,13 +72,30 @@ def _without_counterpart(draft: Draft, tensor: StoredTensor, *, announced: bool)
     tied = draft.names.tied_to(tensor.name)
     if tied is not None:
         _tied_copy(draft, tensor, tied)
-    elif announced or (draft.adapter.settings.bias == "all" and _is_head_bias(draft, tensor, module)):
+    elif (announced or (draft.adapter.settings.bias == "all" and _is_head_bias(draft, tensor, module))) and (
+        _may_be_head(draft, tensor.name)
+    ):
         draft.heads.append(replace(tensor.entry, name=tensor.name))
     else:
         raise AdapterError(
             f"{draft.where}: tensor {tensor.name!r} is neither a factor nor a saved head nor a parameter of "
             f"{draft.base_url}; nothing of an adapter is dropped silently"
         )
+
+
+def _may_be_head(draft: Draft, name: str) -> bool:
+    """Whether a parameter that the base lacks belongs to a new head, and not to a layer that another base has."""
+    first = name.split(".")[0]
+    if not any(other.split(".")[0] == first for other in draft.names.base.tensors) and first not in _prefixes(
+        draft
+    ):
+        return True
+    return draft.names.is_parameter(name)
+
+
+def _prefixes(draft: Draft) -> set[str]:
+    """First components of the adapted modules that the base has: `bert` where its disk names begin with `encoder`."""
+    return {module.name.split(".")[0] for module in draft.adapter.modules if "." in module.name}
 
 
 def _is_head_bias(draft: Draft, tensor: StoredTensor, module: str) -> bool:
@@ -90,7 +107,8 @@ def _is_head_bias(draft: Draft, tensor: StoredTensor, module: str) -> bool:
 def _tied_copy(draft: Draft, tensor: StoredTensor, tied: str) -> None:
     """A saved copy of a table that the base ties to another one must equal that adapter's own copy of it."""
     twin = next((other for other in draft.adapter.saved if other.name == tied), None)
-    if twin is None or twin.entry.shape != tensor.entry.shape:
+    comparable = twin is not None and {twin.entry.dtype, tensor.entry.dtype} <= set(FLOATS)
+    if twin is None or not comparable or twin.entry.shape != tensor.entry.shape:
         raise AdapterError(
             f"{draft.where}: {tensor.name} was saved, but {draft.base_url} ties it to {tied}; write tied: untie in the "
             "recipe to give it a weight of its own"
@@ -101,6 +119,7 @@ def _tied_copy(draft: Draft, tensor: StoredTensor, tied: str) -> None:
         SameValues(View(tensor.entry, flat), View(twin.entry, flat), f"{why}; write tied: untie")
     )
     draft.ignored[tensor.entry.name] = f"equal to {tied}, to which the base ties it"
+    draft.proven |= {slot.tensor for slot in draft.names.slots(tied)}
 
 
 def _is_table(draft: Draft, tensor: StoredTensor, module: str, leaf: str) -> bool:
@@ -122,7 +141,7 @@ def _replace(draft: Draft, tensor: StoredTensor, disk: str, *, announced: bool) 
     table = module.rpartition(".")[2] in TABLE_NAMES or draft.names.kind(module) == "embedding"
     resized = table and tensor.entry.shape[1:] == base.shape[1:]
     if tensor.entry.shape != base.shape and not resized:
-        if draft.adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and announced:
+        if draft.adapter.config.get("task_type") in HEADED_TASKS and announced:
             draft.heads.append(replace(tensor.entry, name=tensor.name))  # another number of labels: a head
             return
         _same_shape(draft, tensor, base)
@@ -138,7 +157,7 @@ def _replace(draft: Draft, tensor: StoredTensor, disk: str, *, announced: bool) 
     draft.replaced[disk] = tensor.entry
     if not announced:
         draft.tables.add(disk)
-    elif draft.adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+    elif draft.adapter.config.get("task_type") in HEADED_TASKS:
         draft.heads.append(replace(tensor.entry, name=tensor.name))
 
 
@@ -184,6 +203,8 @@ def fit_tokens(draft: Draft) -> None:
             continue
         slot = draft.one_slot(f"{module}.weight", "training of tokens")
         draft.floats(slot.tensor, module)
+        if len(draft.shape(slot.tensor)) != 2:
+            raise AdapterError(f"{draft.where}: {module} has trained tokens, but {slot.tensor} is no table")
         rows, columns = draft.shape(slot.tensor)
         chosen = _indices(indices, draft.adapter.in_training(module))
         if chosen is None:

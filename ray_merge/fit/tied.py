@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 FLAG = "tie_word_embeddings"
 
+TABLE_WORDS = ("embed", "wte", "shared", "lm_head", "decoder.weight", "embed_out")
+"""What the names of tied weights hold in usual models."""
+
 
 def untied(base: Checkpoint, architectures: Architectures) -> Checkpoint:
     """The base with tensors of their own for its tied head: same bytes, other names.
@@ -38,7 +41,7 @@ def untied(base: Checkpoint, architectures: Architectures) -> Checkpoint:
             f"{base.url} ties {', '.join(sorted(known.tied))}; an encoder-decoder's head cannot be untied for every "
             "reader (T5 scales its logits by the same flag, transformers 4 would tie them again): remove tied: untie"
         )
-    tensors, twins = dict(base.tensors), {}
+    tensors, quantised, twins = dict(base.tensors), dict(base.quantised), {}
     for head, twin in known.tied.items():
         table = _one_tensor(known, twin)
         if table is None or (head in known.slots and _one_tensor(known, head) is None):
@@ -49,7 +52,10 @@ def untied(base: Checkpoint, architectures: Architectures) -> Checkpoint:
         name = _one_tensor(known, head) or _disk_name(head, twin, table)
         tensors.setdefault(name, replace(base.tensors[table], name=name))
         twins[name] = table
-    return replace(base, tensors=tensors, config=_without_flag(base.config), untied=twins)
+        if table in quantised:
+            quantised.setdefault(name, quantised[table])
+    config = _without_flag(base.config)
+    return replace(base, tensors=tensors, config=config, untied=twins, quantised=quantised)
 
 
 def _one_tensor(known: Architecture, name: str) -> str | None:
@@ -116,13 +122,13 @@ def skip_tied_twin(draft: Draft, module: StoredModule) -> bool:
 
 
 def check_tied(draft: Draft) -> None:
-    """Refuse a change of a table that the base also uses as its head, unless training kept both equal.
+    """Refuse a change of a table that the base also uses as its head, unless the file proves that both changed alike.
+
+    `ensure_weight_tying` alone proves nothing: PEFT ties modules of some names only and writes the flag for all.
 
     Raises:
         AdapterError: the head would change with the embedding, or the other way round.
     """
-    if draft.adapter.settings.tied:
-        return
     changed = {site.tensor: draft.modules[name] for name, site in draft.sites.items() if site.layout != "raw"}
     changed |= {tensor: tensor for tensor in draft.replaced.keys() - draft.tables}
     # An unknown class with tied weights: a saved `lm_head` is no head of its own, though no disk tensor is called so.
@@ -144,10 +150,11 @@ def check_tied_tokens(draft: Draft) -> None:
 
 
 def _tied_tables(draft: Draft, tensors: set[str], *, copies: bool = False) -> dict[str, str]:
-    suspects = {
-        tensor for tensor in tensors
-        if any(word in tensor for word in ("embed", "wte", "shared", "lm_head"))
-    }  # fmt: skip
+    # Only embeddings and heads are tied; the class is not loaded for the names of other layers.
+    embeddings = {site.tensor for site in draft.sites.values() if site.layout == "embedding"}
+    saved = {tensor for tensor, entry in draft.replaced.items() if len(entry.shape) == 2}
+    named = {tensor for tensor in tensors if any(word in tensor for word in TABLE_WORDS)}
+    suspects = tensors & (embeddings | saved | named)
     known = draft.names.architecture() if suspects else None
     if known is None:
         tied = suspects and draft.names.base.config.get(FLAG) and not draft.untied
@@ -168,7 +175,7 @@ def follow_tables(draft: Draft) -> None:
     PEFT saves one of the two, or both; what it saved for the head itself stands.
     """
     for head, table in draft.names.base.untied.items():
-        kept_equal = table in draft.tables or (draft.adapter.settings.tied and table in draft.replaced)
+        kept_equal = table in draft.tables or (table in draft.proven and table in draft.replaced)
         if kept_equal and head not in draft.replaced:
             draft.replaced[head] = draft.replaced[table]
             draft.tables |= {head} & {head if table in draft.tables else ""}

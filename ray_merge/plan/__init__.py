@@ -3,6 +3,7 @@
 from ray_merge.plan.layout import ADAPTER_OBJECT, SHARD_METADATA, OutTensor, Shard, file_bytes, shard_layout
 from ray_merge.plan.memory import DEFAULT_MEMORY_BYTES
 from ray_merge.plan.plan import Plan, make_plan, read_inputs
+from ray_merge.plan.vocabulary import with_vocabulary
 
 __all__ = [
     "ADAPTER_OBJECT",
@@ -15,4 +16,5 @@ __all__ = [
     "make_plan",
     "read_inputs",
     "shard_layout",
+    "with_vocabulary",
 ]

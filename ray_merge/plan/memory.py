@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ray_merge.methods.memory import SiteBytes, working_bytes
 from ray_merge.methods.registry import get
-from ray_merge.spec import DTYPE_BYTES, Adapter, FactorEntry, Merge, SavedEntry, Site, TensorEntry
+from ray_merge.spec import DTYPE_BYTES, Adapter, FactorEntry, Merge, Site, TensorEntry, needs_base
 
 DEFAULT_MEMORY_BYTES = 640 * 10**6
 """Ceiling per worker; two workers and the driver then stay under 1.5 GB."""
@@ -35,42 +35,56 @@ def fit_group(
     """
     held, passing = 0, 0
     shared: dict[tuple[str, ...], int] = {}
+    kinds = {names: _kinds(names, adapters, sites, tensors) for names in {merge.adapters for merge in merges}}
+    files = max((_file_bytes(names, adapters) for names in kinds), default=0)
     for merge in merges:
-        worst = _worst_site(merge, adapters, sites, tensors)
+        worst = _worst_site(merge, kinds[merge.adapters])
         held, passing = max(held, worst.held), max(passing, worst.passing)
         shared[merge.adapters] = max(shared.get(merge.adapters, 0), worst.shared)
     # A set of adapters is kept as long as one of its merges is in the group; at most one set per merge.
     sets = sorted(shared.values(), reverse=True)
     for size in range(min(MAX_GROUP, max(1, len(merges))), 0, -1):
-        peak = RUNTIME_BYTES + STREAM_BYTES + passing + size * held + sum(sets[:size])
+        peak = RUNTIME_BYTES + STREAM_BYTES + files + passing + size * held + sum(sets[:size])
         if peak <= memory_bytes or size == 1:
             return size, peak
     raise AssertionError("unreachable: a group of one is always returned")
 
 
-def _worst_site(
-    merge: Merge,
+Kind = tuple[tuple[int, int], tuple[int, ...], int]
+"""Shape, ranks of the adapters, and bytes of the base weight where an update depends on it."""
+
+
+def _kinds(
+    names: Sequence[str],
     adapters: Mapping[str, Adapter],
     sites: Mapping[str, Site],
     tensors: Mapping[str, TensorEntry],
-) -> SiteBytes:
-    method, space = get(merge.method), merge.parameters.get("space")
+) -> set[Kind]:
+    """The different sites of a set of adapters; a sweep asks once for all of its merges."""
     kinds = set()
     for site in sites.values():
-        updates = [
-            found for name in merge.adapters if (found := adapters[name].factors.get(site.name)) is not None
-        ]
-        # DoRA and saved parameters need the base's own values; the weight is held as it is stored.
-        needs_base = any(
-            isinstance(update, SavedEntry)
-            or (isinstance(update, FactorEntry) and update.magnitude is not None)
-            for update in updates
-        )
-        base_bytes = (
-            site.shape[0] * site.shape[1] * DTYPE_BYTES[tensors[site.tensor].dtype] if needs_base else 0
-        )
+        updates = [found for name in names if (found := adapters[name].factors.get(site.name)) is not None]
         if updates:
-            kinds.add((site.shape, tuple(update.rank for update in updates), base_bytes))
+            # DoRA and saved parameters need the base's own values; the weight is held as it is stored.
+            item = DTYPE_BYTES[tensors[site.tensor].dtype] if any(map(needs_base, updates)) else 0
+            ranks = tuple(update.rank for update in updates)
+            kinds.add((site.shape, ranks, site.shape[0] * site.shape[1] * item))
+    return kinds
+
+
+def _file_bytes(names: Sequence[str], adapters: Mapping[str, Adapter]) -> int:
+    """What is held of adapter files: lora_B of two stacks of experts, and the trained rows of a table."""
+    total = 0
+    for name in names:
+        views = [product.B for update in adapters[name].factors.values() if isinstance(update, FactorEntry)
+                 for product in update.products if product.B.pick is not None]  # fmt: skip
+        total += 2 * max((view.entry.n_bytes for view in views), default=0)
+        total += sum(2 * rows.entry.n_bytes for rows in adapters[name].tokens.values())
+    return total
+
+
+def _worst_site(merge: Merge, kinds: set[Kind]) -> SiteBytes:
+    method, space = get(merge.method), merge.parameters.get("space")
     sizes = []
     for shape, ranks, base_bytes in kinds:
         size = working_bytes(method, space, shape, ranks)

@@ -17,6 +17,7 @@ from ray_merge.methods.registry import get, takes_dense
 from ray_merge.plan.export import check_export
 from ray_merge.plan.layout import OutTensor, Shard, file_bytes, plan_shards, with_replaced
 from ray_merge.plan.memory import DEFAULT_MEMORY_BYTES, fit_group
+from ray_merge.plan.vocabulary import with_vocabulary
 from ray_merge.recipe import Recipe
 from ray_merge.spec import Adapter, Layout, Merge, Site, TensorEntry
 from ray_merge.storage.adapter import Pickles, StoredAdapter, read_adapter
@@ -163,9 +164,14 @@ def make_plan(
     fitted = fit_adapters(recipe, base, stored)
     base, adapters, sites = fitted.base, fitted.adapters, fitted.sites
     warnings = check_bases(recipe, adapters)
+    checked: set[tuple[str, ...]] = set()
     for merge in merges:
-        check_owners(merge, adapters, sites)
+        if merge.adapters not in checked:  # a sweep has the same adapters in every merge
+            check_owners(merge, adapters, sites)
+            _check_vocabulary(merge, base, adapters)
+        checked.add(merge.adapters)
         _check_dense(merge, adapters)
+        _check_cross_terms(merge, adapters)
         check_export(merge, adapters)
         warnings += _filter_warnings(merge, sites)
     warnings += _vocabulary_warnings(merges, base, adapters)
@@ -190,12 +196,38 @@ def make_plan(
     )
 
 
+def _check_vocabulary(merge: Merge, base: Checkpoint, adapters: Mapping[str, Adapter]) -> None:
+    """A resized table needs a vocab_size that can follow it."""
+    for name in merge.adapters:
+        for tensor, entry in adapters[name].replaced.items():
+            before, after = base.tensors[tensor].shape, entry.shape
+            if before != after and with_vocabulary(base.config, before[0], after[0]) is None:
+                raise RecipeError(
+                    f"merge {merge.name!r}: adapter {name} has {after[0]} rows for {tensor}, which has {before[0]} in "
+                    f"{base.url}, but its config.json has no vocab_size of {before[0]} that could follow; resize the "
+                    "base first"
+                )
+
+
+def _check_cross_terms(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
+    """PEFT's own `linear` multiplies sums of factors; a bias is no product of two."""
+    if get(merge.method).family != "sum" or merge.parameters.get("compat") != "peft":
+        return
+    for name in merge.adapters:
+        raw = [site for site, layout in adapters[name].layouts.items() if layout == "raw"]
+        if raw:
+            raise RecipeError(
+                f"merge {merge.name!r}: compat: peft multiplies sums of factors, and adapter {name} trained {raw[0]}, "
+                "which has none; remove compat: peft for the exact sum"
+            )
+
+
 def _check_dense(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
     """DoRA's delta is dense, so a rule that works on factors cannot take it."""
     site = has_magnitude([adapters[name] for name in merge.adapters])
     if site and not takes_dense(get(merge.method), merge.parameters):
         raise RecipeError(
-            f"merge {merge.name!r}: {merge.method} works on factors, but an adapter is DoRA (at "
+            f"merge {merge.name!r}: {merge.method} as asked works on factors, but an adapter is DoRA (at "
             f"{site}), whose delta is "
             "dense; use task_arithmetic, linear, or a method with space: dense"
         )

@@ -125,10 +125,9 @@ def parse_yaml(text: str, name: str) -> Source:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{name}:{line}: not valid YAML ({error.problem or error.context})") from error
-    except RecursionError as error:
-        raise RecipeError(f"{name}: not valid YAML (nested too deeply)") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: not valid YAML ({error})") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise RecipeError(f"{name}: not valid YAML ({reason})") from error
     return Source(name, value, lines)
 
 

@@ -133,7 +133,9 @@ def read_checkpoint(store: Store, *, dequantise: bool = False) -> Checkpoint:
     _check_links(store, [CONFIG_FILE, *(info.path for info in side)])
     quantised: Mapping[str, Quantised] = {}
     if quantisation_config(config):
-        quantised, plain = find_quantised(config, tensors, store.url, lambda entry: _read_small(store, entry))
+        quantised, plain = find_quantised(
+            config, tensors, store.url, lambda entry: store.read(entry.file, entry.start, entry.end)
+        )
         dtype = decoded_dtype(config)
         tensors = plain | {name: _decoded(name, weight, dtype) for name, weight in quantised.items()}
         config = without_quantisation(config)
@@ -145,15 +147,6 @@ def read_checkpoint(store: Store, *, dequantise: bool = False) -> Checkpoint:
         weight_files=tuple(files[name] for name in names),
         side_files=side,
     )
-
-
-def _read_small(store: Store, entry: TensorEntry) -> bytes:
-    if entry.n_bytes > MAX_JSON_BYTES:
-        raise CheckpointError(
-            f"{store.url}: {entry.name} describes a quantised weight in {entry.n_bytes} bytes; at most "
-            f"{MAX_JSON_BYTES} are read"
-        )
-    return store.read(entry.file, entry.start, entry.end)
 
 
 def decoded_dtype(config: Mapping[str, Any]) -> str:

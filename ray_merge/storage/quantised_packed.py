@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ray_merge.spec import TensorEntry
+from ray_merge.spec import CONV1D_MODELS, TensorEntry
 from ray_merge.storage.quantised_parts import (
     QUANT_STATE,
     WEIGHT_FORMAT,
@@ -26,11 +26,6 @@ MXFP4_BLOCK_BYTES = 16
 
 FOUR_BIT_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What bitsandbytes' `dequantize_4bit` accepts; multiples of 32, so that a block begins at a whole element."""
-
-TRANSPOSED_MODELS = (
-    "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_encoder", "clvp_decoder",
-)  # fmt: skip
-"""Models with Conv1D: bitsandbytes stores their weights (out, in), their unquantised checkpoints (in, out)."""
 
 MAX_METADATA_BYTES = 65_536
 """A quant_state is some 170 bytes of JSON."""
@@ -69,7 +64,8 @@ def find_bitsandbytes(
     rest: Unclaimed, config: Mapping[str, Any], _quantisation: Mapping[str, Any], read: Read
 ) -> dict[str, Quantised]:
     """`quant_method: bitsandbytes`, 4-bit and 8-bit."""
-    if config.get("model_type") in TRANSPOSED_MODELS:
+    # bitsandbytes stores weights of Conv1D (out, in), their unquantised checkpoints (in, out).
+    if str(config.get("model_type")) in CONV1D_MODELS:
         raise rest.error(
             f"bitsandbytes stores weights of a {config['model_type']} transposed (Conv1D), so they cannot take the "
             "place of unquantised ones"

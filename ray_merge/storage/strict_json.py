@@ -22,6 +22,8 @@ MAX_JSON_BYTES = 20_000_000
 MAX_DEPTH = 100
 """Levels of lists and mappings inside each other. Python's own limit depends on who calls and holds for writing too."""
 
+_TOO_DEEP = f"its values are nested more than {MAX_DEPTH} levels deep"
+
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     """The JSON object that `raw` is.
@@ -39,7 +41,7 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
         if re.search(rb"\\u[dD][89a-fA-F]", raw):
             json.dumps(document, ensure_ascii=False).encode()
     except RecursionError as error:
-        raise CheckpointError(f"{where} is not valid JSON (nested too deeply)") from error
+        raise CheckpointError(f"{where} is not valid JSON that can be read ({_TOO_DEEP})") from error
     except ValueError as error:
         raise CheckpointError(f"{where} is not valid JSON ({error})") from error
     if not isinstance(document, dict):
@@ -55,7 +57,7 @@ def check_depth(document: dict[str, Any], where: str) -> None:
         if not level:
             break
     else:
-        raise CheckpointError(f"{where} nests its values more than {MAX_DEPTH} levels deep")
+        raise CheckpointError(f"{where} is not valid JSON that can be read ({_TOO_DEEP})")
 
 
 def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:

@@ -15,7 +15,18 @@ from torch import Tensor
 
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.errors import AdapterError, NotFinite
-from ray_merge.spec import Adapter, Factor, FactorEntry, Product, SameValues, SavedEntry, Site, TensorEntry
+from ray_merge.spec import (
+    Adapter,
+    Factor,
+    FactorEntry,
+    Product,
+    SameValues,
+    SavedEntry,
+    Site,
+    TensorEntry,
+    needs_base,
+    used_entries,
+)
 from ray_merge.storage.cache import CachedFile, NodeCache
 from ray_merge.storage.store import ObjectInfo, Stores
 from ray_merge.work.job import AdapterCheck
@@ -134,12 +145,7 @@ class AdapterFiles:
             base: asked for only where an update depends on the base weight.
         """
         updates = [self._adapters[name].factors.get(site.name) for name in names]
-        needs_base = any(
-            isinstance(update, SavedEntry)
-            or (isinstance(update, FactorEntry) and update.magnitude is not None)
-            for update in updates
-        )
-        base_OI = base().to(self._device) if needs_base else None
+        base_OI = base().to(self._device) if any(map(needs_base, updates)) else None
         factors = [self._factor(name, site, base_OI) for name in names]
         return SiteFactors(factors, base_OI)
 
@@ -178,17 +184,8 @@ class AdapterFiles:
 
 def _entries(adapter: Adapter) -> list[TensorEntry]:
     """Every stored tensor of an adapter that a merge uses, in file order."""
-    views = []
-    for update in adapter.factors.values():
-        if isinstance(update, SavedEntry):
-            views.append(update.saved)
-            continue
-        own = update.products[: len(update.products) - update.initial]
-        views += [view for product in own for view in (product.B, product.A) if view is not None]
-        views += [] if update.magnitude is None else [update.magnitude]
-    entries = [view.entry for view in views] + [
-        view.entry for same in adapter.same for view in (same.one, same.other)
-    ]
+    entries = list(used_entries(adapter.factors.values()))
+    entries += [view.entry for same in adapter.same for view in (same.one, same.other)]
     entries += [*adapter.heads, *adapter.replaced.values(), *(rows.entry for rows in adapter.tokens.values())]
     # By place: a head has two names, its own in the file and the runtime's.
     return sorted({entry.start: entry for entry in entries}.values(), key=lambda entry: entry.start)
@@ -196,14 +193,7 @@ def _entries(adapter: Adapter) -> list[TensorEntry]:
 
 def _initial_entries(adapter: Adapter) -> list[TensorEntry]:
     """The tensors of its initial adapter that are taken away."""
-    return [
-        view.entry
-        for update in adapter.factors.values()
-        if isinstance(update, FactorEntry) and update.initial
-        for product in update.products[-update.initial :]
-        for view in (product.B, product.A)
-        if view is not None
-    ]
+    return list(used_entries(adapter.factors.values(), initial=True))
 
 
 def _saved_factor(saved_OI: Tensor, base_OI: Tensor) -> Factor:

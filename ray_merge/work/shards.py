@@ -119,10 +119,13 @@ def _output(job: Job, shard: Shard, merge: Merge) -> Iterator[_Output]:
 
 def _by_source(outputs: Sequence[_Output], position: int) -> list[tuple[OutTensor, list[_Output]]]:
     """The outputs by what their tensor at `position` begins from."""
-    groups: dict[OutTensor, list[_Output]] = defaultdict(list)
+    # A convolution is one site of whole rows for one adapter and slabs for another (target_parameters): apart too.
+    groups: dict[tuple[OutTensor, frozenset[int]], list[_Output]] = defaultdict(list)
     for output in outputs:
-        groups[output.tensors[position]].append(output)
-    return list(groups.items())
+        tensor = output.tensors[position]
+        widths = frozenset(site.shape[1] for site in output.sites.get(tensor.name, ()))
+        groups[tensor, widths].append(output)
+    return [(tensor, alike) for (tensor, _), alike in groups.items()]
 
 
 def _write_tensor(unit: _Unit, tensor: OutTensor, outputs: Sequence[_Output]) -> None:

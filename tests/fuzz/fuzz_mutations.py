@@ -174,6 +174,8 @@ PLAIN_PATTERNS = [
 
 def config_values(rng: random.Random, inputs: Inputs) -> None:
     inputs.files[CONFIG] = with_junk(ADAPTER_CONFIG, CONFIG_KEYS, rng)
+    if rng.random() < 0.3:  # its values are compared with those of the others, and some are written again
+        inputs.recipe["merges"][0]["export"] = rng.choice(["adapter", "both"])
 
 
 def config_bytes(rng: random.Random, inputs: Inputs) -> None:
@@ -631,6 +633,35 @@ def base_config(rng: random.Random, inputs: Inputs) -> None:
         inputs.recipe["base_numerics"] = "dequantise"
 
 
+def base_quantised(rng: random.Random, inputs: Inputs) -> None:
+    """A base in two of the layouts that can be dequantised, and something wrong with its parts or their description."""
+    tensors, name = dict(base_tensors()), f"{MODULES[0]}.weight"
+    if rng.random() < 0.5:
+        quantisation: Any = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+        tensors[name] = zeros("F8_E4M3", [HIDDEN, HIDDEN])
+        tensors[f"{name}_scale_inv"] = zeros("F32", rng.choice([[1, 1], [1, 1], *SHAPES]))
+    else:
+        quantisation = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        state: Any = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [HIDDEN, HIDDEN]}
+        text = json.dumps(state).encode() if rng.random() < 0.3 else with_junk(state, ["nested_offset"], rng)
+        text = spoil_bytes(text, rng) if rng.random() < 0.2 else text
+        tensors[name] = zeros("U8", rng.choice([[32, 1], [32, 1], *SHAPES]))
+        tensors[f"{name}.absmax"] = zeros("F32", rng.choice([[1], [1], *SHAPES]))
+        tensors[f"{name}.quant_map"] = zeros("F32", rng.choice([[16], [16], *SHAPES]))
+        tensors[f"{name}.quant_state.bitsandbytes__nf4"] = ("U8", [len(text)], text)
+    if rng.random() < 0.2:
+        tensors.pop(rng.choice([*tensors]))
+    config = json.dumps({**BASE_CONFIG, "quantization_config": quantisation}).encode()
+    if rng.random() < 0.4:
+        junk = with_junk(quantisation, ["weight_block_size", "load_in_8bit", "activation_scheme"], rng)
+        config = object_text([*((key, json.dumps(value)) for key, value in BASE_CONFIG.items()),
+                              ("quantization_config", junk.decode("utf-8", "surrogatepass"))])  # fmt: skip
+    inputs.files["base/config.json"] = config
+    inputs.files[BASE] = safetensors(tensors)
+    if rng.random() < 0.9:
+        inputs.recipe["base_numerics"] = "dequantise"
+
+
 def model_class(rng: random.Random, inputs: Inputs) -> None:
     """Names that fit only if a class of transformers is built from config.json, and what that says of its size."""
     config: dict[str, Any] = dict(BASE_CONFIG)
@@ -974,10 +1005,8 @@ def recipe_text(rng: random.Random, inputs: Inputs) -> None:
 MUTATIONS: list[tuple[Mutation, int]] = [
     (config_values, 26), (config_bytes, 10), (config_patterns, 10), (adapter_names, 22), (adapter_shapes, 16),
     (adapter_numbers, 4), (adapter_header, 26), (adapter_bytes, 14), (base_header, 12), (base_bytes, 6),
-    (base_names, 8),
-    (base_config, 14), (base_index, 6), (model_class, 10), (special_files, 12), (special_folders, 5), (pickles, 5),
-    (recipe_values, 12),
-    (recipe_text, 4),
+    (base_names, 8), (base_config, 14), (base_index, 6), (model_class, 10), (base_quantised, 8),
+    (special_files, 12), (special_folders, 5), (pickles, 5), (recipe_values, 12), (recipe_text, 4),
 ]  # fmt: skip
 """Mutations and their shares; `LARGE` comes by number."""
 

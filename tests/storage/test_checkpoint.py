@@ -1,5 +1,6 @@
 import json
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -267,3 +268,15 @@ def test_weights_may_be_links_to_anywhere(tmp_path):
 def test_an_index_names_files_as_file_systems_have_them(tmp_path, place):
     words = "does not exist" if not place else "not a plain file name"
     assert words in refusal(sharded(tmp_path / "base", {"a": place}))
+
+
+def test_files_of_an_object_store_are_no_links(tmp_path):
+    memory = fsspec.filesystem("memory")
+    folder = write_base(tmp_path / "base")
+    try:
+        for path in folder.iterdir():
+            memory.pipe_file(f"/{tmp_path.name}/{path.name}", path.read_bytes())
+        found = read_checkpoint(open_store(f"memory://{tmp_path.name}"))
+        assert [info.path for info in found.side_files] == ["tokenizer_config.json"]
+    finally:
+        memory.rm(f"/{tmp_path.name}", recursive=True)

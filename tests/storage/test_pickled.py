@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -6,6 +7,7 @@ import struct
 import time
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from ray_merge.storage import pickled
 from ray_merge.storage.headers import read_header
 from ray_merge.storage.pickled import DTYPES, convert_pickle
 from ray_merge.storage.store import open_store
+from ray_merge.storage.writer import ScratchFile
 
 
 def tensors():
@@ -289,3 +292,38 @@ def test_a_text_of_gigabytes_in_a_short_pickle_is_refused(tmp_path):
     for content in (stream.getvalue(), endless):
         (tmp_path / "adapter_model.bin").write_bytes(content)
         assert "damaged" in refusal(tmp_path / "adapter_model.bin")
+
+
+@pytest.mark.parametrize("value", [torch.eye(2).to_sparse(), torch.empty(2, device="meta")])
+def test_tensors_that_are_not_plain_would_be_refused_even_if_torch_made_them(value):
+    with pytest.raises(AdapterError, match="'x' is no plain tensor"):
+        pickled._check_tensor(Path("a.bin"), "x", value)
+
+
+def test_dtypes_that_safetensors_does_not_have_would_be_refused():
+    with pytest.raises(AdapterError, match=r"dtype torch\.complex64, which safetensors does not have"):
+        pickled._dtype(Path("a.bin"), "x", torch.zeros(1, dtype=torch.complex64))
+
+
+def test_a_large_tensor_with_gaps_is_refused_because_it_would_have_to_be_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr(pickled, "MAPPED_BYTES", 256)
+    assert "not stored row by row" in refusal(saved(tmp_path, {"x": torch.zeros(20, 10).T}))
+
+
+def test_a_pickle_longer_than_any_real_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(pickled, "MAX_OBJECT_BYTES", 100)
+    assert "its data.pkl is longer than 100 bytes" in refusal(saved(tmp_path, tensors()))
+
+
+def test_a_disk_that_is_full_leaves_no_half_file(tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source = saved(tmp_path, tensors())
+    write = ScratchFile.write
+    monkeypatch.setattr(
+        ScratchFile, "write", lambda self, data: write(self, data) if self.n_bytes == 0 else full(self, data)
+    )
+    with pytest.raises(OSError, match="No space"):
+        convert_pickle(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

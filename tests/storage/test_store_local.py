@@ -222,3 +222,21 @@ def test_folders_within_folders_are_listed_to_any_depth(store):
         subprocess.run(
             ["rm", "-r", str(folder / "d")], check=True
         )  # shutil.rmtree calls itself for each level
+
+
+def test_a_disk_that_fails_is_no_missing_file(store, monkeypatch):
+    store.put_if_absent("folder/a", b"x", {})
+
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    class Broken:
+        name = "a"
+        stat = broken
+
+    monkeypatch.setattr(os, "scandir", lambda path: [Broken()])
+    with pytest.raises(StoreError, match=r"listing .* failed after 1 try: Input/output error"):
+        store.list()
+    monkeypatch.setattr(os, "stat", broken)
+    with pytest.raises(StoreError, match=r"looking up .* failed after 1 try: Input/output error"):
+        store.info("folder/a")

@@ -45,8 +45,8 @@ def test_an_object_is_what_the_json_module_says():
         (b'{"a": 1, "a": 1}', "'a' stands twice"),
         (b'{"x": [{"b": 1, "c": 2, "b": 3}]}', "'b' stands twice"),
         (b'{"' + b"x" * 10**6 + b'": 1, "' + b"x" * 10**6 + b'": 2}', "stands twice"),
-        (nested(MAX_DEPTH + 1), "more than 100 levels deep"),
-        (b'{"a":' + b"[" * 500 + b"0" + b"]" * 500 + b"}", "more than 100 levels deep"),
+        (nested(MAX_DEPTH + 1), "nested more than 100 levels deep"),
+        (b'{"a":' + b"[" * 500 + b"0" + b"]" * 500 + b"}", "nested more than 100 levels deep"),
     ],
 )
 def test_what_other_readers_read_otherwise_or_not_at_all_is_refused(raw, words):
