@@ -34,7 +34,8 @@ def write_base(
     """A checkpoint in one file, with a tokenizer beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors or llama_tensors()), folder / "model.safetensors", metadata={"format": "pt"})
-    given = {"model_type": "llama", "tie_word_embeddings": False} if config is None else dict(config)
+    plain = {"model_type": "llama", "tie_word_embeddings": False, "vocab_size": 16}
+    given = plain if config is None else dict(config)
     (folder / "config.json").write_text(json.dumps(given))
     (folder / "tokenizer_config.json").write_text("{}\n")
     return folder

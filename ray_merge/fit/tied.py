@@ -114,6 +114,7 @@ def skip_tied_twin(draft: Draft, module: StoredModule) -> bool:
     if "magnitude" in module.tensors:
         # One norm of rows and one of columns: no single table has both.
         raise _refusal(draft, f"{module.name} (DoRA)", twin)
+    draft.proven |= {slot.tensor for slot in draft.names.slots(twin)}
     for entry in module.tensors.values():
         draft.ignored[entry.name] = (
             f"equal to the factors of {other.name}, to which the base ties {module.name}"
@@ -133,7 +134,7 @@ def check_tied(draft: Draft) -> None:
     changed |= {tensor: tensor for tensor in draft.replaced.keys() - draft.tables}
     # An unknown class with tied weights: a saved `lm_head` is no head of its own, though no disk tensor is called so.
     changed |= {head.name: head.name for head in draft.heads}
-    tables = _tied_tables(draft, set(changed))
+    tables = _tied_tables(draft, set(changed) - draft.proven)
     for tensor in sorted(tables):
         raise _refusal(draft, changed[tensor], tables[tensor])
 

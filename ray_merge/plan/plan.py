@@ -227,7 +227,7 @@ def _check_dense(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
     site = has_magnitude([adapters[name] for name in merge.adapters])
     if site and not takes_dense(get(merge.method), merge.parameters):
         raise RecipeError(
-            f"merge {merge.name!r}: {merge.method} as asked works on factors, but an adapter is DoRA (at "
+            f"merge {merge.name!r}: {merge.method} works on factors, but an adapter is DoRA (at "
             f"{site}), whose delta is "
             "dense; use task_arithmetic, linear, or a method with space: dense"
         )
