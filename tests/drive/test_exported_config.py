@@ -66,13 +66,15 @@ def test_peft_reads_it_without_a_warning(tmp_path, recwarn):
     ("names", "expected"),
     [(("org/one", "org/one"), "org/one"), (("", ""), None), (("/x/base", "/y/base"), None)],
 )
-def test_the_base_is_the_one_that_all_inputs_name_else_that_of_the_recipe(tmp_path, names, expected):
+def test_the_base_is_the_one_that_all_inputs_name_and_never_a_place_that_the_id_does_not_know(
+    tmp_path, names, expected
+):
     recipe = write_recipe_files(tmp_path)
     for adapter, module, name in zip("ab", (Q0, V1), names, strict=True):
         write_adapter(tmp_path / adapter, factors(module), base_model_name_or_path=name)
     plan = plan_of(recipe)
     found = exported_config(plan, plan.merges[0], reports(q=2))["base_model_name_or_path"]
-    assert found == (expected or recipe["base_model"])
+    assert found == expected
 
 
 def test_short_names_are_used_where_they_mean_these_sites_only(tmp_path):

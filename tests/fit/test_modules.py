@@ -380,3 +380,14 @@ def test_a_bias_on_the_in_proj_of_an_attention_is_never_applied_by_peft_and_list
     _, adapter = fit(tmp_path, base, UNKNOWN, tensors, {"lora_bias": True})
     assert list(adapter.factors) == ["attn.in_proj_weight"]
     assert list(adapter.ignored) == [f"{P}attn.lora_B.bias"]
+
+
+def test_an_initial_adapter_of_another_scale_is_not_the_one_that_training_started_from(tmp_path):
+    from tiny import factors, plan_of, write_adapter, write_recipe_files
+
+    recipe = write_recipe_files(tmp_path, ("a",))
+    write_adapter(tmp_path / "a", factors(Q0), init_lora_weights="pissa")
+    write_adapter(tmp_path / "initial", factors(Q0), init_lora_weights="pissa", lora_alpha=6)
+    recipe["adapters"]["a"] = {"path": str(tmp_path / "a"), "initial": str(tmp_path / "initial")}
+    with pytest.raises(AdapterError, match="scale 2, but the initial adapter has scale 3"):
+        plan_of(recipe)

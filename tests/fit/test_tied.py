@@ -94,8 +94,13 @@ def test_a_saved_embedding_of_a_tied_base_is_refused_unless_training_kept_both_e
     settings = {"modules_to_save": ["embed_tokens"]}
     message = refusal(AdapterError, fit, tmp_path, TIED, TIED_LLAMA, tensors, settings)
     assert "is tied to lm_head" in message
-    _, adapter = fit(tmp_path, TIED, TIED_LLAMA, tensors, {**settings, "ensure_weight_tying": True})
+    flagged = {**settings, "ensure_weight_tying": True}
+    message = refusal(AdapterError, fit, tmp_path, TIED, TIED_LLAMA, tensors, flagged)
+    assert "is tied to lm_head" in message, "PEFT writes the flag even where it ties nothing"
+    both = tensors | {f"{P}lm_head.weight": torch.ones(16, HIDDEN)}
+    _, adapter = fit(tmp_path, TIED, TIED_LLAMA, both, flagged)
     assert list(adapter.replaced) == [TABLE]
+    assert len(adapter.same) == 1
 
 
 @pytest.mark.parametrize("unknown", [False, True], ids=["known", "unknown"])

@@ -33,7 +33,11 @@ def chunks(request, monkeypatch):
 
 def run(folder: Path, adapters, merges, base=None, config=None, **recipe) -> list[dict[str, torch.Tensor]]:
     """The tensors of every merge, which `verify` has found to be base plus update."""
-    write_base(folder / "base", BASE if base is None else base, config or {"model_type": "of_no_library"})
+    write_base(
+        folder / "base",
+        BASE if base is None else base,
+        config or {"model_type": "of_no_library", "vocab_size": 16},
+    )
     for name, (tensors, settings) in adapters.items():
         write_adapter(folder / name, tensors, **settings)
     given = {
