@@ -13,7 +13,7 @@ from ray_merge.fit.draft import Draft
 from ray_merge.fit.experts import fit_experts, is_expert_module
 from ray_merge.fit.modules import check_orientation, fit_module, is_idle
 from ray_merge.fit.resolver import Architectures, Resolver, mapped
-from ray_merge.fit.saved import check_vocabulary, fit_saved, fit_tokens
+from ray_merge.fit.saved import check_heads, check_vocabulary, fit_saved, fit_tokens
 from ray_merge.fit.tied import check_tied, check_tied_tokens, follow_tables, skip_tied_twin, untied
 from ray_merge.recipe import Recipe
 from ray_merge.spec import Adapter, Site, used_entries
@@ -90,6 +90,7 @@ def _fit(draft: Draft, layout: str) -> None:
     fit_tokens(draft)
     follow_tables(draft)
     check_vocabulary(draft)
+    check_heads(draft)
     check_tied(draft)
     check_tied_tokens(draft)
     check_orientation(draft)

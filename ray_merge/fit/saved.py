@@ -25,6 +25,10 @@ TABLE_NAMES = frozenset(
 """Input and output embeddings of usual models; others are known from their class."""
 
 
+MAX_HEAD_BYTES = 256_000_000
+"""A classification head has kilobytes; with 100,000 labels on 512 inputs it has 205 MB."""
+
+
 def fit_saved(draft: Draft) -> None:
     """Give every saved parameter its place.
 
@@ -80,6 +84,16 @@ def _without_counterpart(draft: Draft, tensor: StoredTensor, *, announced: bool)
         raise AdapterError(
             f"{draft.where}: tensor {tensor.name!r} is neither a factor nor a saved head nor a parameter of "
             f"{draft.base_url}; nothing of an adapter is dropped silently"
+        )
+
+
+def check_heads(draft: Draft) -> None:
+    """Refuse heads that are too large: they pass through the driver when `heads/` is written."""
+    n_bytes = sum(entry.n_bytes for entry in draft.heads)
+    if n_bytes > MAX_HEAD_BYTES:
+        raise AdapterError(
+            f"{draft.where}: its heads hold {n_bytes} bytes, more than {MAX_HEAD_BYTES}; a head of that size is a "
+            "weight that the base lacks: resize the base first"
         )
 
 

@@ -156,9 +156,9 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings:
                 f"{where}: unknown setting {shown(key)} = {shown(value)}; this version cannot tell what it does to "
                 "the delta: merge with the PEFT that wrote it, or upgrade ray-merge"
             )
-    task = config.get("task_type")
-    if task is not None and not isinstance(task, str):
-        raise AdapterError(f"{where}: task_type is {shown(task)}, expected a word such as CAUSAL_LM")
+    for key in ("task_type", "base_model_name_or_path"):
+        if not isinstance(config.get(key), str | None):
+            raise AdapterError(f"{where}: {key} is {shown(config[key])}, expected text")
     bias = config.get("bias", "none") or "none"
     if bias not in ("none", "all", "lora_only"):
         raise AdapterError(f"{where}: bias is {shown(bias)}, expected none, all or lora_only")
