@@ -195,7 +195,7 @@ def _manifest(plan: Plan, merge: Merge, target: Target, files: _Files) -> bytes:
 
 
 def _used(adapter: Adapter) -> dict[str, Any]:
-    """How many tensors of an adapter went where; with those that were ignored they are all of them."""
+    """Where the tensors of an adapter went; `factors` counts sites."""
     return {
         "factors": len(adapter.factors),
         "heads": len(adapter.heads),

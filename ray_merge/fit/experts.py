@@ -15,11 +15,12 @@ with the expert slowest, which no shape shows. What cannot be proven is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray_merge.errors import AdapterError, AdapterShapeError
 from ray_merge.fit.draft import Draft
 from ray_merge.fit.modules import check_dimensions
+from ray_merge.models.architecture import runtime_module
 from ray_merge.models.conversion import Slot
 from ray_merge.spec import FLOAT_DTYPES, FactorEntry, Product, Site, TensorEntry, View
 from ray_merge.storage.adapter import CONFIG_FILE, StoredModule
@@ -142,8 +143,6 @@ def _parameter(draft: Draft, module: StoredModule) -> tuple[str, tuple[int, ...]
 
 def _own_parameters(draft: Draft, module: StoredModule) -> tuple[dict[str, tuple[int, ...]], bool]:
     """The module's parameters and their shapes, and whether their order is the module's own."""
-    from ray_merge.models.architecture import runtime_module
-
     known = draft.names.architecture()
     path = None if known is None else runtime_module(known, module.name)
     if known is not None and path is not None:
@@ -193,8 +192,6 @@ def _is_turned(
     if version <= LAST_ALWAYS_TURNED:
         return True
     known = draft.names.architecture()
-    from ray_merge.models.architecture import runtime_module
-
     place = None if known is None else runtime_module(known, module.name)
     is_in_out = known is not None and place in known.transposed_experts
     return is_in_out != (version == TURNED_WRONG)
@@ -254,13 +251,9 @@ def _update(fused: _Fused, expert: int, cut: tuple[int, int, int] | None) -> Fac
     if fused.turned:
         left, right = _turn(right), _turn(left)
     if cut is not None:
-        axis, start, stop = cut
-        if axis == 0:
-            left = View(left.entry, left.shape, left.pick, 1, left.transpose, (0, start, stop))
-        else:
-            right = View(right.entry, right.shape, right.pick, 1, right.transpose, (1, start, stop))
+        left, right = (replace(left, cut=cut), right) if cut[0] == 0 else (left, replace(right, cut=cut))
     return FactorEntry((Product(left, right, fused.scale),))
 
 
 def _turn(view: View) -> View:
-    return View(view.entry, view.shape, view.pick, view.blocks, not view.transpose)
+    return replace(view, transpose=not view.transpose)

@@ -11,16 +11,15 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_merge.errors import AdapterError, RayMergeError
+from ray_merge.models.architecture import Architecture, build_architecture, runtime_module
 from ray_merge.models.conversion import Slot
+from ray_merge.models.model_class import class_candidates
 from ray_merge.models.names import Naming, find_naming
 from ray_merge.storage.adapter import StoredAdapter
 from ray_merge.storage.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from ray_merge.models.architecture import Architecture
 
 
 class Architectures:
@@ -43,9 +42,6 @@ class Architectures:
 
     def candidates(self, class_name: str, task_type: str) -> Iterator[Architecture | RayMergeError]:
         """The classes that an adapter may have been trained in, best guess first, or why one cannot be built."""
-        from ray_merge.models.architecture import build_architecture
-        from ray_merge.models.model_class import class_candidates
-
         config = self._base.config
         try:
             names = class_candidates(config, class_name=class_name or None, task_type=task_type or None)
@@ -150,8 +146,6 @@ class Resolver:
         return slots
 
     def _in_class(self, known: Architecture, parameter: str) -> str:
-        from ray_merge.models.architecture import runtime_module
-
         if parameter in known.parameters:
             return parameter
         module, _, leaf = parameter.rpartition(".")
@@ -170,8 +164,6 @@ class Resolver:
         return self._class
 
     def _find_class(self) -> Architecture | None:
-        from ray_merge.models.architecture import runtime_module
-
         auto = self.adapter.config.get("auto_mapping")
         named = auto.get("base_model_class") if isinstance(auto, Mapping) else None
         task = self.adapter.config.get("task_type")
@@ -192,8 +184,6 @@ class Resolver:
 
     def kind(self, module: str) -> str:
         """What kind of layer a runtime module is (models/architecture.py); "" where nobody knows."""
-        from ray_merge.models.architecture import runtime_module
-
         known = self.architecture()
         path = None if known is None else runtime_module(known, module)
         return "" if known is None or path is None else known.kinds.get(path, "")
