@@ -20,16 +20,17 @@ from typing import Any
 
 from ray_merge.drive.identify import Inputs, merge_id, merge_inputs, read_inputs_identity
 from ray_merge.drive.outputs import Target, look, today
+from ray_merge.drive.preflight import preflight
 from ray_merge.drive.publish import publish
 from ray_merge.drive.resolved import resolved_recipe
-from ray_merge.errors import AdapterError, OutputConflict, Refusal, RunFailed
+from ray_merge.errors import OutputConflict, Refusal, RunFailed
 from ray_merge.plan import ADAPTER_OBJECT, Plan
 from ray_merge.pool import Pool, Task
 from ray_merge.spec import Merge, Receipt
 from ray_merge.storage.commit import STATE_FOLDER, probe
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.store import Stores, open_store
-from ray_merge.work.job import AdapterCheck, AdapterUnit, Job, PreflightUnit, ShardUnit, Unit
+from ray_merge.work.job import AdapterUnit, Job, ShardUnit, Unit
 
 PoolFactory = Callable[[Job, int], Pool]
 """Makes the pool for a job of so many units; called only when there is something to do."""
@@ -196,7 +197,7 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
                 _publish_ready(context, unfinished, (0, 0), (0, 0))
             return 0
         with make_pool(job, max(len(units), len(adapters))) as pool:
-            _preflight(pool, adapters, context.inputs, [item.merge for item in unfinished])
+            preflight(pool, adapters, context.inputs, [item.merge for item in unfinished])
             for item in unfinished:
                 _probe(context, item)
             with _later():
@@ -250,36 +251,6 @@ def _describe(units: Sequence[Unit], unfinished: Sequence[_Open]) -> str:
     there = sum(len(item.receipts) for item in unfinished)
     again = f", {there} object(s) are there already" if there else ""
     return f"{len(units)} unit(s) for {len(unfinished)} merge(s){again}"
-
-
-def _preflight(pool: Pool, adapters: Sequence[str], inputs: Inputs, merges: Sequence[Merge]) -> None:
-    """Every number of every adapter is looked at before anything is written."""
-    tasks = [Task(unit.id, unit) for unit in map(PreflightUnit, adapters)]
-    tables: dict[str, Mapping[str, str]] = {}
-    for done in pool.run(tasks):
-        check: AdapterCheck = done.value
-        tables[check.adapter] = check.tables
-        expected = next(
-            v for name, v in inputs.adapters[check.adapter].items() if name.startswith("adapter_model.")
-        )
-        if expected.startswith("sha256:") and expected != f"sha256:{check.sha256}":
-            raise AdapterError(f"adapter {check.adapter} changed while the run was starting; run again")
-    for merge in merges:
-        _check_tables(merge, tables)
-
-
-def _check_tables(merge: Merge, tables: Mapping[str, Mapping[str, str]]) -> None:
-    """Embedding tables that PEFT saved beside several adapters of a merge must be copies of one."""
-    first: dict[str, tuple[str, str]] = {}
-    for name in merge.adapters:
-        for tensor, sha256 in tables.get(name, {}).items():
-            owner, digest = first.setdefault(tensor, (name, sha256))
-            if digest != sha256:
-                raise AdapterError(
-                    f"merge {merge.name!r}: adapters {owner} and {name} were saved with different "
-                    f"{tensor}; only one of them "
-                    "can be right: merge them apart, or leave one out with adapters: [...]"
-                )
 
 
 def _probe(context: _Context, item: _Open) -> None:
