@@ -252,3 +252,24 @@ def test_two_modules_that_train_tokens_of_one_table_are_refused(tmp_path):
     rows = {ROWS: torch.ones(1, HIDDEN), ROWS.replace("model.embed", "embed"): torch.ones(1, HIDDEN)}
     message = refused(tmp_path, rows, bare, UNKNOWN, trainable_token_indices=[1])
     assert "two modules train tokens of embed_tokens.weight" in message
+
+
+@pytest.mark.parametrize("name", ["model.layers.7.mlp.gate_proj.weight", "model.final_layernorm.weight"])
+def test_a_saved_layer_of_another_base_is_no_head(tmp_path, name):
+    settings = {"modules_to_save": ["gate_proj", "final_layernorm"]}
+    message = refused(tmp_path, {f"{P}{name}": torch.ones(4, HIDDEN)}, **settings)
+    assert name in message
+    assert "nothing of an adapter is dropped silently" in message
+
+
+def test_trained_tokens_of_a_vector_are_refused(tmp_path):
+    rows = {f"{P}model.norm.token_adapter.trainable_tokens_delta": torch.ones(1, HIDDEN)}
+    assert "is no table" in refused(tmp_path, rows, trainable_token_indices={"norm": [1]})
+
+
+def test_heads_that_would_fill_the_driver_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("ray_merge.fit.saved.MAX_HEAD_BYTES", 100)
+    message = refused(
+        tmp_path, {f"{P}classifier.weight": torch.ones(4, HIDDEN)}, modules_to_save=["classifier"]
+    )
+    assert "128 bytes, more than 100" in message

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from fit_cases import LLAMA, T5, TIED_LLAMA, UNKNOWN, P, fit, inputs, pair, random, refusal
+from fit_cases import GPT2, LLAMA, T5, TIED_LLAMA, UNKNOWN, P, fit, inputs, pair, random, refusal
 
+from quantised_files import FP8, float8, ramp
 from ray_merge.errors import AdapterError, CheckpointError
 from ray_merge.fit import fit_adapters
 from tiny import HIDDEN, Q0, factors, llama_tensors
@@ -181,3 +182,22 @@ def test_the_untied_head_of_a_vision_language_model_is_called_as_its_table_is(tm
     assert dict(fitted.base.untied) == {"language_model.lm_head.weight": f"language_model.{TABLE}"}
     assert fitted.base.config["tie_word_embeddings"] is False
     assert fitted.base.config["text_config"]["tie_word_embeddings"] is False
+
+
+def test_the_flag_of_ensure_weight_tying_proves_nothing(tmp_path):
+    """PEFT writes it for a GPT-2 too, whose `wte` it does not tie to anything."""
+    tensors = {
+        f"{P}transformer.wte.lora_embedding_A": torch.ones(2, 16),
+        f"{P}transformer.wte.lora_embedding_B": torch.ones(8, 2),
+    }
+    base = random({"transformer.wte.weight": (16, 8), "transformer.wpe.weight": (8, 8)})
+    message = refusal(AdapterError, fit, tmp_path, base, GPT2, tensors, {"ensure_weight_tying": True})
+    assert "transformer.wte is tied to lm_head" in message
+
+
+def test_untying_keeps_the_quantised_form_of_the_table(tmp_path):
+    table = {TABLE: float8(16, HIDDEN), f"{TABLE}_scale_inv": ramp(1, 1)}
+    others = {name: tensor for name, tensor in TIED.items() if name != TABLE}
+    config = {**TIED_LLAMA, "quantization_config": {**FP8, "weight_block_size": [16, 8]}}
+    made, _ = fit(tmp_path, others | table, config, HEAD, tied="untie", base_numerics="dequantise")
+    assert made.base.quantised["lm_head.weight"] == made.base.quantised[TABLE]

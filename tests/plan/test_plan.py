@@ -200,3 +200,21 @@ def test_a_plan_is_made_of_headers_alone(recipe, tmp_path):
     for name in ("base", "a", "b"):
         (tmp_path / name).rename(tmp_path / f"{name}-gone")
     assert make_plan(parsed, merges, *inputs) == expected
+
+
+def test_cross_terms_of_biases_are_refused(tmp_path):
+    recipe = write_recipe_files(tmp_path, ("a",))
+    write_base(tmp_path / "base", llama_tensors() | {f"{Q0}.bias": torch.zeros(8)})
+    write_adapter(tmp_path / "a", factors(Q0) | {f"base_model.model.{Q0}.bias": torch.ones(8)}, bias="all")
+    recipe["merges"] = [{"name": "m", "merge_method": "linear", "parameters": {"compat": "peft"}}]
+    with pytest.raises(RecipeError, match="remove compat: peft"):
+        plan_of(recipe)
+
+
+def test_a_resized_table_without_a_vocabulary_size_to_follow_is_refused(tmp_path):
+    recipe = write_recipe_files(tmp_path, ("a",))
+    write_base(tmp_path / "base", config={"model_type": "llama", "vocab_size": 99})
+    tables = {f"base_model.model.{n}.weight": torch.ones(20, 8) for n in ("model.embed_tokens", "lm_head")}
+    write_adapter(tmp_path / "a", factors(Q0) | tables)
+    with pytest.raises(RecipeError, match="no vocab_size of 16"):
+        plan_of(recipe)

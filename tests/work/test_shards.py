@@ -233,3 +233,25 @@ def test_an_adapter_of_a_head_alone_leaves_the_base_as_it_is(tmp_path):
         load_file(tmp_path / "out" / "m0" / "heads" / "a.safetensors")["score.weight"],
         head[f"{P}score.weight"],
     )
+
+
+def test_a_convolution_is_whole_rows_for_one_adapter_and_slabs_for_another(tmp_path):
+    generator = torch.Generator().manual_seed(4)
+    base = {"conv.weight": torch.randn(4, 6, 3, generator=generator)}
+    A, B = torch.randn(2, 6, 3, generator=generator), torch.randn(4, 2, 1, generator=generator)
+    whole = {"base_model.model.conv.lora_A.weight": A, "base_model.model.conv.lora_B.weight": B}
+    a, b = torch.randn(4 * 2, 3, generator=generator), torch.randn(6, 2 * 4, generator=generator)
+    slabs = {"base_model.model.conv.lora_A.weight": a, "base_model.model.conv.lora_B.weight": b}
+    adapters = {
+        "rows": (whole, {}),
+        "slabs": (slabs, {"target_parameters": ["conv.weight"], "peft_version": "0.21.2"}),
+    }
+    merges = [{"adapters": ["rows"]}, {"adapters": ["slabs"]}]
+    one, two = run(tmp_path, adapters, merges, base=base)
+    begun = base["conv.weight"].double()
+    first = begun + 2 * (B.double().reshape(4, 2) @ A.double().reshape(2, 18)).reshape(4, 6, 3)
+    second = torch.stack([
+        begun[e] + 2 * b[:, e::4].double() @ a[2 * e : 2 * e + 2].double() for e in range(4)
+    ])  # fmt: skip
+    assert torch.allclose(one["conv.weight"].double(), first, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(two["conv.weight"].double(), second, rtol=1e-5, atol=1e-5)
