@@ -13,6 +13,9 @@ CHUNK_BYTES = 4 * 2**20
 MIN_ROWS = 16
 FLOAT32_BYTES = 4
 
+SHARED_CHUNK_ENTRIES = 16 * 2**20
+"""Entries of dense deltas kept for the other merges of a group: 16 adapters' chunks, 64 MiB of float32."""
+
 
 def chunk_rows(n_columns: int) -> int:
     """Rows of one chunk: about 4 MiB of float32, at least 16."""

@@ -47,6 +47,7 @@ class SiteFactors:
         self.scales: tuple[float, ...] = tuple(float(factor.scale) for factor in factors)
         self.magnitudes: tuple[Tensor | None, ...] = tuple(factor.magnitude for factor in factors)
         self._base = base
+        self._spaces: dict[str, Space] = {}
         if self.is_dense and (base is None or tuple(base.shape) != self.shape):
             got = None if base is None else tuple(base.shape)
             raise ValueError(f"DoRA at a site of {self.shape} needs its base weight, got {got}")
@@ -118,11 +119,16 @@ class SiteFactors:
         return core_basis(self.B, self.A, self.scales)
 
     def space(self, name: str) -> Space:
-        """The coordinates of every delta in the space called `name`: dense, core or knots.
+        """The coordinates of every delta in the space called `name`: dense, core or knots; made once.
 
         Raises:
             ValueError: core or knots where an adapter is DoRA.
         """
+        if name not in self._spaces:
+            self._spaces[name] = self._space(name)
+        return self._spaces[name]
+
+    def _space(self, name: str) -> Space:
         if name != "dense" and self.is_dense:
             raise ValueError(f"{name} space needs factors, but an adapter is DoRA here; use space: dense")
         if name == "core":

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ray_merge.algebra.bases import CoreBasis, KnotsBasis
 from ray_merge.algebra.delta import BlockDelta, Delta, LowRankDelta
-from ray_merge.algebra.grid import chunk_rows, chunk_spans
+from ray_merge.algebra.grid import SHARED_CHUNK_ENTRIES, chunk_rows, chunk_spans
+from ray_merge.algebra.sparsify import magnitude_threshold
 
 ROUNDING = 1e-13
 """Coordinates below this share of the largest adapter's norm are rounding errors of the float64 basis and set to
@@ -41,6 +43,7 @@ class Space(ABC):
         self.pairs = tuple(pairs)
         self.shape = shape
         self.floor = floor
+        self._thresholds: dict[tuple[int, int], float] = {}
 
     @property
     def n_entries(self) -> int:
@@ -62,6 +65,14 @@ class Space(ABC):
     def chunks(self, adapter: int) -> Iterator[Tensor]:
         """All chunks of one adapter's coordinates, in order."""
         return (self.chunk(adapter, index) for index in range(self.n_chunks))
+
+    def threshold(self, adapter: int, n_kept: int) -> float:
+        """The least magnitude that is kept when `n_kept` entries of an adapter are; selected once for all merges."""
+        key = (adapter, n_kept)
+        if key not in self._thresholds:
+            entries = partial(self.chunks, adapter)
+            self._thresholds[key] = magnitude_threshold(entries, self.n_entries, n_kept)
+        return self._thresholds[key]
 
     @abstractmethod
     def lift(self, rule: Rule) -> Delta:
@@ -88,10 +99,24 @@ class DenseSpace(Space):
         super().__init__(pairs, shape)
         self._dtype = dtype
         self._delta_chunk = delta_chunk
+        self._index = -1
+        self._shared: dict[int, Tensor] = {}
+        self._n_shared = SHARED_CHUNK_ENTRIES // max(1, chunk_rows(shape[1]) * shape[1])
 
     def chunk(self, adapter: int, index: int) -> Tensor:
-        """Rows of chunk `index` of one adapter's delta, DoRA's magnitude included."""
-        return self._delta_chunk(adapter, index)
+        """Rows of chunk `index` of one adapter's delta, DoRA's magnitude included; not to be written to.
+
+        Merges of a group ask for the same chunk one after another: those of the first adapters are kept.
+        """
+        if index != self._index:
+            self._index = index
+            self._shared.clear()
+        if adapter not in self._shared:
+            values = self._delta_chunk(adapter, index)
+            if adapter >= self._n_shared:
+                return values
+            self._shared[adapter] = values
+        return self._shared[adapter]
 
     def lift(self, rule: Rule) -> Delta:
         """A delta that runs the rule for the rows it is asked for."""

@@ -16,9 +16,9 @@ from ray_merge.algebra.delta import Delta
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.algebra.spaces import Rule, Space
 from ray_merge.algebra.sparsify import drop, random_mask
+from ray_merge.methods.catalogue.dare import DareLinear, DareTies, KnotsDareTies
 from ray_merge.methods.context import Context
 from ray_merge.methods.election import Kept, election
-from ray_merge.methods.parameters import DareLinear, DareTies, KnotsDareTies
 
 Draw = Callable[[int, int, tuple[int, int]], Tensor]
 """(adapter, chunk, shape) -> True where an entry is kept."""

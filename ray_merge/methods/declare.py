@@ -11,10 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ray_merge.methods.memory import Sizes, entrywise
+
 Kind = Literal["number", "integer", "flag", "choice"]
 Space = Literal["dense", "core", "knots"]
 Rule = Callable[[dict[str, Any]], None]
 """Checks and completes resolved parameters that depend on each other, in place; raises MethodError."""
+
+Counts = Callable[[Mapping[str, Any], str, int], tuple[int, ...]]
+"""(resolved parameters, adapter, entries n) -> the k whose k-th largest magnitude the kernel compares with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +117,9 @@ class Method:
         factors_only: cannot take a delta that is no product of factors (DoRA), whatever the space.
         needs: inputs beyond the factors: "moments", "phi", "base".
         rule: completes and checks parameters that depend on each other.
+        counts: for methods that keep entries by magnitude and know `scope`: which magnitudes they need, so that
+            `scope: model` can select them over all sites.
+        sizes: the bytes that one merge holds at one site.
     """
 
     name: str
@@ -126,6 +134,8 @@ class Method:
     factors_only: bool = False
     needs: tuple[str, ...] = ()
     rule: Rule | None = None
+    counts: Counts | None = None
+    sizes: Sizes = entrywise
 
     def declared(self) -> dict[str, Parameter]:
         """The parameters by the recipe's key, in declaration order."""

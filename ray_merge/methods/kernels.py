@@ -12,7 +12,7 @@ from typing import Any
 
 from ray_merge.algebra.delta import Delta
 from ray_merge.algebra.site import SiteFactors
-from ray_merge.methods.context import Context
+from ray_merge.methods.context import Context, Thresholds
 from ray_merge.methods.registry import get
 
 Kernel = Callable[[SiteFactors, Any, Context], Delta]
@@ -35,6 +35,7 @@ def merge_site(
     site: str,
     seed: int,
     inputs: Mapping[str, Any] | None = None,
+    thresholds: Thresholds | None = None,
 ) -> Delta:
     """Merge the adapters of one site.
 
@@ -46,6 +47,7 @@ def merge_site(
         site: runtime site name.
         seed: the merge's seed.
         inputs: moments, phi or base, for methods that need them.
+        thresholds: with `scope: model`, what was selected over all sites.
 
     Returns:
         The merged update; rows are float32, or float64 where the factors were float64.
@@ -53,5 +55,5 @@ def merge_site(
     Raises:
         MethodError: unknown method, or factors that the method cannot take.
     """
-    context = Context(names=tuple(names), site=site, seed=seed, inputs=inputs or {})
+    context = Context(names=tuple(names), site=site, seed=seed, inputs=inputs or {}, thresholds=thresholds)
     return load(get(method).kernel)(factors, parameters, context)

@@ -6,11 +6,10 @@ against measured peaks in `tests/methods/test_memory.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ray_merge.algebra.grid import chunk_rows
-from ray_merge.methods.declare import Method
+from ray_merge.algebra.grid import SHARED_CHUNK_ENTRIES, chunk_rows
 
 FLOAT32, FLOAT64 = 4, 8
 GATHERED_ENTRIES = 2**20
@@ -50,35 +49,40 @@ class SiteBytes:
         return self.shared + self.held + self.passing
 
 
-def working_bytes(
-    method: Method, space: str | None, shape: tuple[int, int], ranks: Sequence[int]
-) -> SiteBytes:
-    """Bytes held by the factors, bases, coordinates and temporaries of one merge at one site.
+Sizes = Callable[[str, tuple[int, int], Sequence[int]], SiteBytes]
+"""(space, (O, I), ranks of the adapters that touch the site) -> bytes of one merge there."""
 
-    Args:
-        method: which.
-        space: where it works; None is its default.
-        shape: (O, I).
-        ranks: of the adapters that touch the site.
-    """
+
+def factors(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> SiteBytes:
+    """A product of factors whose rows are computed when the base's go by."""
+    thin = sum(ranks) * sum(shape)
+    return SiteBytes(FLOAT32 * thin, FLOAT32 * thin, SUM_CHUNK_COPIES * FLOAT32 * _chunk_entries(shape))
+
+
+def truncated(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> SiteBytes:
+    """A product of factors that was made by QR and an SVD of an (R, R) matrix, in float64."""
+    total, plain = sum(ranks), factors(space, shape, ranks)
+    made = FLOAT64 * (QR_COPIES * total * sum(shape) + 4 * total * total)
+    return SiteBytes(plain.shared, plain.held, plain.passing + made)
+
+
+def entrywise(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> SiteBytes:
+    """A rule over entries: of the deltas, chunk by chunk, or of coordinates in a basis of all factors."""
     total = sum(ranks)
     thin = total * sum(shape)
-    out = SUM_CHUNK_COPIES * FLOAT32 * _chunk_entries(shape)
+    if space == "dense":
+        kept = FLOAT32 * min(len(ranks) * _chunk_entries(shape), SHARED_CHUNK_ENTRIES)
+        return SiteBytes(2 * FLOAT32 * thin + kept, 0, _entrywise(shape, FLOAT32))
     bases = FLOAT64 * (thin + 2 * total * total)
     while_made = FLOAT64 * ((QR_COPIES - 1) * thin + 2 * total * total)
-    where = space or method.spaces[0]
-    if method.family == "sum":
-        extra = bases + while_made if method.name == "svd" else 0
-        return SiteBytes(FLOAT32 * thin, FLOAT32 * thin, out + extra)
-    if where == "dense":
-        return SiteBytes(2 * FLOAT32 * thin, 0, _entrywise(shape, FLOAT32))
     left, right = min(total, shape[0]), min(total, shape[1])
-    coordinates = (left, shape[1] if where == "knots" else right)
+    coordinates = (left, shape[1] if space == "knots" else right)
     n_merged = coordinates[0] * coordinates[1]
     merged = FLOAT32 * (left * shape[0] + coordinates[0] * shape[1])
     passing = (
         while_made + 2 * FLOAT64 * n_merged + FLOAT64 * left * shape[0] + _entrywise(coordinates, FLOAT64)
     )
+    out = SUM_CHUNK_COPIES * FLOAT32 * _chunk_entries(shape)
     return SiteBytes(2 * FLOAT32 * thin + bases, merged, out + passing)
 
 

@@ -12,116 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 from ray_merge.errors import MethodError
-from ray_merge.methods import parameters as p
-from ray_merge.methods import rules
+from ray_merge.methods.catalogue import dare, sums, ties
 from ray_merge.methods.declare import Method
-from ray_merge.methods.memory import working_bytes
+from ray_merge.methods.memory import SiteBytes
 from ray_merge.methods.resolve import at_site, resolve_parameters
 
-SUMS = "ray_merge.methods.sums"
-TIES = "ray_merge.methods.ties"
-DARE = "ray_merge.methods.dare"
-TIES_PAPER = "TIES-Merging, arXiv 2306.01708"
-DARE_PAPER = "DARE, arXiv 2311.03099"
-KNOTS_PAPER = "KnOTS, arXiv 2410.19735"
-
-METHODS: tuple[Method, ...] = (
-    Method(
-        name="task_arithmetic",
-        family="sum",
-        summary="lambda * sum_i weight_i * delta_i",
-        reference="Task Arithmetic, arXiv 2212.04089",
-        low_rank_spaces=("dense",),
-        parameters=p.Sum,
-        rule=rules.divided_sum,
-        kernel=f"{SUMS}:task_arithmetic",
-    ),
-    Method(
-        name="linear",
-        family="sum",
-        summary="lambda * sum_i weight_i * delta_i / sum_i weight_i",
-        reference="model soups, arXiv 2203.05482; compat peft: add_weighted_adapter(linear)",
-        low_rank_spaces=("dense",),
-        parameters=p.Linear,
-        rule=rules.linear,
-        kernel=f"{SUMS}:linear",
-    ),
-    Method(
-        name="cat",
-        factors_only=True,
-        family="sum",
-        summary="the exact weighted sum as concatenated factors",
-        reference="PEFT add_weighted_adapter(cat)",
-        low_rank_spaces=("dense",),
-        parameters=p.Concatenate,
-        kernel=f"{SUMS}:cat",
-    ),
-    Method(
-        name="svd",
-        factors_only=True,
-        family="sum",
-        summary="the weighted sum truncated to `rank`, with the relative error reported",
-        reference="PEFT add_weighted_adapter(svd)",
-        low_rank_spaces=("dense",),
-        parameters=p.Truncate,
-        kernel=f"{SUMS}:svd",
-    ),
-    Method(
-        name="ties",
-        family="ties",
-        summary="trim each delta, elect a sign per entry, average the entries that agree",
-        reference=TIES_PAPER,
-        spaces=("dense", "core", "knots"),
-        low_rank_spaces=("core", "knots"),
-        parameters=p.Ties,
-        rule=rules.ties,
-        kernel=f"{TIES}:ties",
-    ),
-    Method(
-        name="dare_linear",
-        family="dare",
-        summary="drop entries at random, rescale the rest, sum",
-        reference=DARE_PAPER,
-        spaces=("dense", "core", "knots"),
-        low_rank_spaces=("core", "knots"),
-        parameters=p.DareLinear,
-        rule=rules.dare_linear,
-        kernel=f"{DARE}:dare_linear",
-    ),
-    Method(
-        name="dare_ties",
-        family="dare",
-        summary="drop entries at random, rescale the rest, elect a sign per entry, average what agrees",
-        reference=f"{DARE_PAPER}; {TIES_PAPER}",
-        spaces=("dense", "core", "knots"),
-        low_rank_spaces=("core", "knots"),
-        parameters=p.DareTies,
-        rule=rules.dare_ties,
-        kernel=f"{DARE}:dare_ties",
-    ),
-    Method(
-        name="knots_ties",
-        family="ties",
-        summary="ties on the coordinates S V_i of [delta_1 .. delta_T] = U S [V_1 .. V_T]",
-        reference=KNOTS_PAPER,
-        spaces=("knots",),
-        low_rank_spaces=("knots",),
-        parameters=p.KnotsTies,
-        rule=rules.knots_ties,
-        kernel=f"{TIES}:knots_ties",
-    ),
-    Method(
-        name="knots_dare_ties",
-        family="dare",
-        summary="dare_ties on the coordinates S V_i of [delta_1 .. delta_T] = U S [V_1 .. V_T]",
-        reference=f"{KNOTS_PAPER}; {DARE_PAPER}",
-        spaces=("knots",),
-        low_rank_spaces=("knots",),
-        parameters=p.KnotsDareTies,
-        rule=rules.authors_weights,
-        kernel=f"{DARE}:knots_dare_ties",
-    ),
-)
+METHODS: tuple[Method, ...] = (*sums.METHODS, *ties.METHODS, *dare.METHODS)
 
 
 def by_name(methods: Sequence[Method]) -> Mapping[str, Method]:
@@ -179,6 +75,13 @@ def takes_dense(method: Method, parameters: Mapping[str, Any]) -> bool:
     if method.factors_only or (method.family == "sum" and parameters.get("compat") == "peft"):
         return False
     return bool(parameters.get("space", method.spaces[0]) == "dense")
+
+
+def working_bytes(
+    method: Method, space: str | None, shape: tuple[int, int], ranks: Sequence[int]
+) -> SiteBytes:
+    """Bytes of one merge by `method` at one site of `shape`, in `space` (default: its own default space)."""
+    return method.sizes(space or method.spaces[0], shape, ranks)
 
 
 def describe(method: Method) -> dict[str, Any]:

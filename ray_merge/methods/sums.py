@@ -15,8 +15,8 @@ from ray_merge.algebra.delta import Delta, LowRankDelta
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.algebra.truncate import truncate
 from ray_merge.errors import MethodError
+from ray_merge.methods.catalogue.sums import Concatenate, Linear, Sum, Truncate
 from ray_merge.methods.context import Context
-from ray_merge.methods.parameters import Concatenate, Linear, Sum, Truncate
 
 
 def task_arithmetic(site: SiteFactors, p: Sum, context: Context) -> Delta:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ray_merge.methods.memory import SiteBytes, working_bytes
-from ray_merge.methods.registry import get
+from ray_merge.methods.memory import SiteBytes
+from ray_merge.methods.registry import get, working_bytes
 from ray_merge.spec import DTYPE_BYTES, Adapter, FactorEntry, Merge, Site, TensorEntry, needs_base
 
 DEFAULT_MEMORY_BYTES = 640 * 10**6
