@@ -103,7 +103,7 @@ def run(
         only: names or globs of merges; all of them when empty.
         engine: "ray", or "local" for everything in this process.
         address: "local" embeds a Ray of this machine, "auto" or "HOST:PORT" joins a cluster.
-        workers: how many; by default one per CPU of the cluster.
+        workers: how many; by default one per CPU, of the cluster or (threads of this process) of this machine.
         memory: ceiling per worker, for example "640MB".
         device: "cpu", "cuda" or "cuda:N".
         cache_dir: node-local folder for adapters and digests.
@@ -116,12 +116,17 @@ def run(
     """
     planned = plan(recipe, output=output, only=only, memory=memory, cache_dir=cache_dir)
     settings = Settings(cache=_cache(cache_dir), device=device, date=date)
-    make_pool = _local_pool if engine == "local" else _ray_pools(address, workers)
+    make_pool = _local_pools(workers) if engine == "local" else _ray_pools(address, workers)
     return drive_run(planned, settings, make_pool, progress)
 
 
-def _local_pool(job: Job, n_units: int) -> Pool:
-    return LocalPool(WorkerFactory(job)())
+def _local_pools(workers: int | None) -> PoolFactory:
+    def make(job: Job, n_units: int) -> Pool:
+        # One GPU is one place to work: threads would only share its memory.
+        room = workers or (1 if job.device != "cpu" else len(os.sched_getaffinity(0)))
+        return LocalPool(WorkerFactory(job)(), max(1, min(n_units, room)))
+
+    return make
 
 
 def _ray_pools(address: str, workers: int | None) -> PoolFactory:

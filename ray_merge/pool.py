@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -94,31 +96,52 @@ class Pool(Protocol):
 
 
 class LocalPool:
-    """The same units in this process, one after another, in the order of the tasks."""
+    """The same units in this process, on threads.
 
-    def __init__(self, worker: Worker) -> None:
+    Args:
+        worker: its `run` may be called from several threads at once.
+        threads: how many units run at once; with one they run in the order of the tasks.
+    """
+
+    def __init__(self, worker: Worker, threads: int = 1) -> None:
+        if threads < 1:
+            raise ValueError(f"{threads=} must be at least 1")
         self._worker = worker
         self._label = worker_label()
+        self._threads = threads
 
     @property
     def size(self) -> int:
-        """One: this process."""
-        return 1
+        """How many units run at once."""
+        return self._threads
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
-        """Run the tasks in order; see `Pool.run`."""
+        """Run the tasks; see `Pool.run`."""
         refuse_repeated_ids(tasks)
         return self._run(tasks)
 
     def _run(self, tasks: Sequence[Task]) -> Iterator[Done]:
-        for task in tasks:
+        waiting, flying = deque(tasks), set[Future[Done]]()
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="unit") as pool:
             try:
-                value = self._worker.run(task.unit)
-            except RayMergeError:
-                raise
-            except Exception as error:
-                raise unit_failed(task.id, 1, error) from error
-            yield Done(task.id, value, self._label, 1)
+                while waiting or flying:
+                    while waiting and len(flying) < self._threads:
+                        flying.add(pool.submit(self._do, waiting.popleft()))
+                    done, flying = wait(flying, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield future.result()
+            finally:
+                # Running units end by themselves; what has not begun is dropped.
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _do(self, task: Task) -> Done:
+        try:
+            value = self._worker.run(task.unit)
+        except RayMergeError:
+            raise
+        except Exception as error:
+            raise unit_failed(task.id, 1, error) from error
+        return Done(task.id, value, self._label, 1)
 
     def close(self) -> None:
         """Nothing to end: the worker belongs to the caller."""

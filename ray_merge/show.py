@@ -15,7 +15,9 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from ray_merge.spec import FactorEntry, SavedEntry
+from ray_merge.fit.ranked import RankedFactors, alike
+from ray_merge.plan.estimate import Cluster, estimate
+from ray_merge.spec import Adapter, FactorEntry, SavedEntry, Update
 
 if TYPE_CHECKING:
     from ray_merge.drive.run import Event, RunResult
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from ray_merge.verify import Verified
 
 MAX_NAMES_SHOWN = 6
+
+MAX_ADAPTERS_SHOWN = 12
+"""Of one merge; --json lists all."""
 
 PLAIN_SECONDS = 5.0
 """Plain progress lines come at most this often; a nightly log stays readable."""
@@ -108,18 +113,24 @@ class Progress:
 
 
 def _sentence(event: Event) -> str:
-    return {"start": "starting: ", "merge": "published ", "unit": "done: "}[event.kind] + event.text
+    return {"start": "starting: ", "merge": "published ", "unit": "done: "}.get(event.kind, "") + event.text
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON-able data."""
+def plan_json(plan: Plan, cluster: Cluster | None = None) -> dict[str, Any]:
+    """A plan as JSON-able data, with what it would take on `cluster`."""
+    # Adapters with equal headers share one mapping.
+    different = {id(adapter.factors): adapter.factors for adapter in plan.adapters.values()}
+    factors = {key: _factor_facts(found) for key, found in different.items()}
     return {
         "base": {"url": plan.base.url, "bytes": plan.base.n_bytes, "tensors": len(plan.base.tensors)},
         "names": {name: adapter.names for name, adapter in plan.adapters.items()},
         "renamed": {name: dict(sorted(found.items())) for name, found in plan.renamed.items()},
         "base_numerics": "dequantised" if plan.base.quantised else "as stored",
         "untied": dict(plan.base.untied),
-        "adapters": {name: _adapter_facts(plan, name) for name in plan.adapters},
+        "adapters": {
+            name: _adapter_facts(adapter, factors[id(adapter.factors)])
+            for name, adapter in plan.adapters.items()
+        },
         "sites": [
             {"site": s.name, "tensor": s.tensor, "shape": list(s.shape), "layout": s.layout}
             for s in plan.sites.values()
@@ -135,30 +146,26 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             for merge in plan.merges
         ],
         "shards": [{"name": shard.name, "bytes": shard.n_bytes} for shard in plan.shards],
-        "units": len(plan.groups) * len(plan.shards) + sum(m.export != "checkpoint" for m in plan.merges),
+        "units": plan.n_units,
         "passes": len(plan.groups),
         "read_bytes": plan.read_bytes + plan.adapter_bytes,
         "write_bytes": plan.write_bytes,
         "peak_bytes_per_worker": plan.peak_bytes,
+        "estimate": asdict(estimate(plan, cluster or Cluster())),
         "warnings": list(plan.warnings),
     }
 
 
-def _adapter_facts(plan: Plan, name: str) -> dict[str, Any]:
-    adapter = plan.adapters[name]
-    factors = adapter.factors.values()
-    scales = {
-        product.scale for factor in factors if isinstance(factor, FactorEntry) for product in factor.products
-    }
+def _adapter_facts(adapter: Adapter, factors: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "url": adapter.url,
         "bytes": adapter.file_bytes,
         "sites": len(adapter.factors),
-        "ranks": sorted({factor.rank for factor in factors}),
-        "scales": sorted({round(scale, 6) for scale in scales if scale > 0}),
-        "dora": any(isinstance(factor, FactorEntry) and factor.magnitude is not None for factor in factors),
+        **factors,
         "biases": sorted(
-            adapter.modules[site] for site, one in adapter.factors.items() if isinstance(one, SavedEntry)
+            adapter.modules[site]
+            for site, one in alike(adapter.factors).items()
+            if isinstance(one, SavedEntry)
         ),
         "heads": [head.name for head in adapter.heads],
         "replaced": sorted(adapter.replaced),
@@ -167,10 +174,25 @@ def _adapter_facts(plan: Plan, name: str) -> dict[str, Any]:
     }
 
 
-def plan_table(plan: Plan) -> None:
-    """Print a plan for a person."""
+def _factor_facts(factors: Mapping[str, Update]) -> dict[str, Any]:
+    if isinstance(factors, RankedFactors):
+        ranks, scales, dora = {factors.rank}, {factors.scale}, False
+    else:
+        products = [one for one in factors.values() if isinstance(one, FactorEntry)]
+        ranks = {one.rank for one in factors.values()}
+        scales = {product.scale for one in products for product in one.products}
+        dora = any(one.magnitude is not None for one in products)
+    return {
+        "ranks": sorted(ranks),
+        "scales": sorted({round(scale, 6) for scale in scales if scale > 0}),
+        "dora": dora,
+    }
+
+
+def plan_table(plan: Plan, cluster: Cluster | None = None) -> None:
+    """Print a plan for a person, with what it would take on `cluster`."""
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    facts = plan_json(plan)
+    facts = plan_json(plan, cluster)
     console.print(
         f"base      {plan.base.url}: {len(plan.base.tensors)} tensors, {human_bytes(plan.base.n_bytes)}"
     )
@@ -194,7 +216,7 @@ def plan_table(plan: Plan) -> None:
     merges = Table("merge", "method", "adapters", "parameters", "export", box=None, pad_edge=False)
     for merge in plan.merges:
         shown = ", ".join(f"{key}={_short(value)}" for key, value in merge.parameters.items())
-        merges.add_row(merge.name, merge.method, " ".join(merge.adapters), shown, merge.export)
+        merges.add_row(merge.name, merge.method, _few(merge.adapters, " "), shown, merge.export)
     console.print(merges)
     console.print(
         f"read      {human_bytes(facts['read_bytes'])}: the base {facts['passes']} time(s), adapters "
@@ -205,6 +227,8 @@ def plan_table(plan: Plan) -> None:
         f"{facts['units']} unit(s) in all"
     )
     console.print(f"memory    about {human_bytes(plan.peak_bytes)} per worker")
+    for line in _estimate_lines(facts["estimate"]):
+        console.print(line)
     for warning in plan.warnings:
         console.print(f"warning   {warning}")
 
@@ -214,7 +238,7 @@ def _names_lines(plan: Plan) -> list[str]:
     lines = [f"{len(plan.sites)} sites"]
     for rule in dict.fromkeys(adapter.names for adapter in plan.adapters.values()):
         of = [name for name, adapter in plan.adapters.items() if adapter.names == rule]
-        lines.append(f"{', '.join(of)}: {rule}")
+        lines.append(f"{_few(of, ', ')}: {rule}")
     table = {name: tensors for found in plan.renamed.values() for name, tensors in found.items()}
     for name, tensors in list(table.items())[:MAX_NAMES_SHOWN]:
         more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
@@ -222,6 +246,27 @@ def _names_lines(plan: Plan) -> list[str]:
     if len(table) > MAX_NAMES_SHOWN:
         lines.append(f"  ... {len(table) - MAX_NAMES_SHOWN} more (--json lists all)")
     return lines
+
+
+def _few(names: Sequence[str], between: str) -> str:
+    """Names, or the first and last of many."""
+    if len(names) <= MAX_ADAPTERS_SHOWN:
+        return between.join(names)
+    return f"{between.join(names[:3])} ... {names[-1]} ({len(names)})"
+
+
+def _estimate_lines(facts: Mapping[str, Any]) -> list[str]:
+    given = facts["cluster"]
+    rates = [f"{word} {human_bytes(given[f'{word}_bytes_per_second'])}/s" for word in ("read", "write")]
+    gflops = given["flops_per_second"] / 1e9
+    cluster = f"{given['workers']} worker(s), each {', '.join(rates)}, {gflops:g} GFLOP/s"
+    hours = [f"{word} {facts[f'{word}_hours']:.2g} h" for word in ("read", "arithmetic", "write")]
+    return [
+        f"estimate  about {facts['hours']:.2g} h, most of it {facts['bound_by']} ({', '.join(hours)}): {cluster}",
+        f"          {human_bytes(facts['read_bytes'])} read, each worker's copy of the adapters included; "
+        f"{human_bytes(facts['write_bytes'])} written; {facts['flops']:.2g} FLOP; "
+        f"{human_bytes(facts['cluster_memory_bytes'])} of memory in all",
+    ]
 
 
 def _saved_words(row: Mapping[str, Any]) -> str:

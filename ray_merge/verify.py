@@ -18,8 +18,10 @@ from torch import Tensor
 
 from ray_merge.algebra.grid import chunk_spans
 from ray_merge.drive.identify import merge_id, merge_inputs, read_inputs_identity
+from ray_merge.drive.thresholds import read_thresholds
 from ray_merge.errors import Refusal, RunFailed
 from ray_merge.identity import difference
+from ray_merge.methods.context import Thresholds
 from ray_merge.plan import OutTensor, Plan, make_plan, read_inputs
 from ray_merge.recipe import expand, load_recipe
 from ray_merge.spec import DTYPE_BYTES, Factor, Merge, Site, TensorEntry
@@ -141,13 +143,15 @@ def _probe(store: Store, manifest: Mapping[str, Any], cache: Path) -> Iterator[f
         )
     dtype = torch.float64 if recipe.dtype == "float64" else torch.float32
     merged = _merged_tensors(store, manifest)
+    thresholds = read_thresholds(store, merge)
+    found = {} if thresholds is None else {merge.name: thresholds}
     begins = {tensor.name: tensor for shard in plan.shards for tensor in plan.tensors(merge, shard)}
     with (
         torch.inference_mode(),
         AdapterFiles(cache / "adapters", plan.adapters, stores, device="cpu", dtype=dtype) as files,
         Reader(stores.open(plan.base.url)) as reader,
     ):
-        probe = _Probe(plan, merge, store, merged, begins, files, Sources(plan.base, reader, files))
+        probe = _Probe(plan, merge, store, merged, begins, files, Sources(plan.base, reader, files), found)
         for site in _sample(plan, merge):
             yield _probe_site(probe, site)
 
@@ -163,6 +167,7 @@ class _Probe:
     begins: Mapping[str, OutTensor]
     files: AdapterFiles
     sources: Sources
+    thresholds: Mapping[str, Thresholds]
 
 
 def _sample(plan: Plan, merge: Merge) -> Sequence[Site]:
@@ -185,7 +190,11 @@ def _probe_site(probe: _Probe, site: Site) -> float:
     x_I = torch.randn(site.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     begin, whole = probe.begins[site.tensor], (site.start, site.start + site.shape[0])
     delta = site_deltas(
-        site, [probe.merge], probe.files, lambda: probe.sources.matrix(begin, whole, site.shape[1])
+        site,
+        [probe.merge],
+        probe.files,
+        lambda: probe.sources.matrix(begin, whole, site.shape[1]),
+        probe.thresholds,
     )[0]
     factor = delta.factors()
     if factor is None:

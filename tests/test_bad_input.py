@@ -216,9 +216,14 @@ CASES = {
     ),
     "density of 0": (lambda h: edit(h, set_parameters(density=0)), ["density", "(0, 1]"]),
     "density above 1": (lambda h: edit(h, set_parameters(density=1.5)), ["density", "1.5"]),
-    "ties without scope": (
-        lambda h: edit(h, lambda r: r["merges"][0].update(merge_method="ties")),
-        ["scope: tensor"],
+    "ties over the model with a density per site": (
+        lambda h: edit(
+            h,
+            lambda r: r["merges"][0].update(
+                merge_method="ties", parameters={"density": [{"filter": "q_proj", "value": 0.1}]}
+            ),
+        ),
+        ["density differs between sites", "scope: tensor"],
     ),
     "unknown parameter": (lambda h: edit(h, set_parameters(densty=0.5)), ["densty", "density"]),
     "unknown key": (

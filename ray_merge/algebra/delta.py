@@ -76,8 +76,10 @@ class Delta(ABC):
         return self._filled(0, self.shape[0], dtype or self.dtype)
 
     def _filled(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        out_BI = torch.empty((stop - start, self.shape[1]), dtype=dtype, device=self.device)
         step = self.chunk_rows
+        if start % step == 0 and stop == min(start + step, self.shape[0]) and stop > start:
+            return self.chunk(start // step).to(dtype)  # one whole chunk needs no copy
+        out_BI = torch.empty((stop - start, self.shape[1]), dtype=dtype, device=self.device)
         for index in chunks_over(self.shape[1], start, stop):
             first, last = max(start, index * step), min(stop, (index + 1) * step)
             rows_CI = self.chunk(index)[first - index * step : last - index * step]

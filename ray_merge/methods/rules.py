@@ -15,12 +15,12 @@ NEARLY_ZERO = 1e-8
 """mergekit's bound for a sum of weights that nothing may be divided by."""
 
 
-def tensor_scope(values: dict[str, Any]) -> None:
-    """Refuse `scope: model`, TIES' own default, because thresholds over a whole model do not exist yet."""
-    if values.get("scope") == "model":
+def one_density(values: dict[str, Any]) -> None:
+    """With `scope: model` the entries of all sites compete for one share, which cannot differ between sites."""
+    if values.get("scope") == "model" and isinstance(values["density"], list):
         raise MethodError(
-            "thresholds over the whole model (scope: model, the paper's default) are not implemented; "
-            "write `scope: tensor` to trim each weight by its own threshold"
+            "density differs between sites, but with scope: model all sites compete for one share; "
+            "give one density per adapter, or write `scope: tensor` to trim each weight by its own threshold"
         )
 
 
@@ -46,14 +46,14 @@ def divided_sum(values: dict[str, Any]) -> None:
 
 def ties(values: dict[str, Any]) -> None:
     """Rules of the methods that trim and elect signs."""
-    tensor_scope(values)
+    one_density(values)
     _mergekit_normalize(values, default=True)
     authors_weights(values)
 
 
 def knots_ties(values: dict[str, Any]) -> None:
     """Rules of ties in the KnOTS basis."""
-    tensor_scope(values)
+    one_density(values)
     authors_weights(values)
 
 

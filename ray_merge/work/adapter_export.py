@@ -53,7 +53,7 @@ def run_adapter(job: Job, unit: AdapterUnit, files: AdapterFiles, stores: Stores
     with TemporaryFile(dir=folder) as spool:
         for site in sites:
             begun = time.perf_counter()
-            delta = site_deltas(site, [merge], files, no_base)[0]
+            delta = site_deltas(site, [merge], files, no_base, unit.thresholds)[0]
             exact = delta.factors()
             if exact is None:
                 raise RunFailed(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ray_merge.algebra.radix import Prefix
+from ray_merge.methods.context import Thresholds
 from ray_merge.plan import Plan
 
 
@@ -46,12 +48,59 @@ class PreflightUnit:
 
 
 @dataclass(frozen=True, slots=True)
+class Series:
+    """The entries of one adapter over all sites that a merge touches, in one space.
+
+    Args:
+        merge: whose sites, and whose base tensors where an update depends on them.
+        space: dense, core or knots.
+        adapters: that span the space; the adapter alone where its entries do not depend on the others.
+        adapter: whose entries.
+    """
+
+    merge: str
+    space: str
+    adapters: tuple[str, ...]
+    adapter: str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of a series' entries at the sites of one shard.
+
+    Args:
+        series: whose entries.
+        prefix: what candidates share (algebra/radix.py).
+        gather: ask for the candidates' magnitudes instead of counts.
+    """
+
+    series: Series
+    prefix: Prefix
+    gather: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SelectUnit:
+    """Count the entries of some series at the sites of one shard, by the bits of their magnitudes."""
+
+    shard: int
+    questions: tuple[Question, ...]
+    round: int
+
+    @property
+    def id(self) -> str:
+        """Unit id."""
+        return f"select-{self.round}/shard-{self.shard + 1:05d}"
+
+
+@dataclass(frozen=True, slots=True)
 class ShardUnit:
     """Make one output shard of some merges of a group, reading its base tensors once."""
 
     shard: int
     merges: tuple[str, ...]
     group: int
+    thresholds: Mapping[str, Thresholds] = field(default_factory=dict, hash=False)
 
     @property
     def id(self) -> str:
@@ -64,6 +113,7 @@ class AdapterUnit:
     """Make the exported adapter of one merge."""
 
     merge: str
+    thresholds: Mapping[str, Thresholds] = field(default_factory=dict, hash=False)
 
     @property
     def id(self) -> str:
@@ -71,7 +121,7 @@ class AdapterUnit:
         return f"adapter/{self.merge}"
 
 
-Unit = PreflightUnit | ShardUnit | AdapterUnit
+Unit = PreflightUnit | SelectUnit | ShardUnit | AdapterUnit
 
 
 @dataclass(frozen=True, slots=True)

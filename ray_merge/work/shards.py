@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +22,7 @@ from ray_merge.algebra.grid import chunk_rows
 from ray_merge.algebra.rounding import Rounding, add_update
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.errors import RunFailed
+from ray_merge.methods.context import Thresholds
 from ray_merge.methods.kernels import merge_site
 from ray_merge.methods.registry import get
 from ray_merge.methods.resolve import at_site
@@ -32,7 +33,7 @@ from ray_merge.storage.checkpoint import Checkpoint
 from ray_merge.storage.commit import commit, put_receipt
 from ray_merge.storage.store import Store, Stores
 from ray_merge.storage.stream import Reader
-from ray_merge.storage.writer import ScratchFile
+from ray_merge.storage.writer import ScratchFile, WriteBehind
 from ray_merge.work.factors import AdapterFiles, Base, token_rows
 from ray_merge.work.job import Job, ShardUnit
 from ray_merge.work.scratch import scratch_folder
@@ -73,6 +74,7 @@ class _Unit:
     files: AdapterFiles
     sources: Sources
     clock: _Clock
+    thresholds: Mapping[str, Thresholds]
 
 
 def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles, stores: Stores) -> list[Receipt]:
@@ -81,11 +83,13 @@ def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles, stores: Stores) ->
     merges = [merge for merge in plan.merges if merge.name in unit.merges]
     clock = _Clock()
     with ExitStack() as stack:
-        outputs = [stack.enter_context(_output(job, shard, merge)) for merge in merges]
+        behind = WriteBehind()
+        outputs = [stack.enter_context(_output(job, shard, merge, behind)) for merge in merges]
+        stack.enter_context(behind)  # last, so that nothing is queued when the files are discarded
         base = stores.open(plan.base.url)
         _check_base(base, plan.base, shard)
         sources = Sources(plan.base, stack.enter_context(Reader(base)), files)
-        context = _Unit(job, files, sources, clock)
+        context = _Unit(job, files, sources, clock, unit.thresholds)
         for position in range(len(shard.tensors)):
             for tensor, alike in _by_source(outputs, position):
                 _write_tensor(context, tensor, alike)
@@ -103,14 +107,14 @@ def _check_base(store: Store, base: Checkpoint, shard: Shard) -> None:
 
 
 @contextmanager
-def _output(job: Job, shard: Shard, merge: Merge) -> Iterator[_Output]:
+def _output(job: Job, shard: Shard, merge: Merge, behind: WriteBehind) -> Iterator[_Output]:
     name = f"{job.merge_ids[merge.name][:12]}-{shard.name}"
     path = scratch_folder(job, merge.name) / f"{name}-{uuid.uuid4().hex[:8]}"
     tensors = job.plan.tensors(merge, shard)
     sites: dict[str, list[Site]] = defaultdict(list)
     for site in job.plan.touched(merge):
         sites[site.tensor].append(site)
-    file = ScratchFile(path, shard_layout(tensors), SHARD_METADATA)
+    file = ScratchFile(path, shard_layout(tensors), SHARD_METADATA, behind)
     try:
         yield _Output(merge, tensors, sites, file)
     finally:
@@ -234,19 +238,21 @@ def _write_site(unit: _Unit, tensor: OutTensor, site: Site, writers: Sequence[_W
     def base() -> Tensor:
         return unit.sources.matrix(tensor, whole, site.shape[1])
 
-    deltas = site_deltas(site, [writer.output.merge for writer in touching], unit.files, base)
+    merges = [writer.output.merge for writer in touching]
+    deltas = site_deltas(site, merges, unit.files, base, unit.thresholds)
     sums = [Rounding() for _ in touching]
     seconds = clock.lap("merge")
     spans = unit.sources.spans(tensor, whole, site.shape[1], chunk_rows(site.shape[1]))
     for (start, stop), given_NI in zip(spans, unit.sources.rows(tensor, spans, site.shape[1]), strict=True):
         clock.lap("read")
-        base_NI = given_NI.to(device)
-        for writer, delta, total in zip(touching, deltas, sums, strict=True):
-            update_NI = delta.rows(start - site.start, stop - site.start)
-            stored_NI = add_update(base_NI, update_NI, TORCH_DTYPES[tensor.dtype], total)
-            seconds += clock.lap("merge")
-            writer.write(stored_NI, start)
-            clock.lap("write")
+        for first, last in _chunks(start, stop, site):
+            base_NI = given_NI[first - start : last - start].to(device)
+            for writer, delta, total in zip(touching, deltas, sums, strict=True):
+                update_NI = delta.rows(first - site.start, last - site.start)
+                stored_NI = add_update(base_NI, update_NI, TORCH_DTYPES[tensor.dtype], total)
+                seconds += clock.lap("merge")
+                writer.write(stored_NI, first)
+                clock.lap("write")
         if others:
             same_NI = _cast(given_NI, tensor)
             for writer in others:
@@ -257,7 +263,20 @@ def _write_site(unit: _Unit, tensor: OutTensor, site: Site, writers: Sequence[_W
         writer.output.reports.append(report)
 
 
-def site_deltas(site: Site, merges: Sequence[Merge], files: AdapterFiles, base: Base) -> list[Delta]:
+def _chunks(start: int, stop: int, site: Site) -> Iterator[tuple[int, int]]:
+    """Rows that were read together, by the chunks in which the site's updates are computed."""
+    step = chunk_rows(site.shape[1])
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
+
+
+def site_deltas(
+    site: Site,
+    merges: Sequence[Merge],
+    files: AdapterFiles,
+    base: Base,
+    thresholds: Mapping[str, Thresholds],
+) -> list[Delta]:
     """The update of one site in each merge; merges of the same adapters share factors and bases.
 
     Args:
@@ -265,6 +284,7 @@ def site_deltas(site: Site, merges: Sequence[Merge], files: AdapterFiles, base: 
         merges: all begin from the same base weight.
         files: of the adapters.
         base: gives that base weight where an update depends on it.
+        thresholds: by name of merge, of those that select over the whole model.
     """
     shared: dict[tuple[str, ...], SiteFactors] = {}
     deltas = []
@@ -280,6 +300,7 @@ def site_deltas(site: Site, merges: Sequence[Merge], files: AdapterFiles, base: 
                 names=merge.adapters,
                 site=site.name,
                 seed=merge.seed,
+                thresholds=thresholds.get(merge.name),
             )
         )
     return deltas

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ TORCH_DTYPES = {
 }  # fmt: skip
 """The floating dtypes that updates are added to; all others are passed through as bytes."""
 
+_WARNINGS = Lock()
+"""Python's warning filters belong to the process: two threads that silence a warning at once may leave it silent."""
+
 PIECE_ELEMENTS = 2**21
 """Elements looked at together: 16 MiB as float64."""
 
@@ -26,7 +30,7 @@ def from_bytes(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
     """A tensor over `data`, without a copy; it must not be written to."""
     if not data:
         return torch.empty(shape, dtype=dtype)
-    with warnings.catch_warnings():
+    with _WARNINGS, warnings.catch_warnings():
         # torch warns that bytes are read-only memory; nothing here writes to a base tensor.
         warnings.simplefilter("ignore", UserWarning)
         return torch.frombuffer(data, dtype=dtype).view(shape)

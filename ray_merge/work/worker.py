@@ -1,13 +1,12 @@
-"""The worker: holds the job, runs one unit per call. Any call may be repeated, anywhere."""
+"""The worker: holds the job, runs one unit per call. Any call may be repeated, anywhere, and on several threads."""
 
 from __future__ import annotations
 
 import ctypes
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -16,7 +15,8 @@ from ray_merge.spec import Receipt
 from ray_merge.storage.store import Stores
 from ray_merge.work.adapter_export import run_adapter
 from ray_merge.work.factors import AdapterFiles
-from ray_merge.work.job import AdapterCheck, Job, PreflightUnit, ShardUnit, Unit
+from ray_merge.work.job import AdapterCheck, Job, PreflightUnit, SelectUnit, ShardUnit, Unit
+from ray_merge.work.order_statistics import Found, run_select
 from ray_merge.work.shards import run_shard
 
 M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -3, -1  # malloc.h
@@ -40,16 +40,18 @@ class MergeWorker:
         self._job = job
         self._stores = Stores()
 
-    def run(self, unit: Unit) -> AdapterCheck | list[Receipt]:
-        """Do one unit: check an adapter, make one shard of some merges, or make one exported adapter."""
+    def run(self, unit: Unit) -> AdapterCheck | list[Found] | list[Receipt]:
+        """Do one unit: check an adapter, count entries, make one shard of some merges, or one exported adapter."""
         job = self._job
         dtype = torch.float64 if job.plan.recipe.dtype == "float64" else torch.float32
         opened = AdapterFiles(
             Path(job.cache), job.plan.adapters, self._stores, device=job.device, dtype=dtype
         )
-        with torch.inference_mode(), _one_thread(), opened as files:
+        with torch.inference_mode(), _ONE_THREAD, opened as files:
             if isinstance(unit, PreflightUnit):
                 return files.check(unit.adapter)
+            if isinstance(unit, SelectUnit):
+                return run_select(job, unit, files, self._stores)
             if isinstance(unit, ShardUnit):
                 return run_shard(job, unit, files, self._stores)
             return run_adapter(job, unit, files, self._stores)
@@ -64,19 +66,34 @@ def _check_device(device: str) -> None:
         raise Refusal(f"device {device} was asked for, but this worker has {there}; use --device cpu")
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One torch thread, and what was set before afterwards: a worker may live in a user's own process.
+class _OneThread:
+    """One torch thread while units run, and what was set before afterwards: a worker may live in a user's process.
 
     Results must not depend on how many cores a node has, and W workers with C threads each on C cores were
-    measured 9 times slower than one thread each on small matrices.
+    measured 9 times slower than one thread each on small matrices. torch's setting belongs to the process and to
+    the thread that makes it, so each unit sets it and the last one that ends restores it.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._running = 0
+        self._before = 1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._running:
+                self._before = torch.get_num_threads()
+            self._running += 1
+            torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._running -= 1
+            if not self._running:
+                torch.set_num_threads(self._before)
+
+
+_ONE_THREAD = _OneThread()
 
 
 def _keep_blocks() -> None:

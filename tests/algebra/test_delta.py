@@ -43,7 +43,7 @@ def test_chunks_cover_every_row_once(shape):
 
 def test_the_grid_depends_on_columns_alone_and_has_a_least_size():
     assert chunk_rows(2**20) == MIN_ROWS
-    assert chunk_rows(1024) == 1024
+    assert chunk_rows(1024) == 256
 
 
 def test_rows_outside_the_site_are_refused():

@@ -1,0 +1,122 @@
+"""One select unit: how often each magnitude occurs among the entries at one shard's sites. Writes nothing.
+
+Adapters and bases are read site by site and entries made chunk by chunk, as for a merge; what leaves the worker are
+histograms, of a few kilobytes each, or at most `GATHERED` magnitudes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ray_merge.algebra.select import count, gather, magnitude_bits
+from ray_merge.algebra.site import SiteFactors
+from ray_merge.plan import Plan
+from ray_merge.spec import Merge, Site
+from ray_merge.storage.store import Stores
+from ray_merge.storage.stream import Reader
+from ray_merge.work.factors import AdapterFiles, Base
+from ray_merge.work.job import Job, Question, SelectUnit, Series
+from ray_merge.work.sources import Sources
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The answer to one question from one shard.
+
+    Args:
+        values: digits that occur, ascending; or magnitudes, for a question that gathers.
+        counts: how often each digit occurs; empty for magnitudes.
+        n_entries: entries looked at, candidates or not.
+    """
+
+    values: NDArray[np.int64] | NDArray[np.float64]
+    counts: NDArray[np.int64]
+    n_entries: int
+
+
+def run_select(job: Job, unit: SelectUnit, files: AdapterFiles, stores: Stores) -> list[Found]:
+    """The answers to the unit's questions, in order; `Prefix.total_bits` of round 0 is set by the entries' dtype."""
+    plan = job.plan
+    merges = {merge.name: merge for merge in plan.merges}
+    tallies = [_Tally(question) for question in unit.questions]
+    by_series: dict[Series, list[_Tally]] = defaultdict(list)
+    for tally in tallies:
+        by_series[tally.question.series].append(tally)
+    by_merge: dict[str, dict[tuple[str, tuple[str, ...]], list[Series]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for series in by_series:
+        by_merge[series.merge][series.space, series.adapters].append(series)
+    with ExitStack() as stack:
+        reader = stack.enter_context(Reader(stores.open(plan.base.url)))
+        sources = Sources(plan.base, reader, files)
+        for name, spaces in by_merge.items():
+            for site, base in _sites(plan, merges[name], unit.shard, sources):
+                for (space, adapters), wanted in spaces.items():
+                    _look(files.site(adapters, site, base), space, [(s, by_series[s]) for s in wanted])
+    return [tally.found() for tally in tallies]
+
+
+def _sites(plan: Plan, merge: Merge, shard: int, sources: Sources) -> Iterator[tuple[Site, Base]]:
+    """The sites of `merge` in one shard, each with its base weight on demand."""
+    tensors = {tensor.name: tensor for tensor in plan.tensors(merge, plan.shards[shard])}
+    for site in plan.touched(merge):
+        if site.tensor in tensors:
+            yield site, _base(sources, tensors, site)
+
+
+def _base(sources: Sources, tensors: Mapping[str, object], site: Site) -> Base:
+    whole = (site.start, site.start + site.shape[0])
+    return lambda: sources.matrix(tensors[site.tensor], whole, site.shape[1])  # type: ignore[arg-type]
+
+
+def _look(factors: SiteFactors, space: str, wanted: Sequence[tuple[Series, Sequence[_Tally]]]) -> None:
+    coordinates = factors.space(space)
+    for series, tallies in wanted:
+        index = series.adapters.index(series.adapter)
+        if factors.ranks[index] == 0 and space == "dense":
+            continue  # all zeros: the driver knows how many there are
+        for chunk in coordinates.chunks(index):
+            for tally in tallies:
+                tally.add(chunk)
+
+
+class _Tally:
+    """Adds up the answer to one question."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self._counts: Tensor | None = None
+        self._gathered: list[Tensor] = []
+        self._n_entries = 0
+
+    def add(self, chunk: Tensor) -> None:
+        self._n_entries += chunk.numel()
+        prefix = self.question.prefix
+        assert prefix.total_bits == magnitude_bits(chunk.dtype), (
+            "the driver and the entries disagree on the dtype"
+        )
+        if self.question.gather:
+            self._gathered.append(gather(chunk, prefix).double().cpu())
+            return
+        counts = count(chunk, prefix)
+        self._counts = counts if self._counts is None else self._counts.add_(counts)
+
+    def found(self) -> Found:
+        none = np.zeros(0, np.int64)
+        if self.question.gather:
+            together = torch.cat(self._gathered).numpy() if self._gathered else np.zeros(0)
+            return Found(np.sort(together), none, self._n_entries)
+        if self._counts is None:
+            return Found(none, none, self._n_entries)
+        counts = self._counts.cpu().numpy()
+        digits = np.flatnonzero(counts)
+        return Found(digits, counts[digits], self._n_entries)
