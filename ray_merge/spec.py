@@ -88,6 +88,8 @@ class Site:
         shape: (O, I); a convolution has I = inputs * kernel, a bias I = 1.
         start: its first row where the tensor is seen as rows of length I.
         layout: kind of layer, as the adapter sees it that named the site first; another one may see a raw parameter.
+        depth: its block among the blocks of its list, 0 for the first and 1 for the last (plan/depth.py); None where
+            the base has no blocks or is not known.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Site:
     shape: tuple[int, int]
     start: int = 0
     layout: Layout = field(default="linear", compare=False)
+    depth: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +332,7 @@ class Receipt:
         unit: id of the unit that made it.
         sites: what was merged in it.
         seconds: by phase: read, merge, write, upload.
+        unit_bytes: of the base, by the whole unit and for all of its merges: "read", and of these "decoded".
         worker: host and process that made it.
         adopted: True when the object was there already with the same bytes.
     """
@@ -341,5 +345,6 @@ class Receipt:
     unit: str
     sites: tuple[SiteReport, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    unit_bytes: Mapping[str, int] = field(default_factory=dict)
     worker: str = ""
     adopted: bool = False

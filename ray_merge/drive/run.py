@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -68,12 +69,24 @@ class MergeResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """What a run did."""
+    """What a run did.
+
+    Args:
+        merges: in recipe order.
+        units_run: by this run.
+        units_adopted: objects of an earlier run that were kept.
+        seconds: wall.
+        read_bytes: of the base, by all units together.
+        decoded_bytes: those of them that became numbers; the others were passed on as they were.
+        warnings: what a person should know.
+    """
 
     merges: tuple[MergeResult, ...]
     units_run: int
     units_adopted: int
     seconds: float
+    read_bytes: int
+    decoded_bytes: int
     warnings: tuple[str, ...]
 
 
@@ -113,6 +126,7 @@ class _Context:
     stores: Stores
     progress: Callable[[Event], None]
     warnings: list[str]
+    base_bytes: Counter[str]
 
 
 def object_names(plan: Plan, merge: Merge) -> list[str]:
@@ -133,7 +147,7 @@ def run(
     started = time.monotonic()
     stores = Stores()
     inputs = read_inputs_identity(plan, DigestCache(settings.cache / "digests"), stores)
-    context = _Context(plan, settings, inputs, stores, progress, list(plan.warnings))
+    context = _Context(plan, settings, inputs, stores, progress, list(plan.warnings), Counter())
     targets = _targets(context)
     unfinished = [
         _Open(merge, target, set(object_names(plan, merge)) - set(target.receipts), dict(target.receipts))
@@ -149,6 +163,8 @@ def run(
         units_run=units_run,
         units_adopted=sum(len(item.target.receipts) for item in unfinished),
         seconds=time.monotonic() - started,
+        read_bytes=context.base_bytes["read"],
+        decoded_bytes=context.base_bytes["decoded"],
         warnings=tuple(context.warnings),
     )
 
@@ -214,6 +230,7 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
                 by_name = {item.merge.name: item for item in unfinished}
                 for count, done in enumerate(pool.run([Task(*pair) for pair in by_id.items()]), start=1):
                     written += _note_receipts(by_name, by_id[done.id], done.value)
+                    context.base_bytes.update(done.value[0].unit_bytes)
                     numbers = ((count, n_units), (written, total_bytes))
                     progress(Event(kind="unit", text=done.id, units=numbers[0], n_bytes=numbers[1]))
                     _publish_ready(context, unfinished, *numbers)
@@ -344,4 +361,6 @@ def summary(result: RunResult) -> dict[str, Any]:
         "units_run": result.units_run,
         "units_adopted": result.units_adopted,
         "seconds": round(result.seconds, 3),
+        "read_bytes": result.read_bytes,
+        "decoded_bytes": result.decoded_bytes,
     }

@@ -93,7 +93,7 @@ def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles, stores: Stores) ->
         for position in range(len(shard.tensors)):
             for tensor, alike in _by_source(outputs, position):
                 _write_tensor(context, tensor, alike)
-        return [_publish(job, unit, shard, output, clock, stores) for output in outputs]
+        return [_publish(context, unit, shard, output, stores) for output in outputs]
 
 
 def _check_base(store: Store, base: Checkpoint, shard: Shard) -> None:
@@ -327,9 +327,8 @@ def _report(
     )
 
 
-def _publish(
-    job: Job, unit: ShardUnit, shard: Shard, output: _Output, clock: _Clock, stores: Stores
-) -> Receipt:
+def _publish(context: _Unit, unit: ShardUnit, shard: Shard, output: _Output, stores: Stores) -> Receipt:
+    job, clock = context.job, context.clock
     merge_id = job.merge_ids[output.merge.name]
     store = stores.open(job.outputs[output.merge.name])
     sha256 = output.file.close()
@@ -344,6 +343,7 @@ def _publish(
         unit=unit.id,
         sites=tuple(output.reports),
         seconds={phase: round(seconds, 3) for phase, seconds in sorted(clock.seconds.items())},
+        unit_bytes={"read": context.sources.n_read, "decoded": context.sources.n_decoded},
         worker=worker_label(),
         adopted=adopted,
     )

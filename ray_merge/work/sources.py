@@ -30,12 +30,21 @@ class Sources:
         base: the base checkpoint.
         reader: of its files.
         files: of the adapters.
+
+    Attributes:
+        n_decoded: bytes so far that became numbers, as stored; all others were passed on as they were.
     """
 
     def __init__(self, base: Checkpoint, reader: Reader, files: AdapterFiles) -> None:
         self._base = base
         self._reader = reader
         self._files = files
+        self.n_decoded = 0
+
+    @property
+    def n_read(self) -> int:
+        """Bytes of the base read so far."""
+        return self._reader.n_bytes
 
     def raw(self, tensor: OutTensor) -> Iterator[bytes | Tensor]:
         """All elements in order: bytes as stored, or decoded rows of a quantised weight."""
@@ -84,6 +93,7 @@ class Sources:
             (source.start + start * row_bytes, source.start + stop * row_bytes) for start, stop in spans
         ]
         for (start, stop), data in zip(spans, self._bytes(tensor, ranges), strict=True):
+            self.n_decoded += len(data)
             yield from_bytes(data, dtype, (stop - start, columns))
 
     def matrix(self, tensor: OutTensor, rows: Span, columns: int) -> Tensor:
@@ -105,6 +115,7 @@ class Sources:
         for role, (first, last) in part_ranges(quantised, start, stop).items():
             entry: TensorEntry = quantised.parts[role]
             data = self._reader.read(entry.file, first, last)
+            self.n_decoded += len(data)
             dtype = STORED_DTYPES.get(entry.dtype) or TORCH_DTYPES[entry.dtype]
             parts[role] = from_bytes(data, dtype, ((last - first) // DTYPE_BYTES[entry.dtype],))
         return dequantise_rows(quantised.scheme, parts, quantised.settings, quantised.shape, start, stop)
