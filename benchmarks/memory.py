@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import synthetic
+from watch import watch
 
-DAEMONS = ("gcs_server", "raylet/raylet", "agent", "monitor", "dashboard", "log_monitor")
 DENSE = {"scope": "tensor", "space": "dense"}
 METHODS = {
     "task_arithmetic": ("task_arithmetic", {"lambda": 0.4}),
@@ -30,71 +28,6 @@ METHODS = {
     "knots_ties": ("knots_ties", {"scope": "tensor"}),
     "dare_ties": ("dare_ties", {"density": 0.5}),
 }
-
-
-def descendants(root: int) -> list[int]:
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            parents.setdefault(parent, []).append(int(entry.name))
-    found, queue = [], [root]
-    while queue:
-        pid = queue.pop()
-        found.append(pid)
-        queue += parents.get(pid, [])
-    return found
-
-
-def kind(pid: int, driver: int) -> str:
-    """driver, worker, idle (a worker process that Ray keeps ready) or daemon."""
-    if pid == driver:
-        return "driver"
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
-    except OSError:
-        return "daemon"
-    if command.startswith("ray::"):  # Ray names its agents so too
-        return "idle" if "IDLE" in command else "daemon" if "Agent" in command else "worker"
-    return "daemon" if any(word in command for word in DAEMONS) else "worker"
-
-
-def kilobytes(pid: int, file: str, key: str) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(key)), 0)
-
-
-def watch(command: list[str]) -> dict[str, float]:
-    """Peak sums over the processes of one command, in MB, and its wall seconds."""
-    started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    peak: dict[str, float] = {"total": 0}
-    peak_pss = ticks = 0
-    while process.poll() is None:
-        ours = [(pid, kind(pid, process.pid)) for pid in descendants(process.pid)]
-        sizes: dict[str, float] = dict.fromkeys(("driver", "worker", "idle", "total"), 0)
-        for pid, of in ours:
-            if of != "daemon":
-                size = kilobytes(pid, "status", "VmRSS")
-                sizes[of] += size
-                sizes["total"] += size
-        if sizes["total"] > peak["total"]:
-            peak = sizes
-        if ticks % 10 == 0:
-            pss = [kilobytes(pid, "smaps_rollup", "Pss:") for pid, of in ours if of != "daemon"]
-            peak_pss = max(peak_pss, sum(pss))
-        ticks += 1
-        time.sleep(0.05)
-    if process.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} exited {process.returncode}")
-    shares = {of: size / 1024 for of, size in peak.items()}
-    return {**shares, "pss": peak_pss / 1024, "seconds": time.monotonic() - started}
 
 
 def main() -> None:
@@ -127,9 +60,10 @@ def main() -> None:
             document = {"base_model": str(base), "output": str(out), "merges": [entry]}
             recipe.write_text(json.dumps({**document, "adapters": {k: str(v) for k, v in adapters.items()}}))
             command = [sys.executable, "-m", "ray_merge", "run", str(recipe), "--engine", given.engine]
-            row = watch([*command, "--cache-dir", str(given.folder / "cache")])
-            figures = "".join(f"{row[key]:9.0f}" for key in ("total", "driver", "worker", "idle", "pss"))
-            print(f"{name:18}{count:7}{figures}{row['seconds']:9.1f}", flush=True)
+            cost = watch([*command, "--cache-dir", str(given.folder / "cache")], pss=True)
+            sizes = [cost.peak_bytes[key] for key in ("total", "driver", "worker", "idle")]
+            figures = "".join(f"{size / 2**20:9.0f}" for size in [*sizes, cost.pss_bytes])
+            print(f"{name:18}{count:7}{figures}{cost.seconds:9.1f}", flush=True)
             shutil.rmtree(out, ignore_errors=True)
 
 

@@ -71,7 +71,14 @@ def plan(
         parsed = parsed.model_copy(update={"output": output})
     merges = select(expand(parsed, source), only)
     base, adapters = read_inputs(parsed, merges, unpickler(_cache(cache_dir) / "adapters"))
-    return make_plan(parsed, merges, base, adapters, memory_bytes=_memory(memory))
+    ceiling = _memory(memory)
+    planned = make_plan(parsed, merges, base, adapters, memory_bytes=ceiling)
+    if memory is not None and planned.peak_bytes > ceiling:
+        raise Refusal(
+            f"--memory {memory}: one worker needs about {planned.peak_bytes / 1e6:.0f} MB even for one merge at a time, "
+            f"the ceiling is {ceiling / 1e6:.0f} MB; raise it, or merge fewer adapters at once"
+        )
+    return planned
 
 
 def _memory(memory: str | int | None) -> int:

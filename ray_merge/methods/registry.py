@@ -12,12 +12,44 @@ from types import MappingProxyType
 from typing import Any
 
 from ray_merge.errors import MethodError
-from ray_merge.methods.catalogue import dare, sums, ties
+from ray_merge.methods.catalogue import (
+    breadcrumbs,
+    cart,
+    dare,
+    della,
+    free,
+    isotropic,
+    lego,
+    pcb,
+    prune,
+    robust,
+    sums,
+    tall,
+    ties,
+    tsv,
+    wudi,
+)
 from ray_merge.methods.declare import Method
 from ray_merge.methods.memory import SiteBytes
 from ray_merge.methods.resolve import at_site, resolve_parameters
 
-METHODS: tuple[Method, ...] = (*sums.METHODS, *ties.METHODS, *dare.METHODS)
+METHODS: tuple[Method, ...] = (
+    *sums.METHODS,
+    *ties.METHODS,
+    *dare.METHODS,
+    *tsv.METHODS,
+    *isotropic.METHODS,
+    *cart.METHODS,
+    *lego.METHODS,
+    *robust.METHODS,
+    *free.METHODS,
+    *wudi.METHODS,
+    *prune.METHODS,
+    *breadcrumbs.METHODS,
+    *della.METHODS,
+    *tall.METHODS,
+    *pcb.METHODS,
+)
 
 
 def by_name(methods: Sequence[Method]) -> Mapping[str, Method]:
@@ -47,6 +79,7 @@ __all__ = [
     "get",
     "gives_factors",
     "resolve_parameters",
+    "selects_over_model",
     "takes_dense",
     "working_bytes",
 ]
@@ -75,6 +108,11 @@ def takes_dense(method: Method, parameters: Mapping[str, Any]) -> bool:
     if method.factors_only or (method.family == "sum" and parameters.get("compat") == "peft"):
         return False
     return bool(parameters.get("space", method.spaces[0]) == "dense")
+
+
+def selects_over_model(method: Method, parameters: Mapping[str, Any]) -> bool:
+    """Whether `method`, with resolved `parameters`, needs thresholds over all sites before it can merge one."""
+    return method.counts is not None and parameters.get("scope") == "model"
 
 
 def working_bytes(

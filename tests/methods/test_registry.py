@@ -55,10 +55,10 @@ def test_an_alias_finds_its_method():
 
 def test_an_unknown_method_is_refused_with_its_neighbours():
     with pytest.raises(
-        MethodError, match=r"unknown merge method 'tees'; did you mean 'ties'.* Known: cat, dare_linear"
+        MethodError, match=r"unknown merge method 'tees'; did you mean 'ties'.* Known: breadcrumbs, "
     ):
         registry.get("tees")
-    with pytest.raises(MethodError, match=r"unknown merge method 'zzzz'\. Known: cat"):
+    with pytest.raises(MethodError, match=r"unknown merge method 'zzzz'\. Known: breadcrumbs"):
         registry.get("zzzz")
 
 
@@ -86,6 +86,22 @@ DENSE = {
     "dare_ties": {(): True, ("space", "knots"): False},
     "knots_ties": {(): False},
     "knots_dare_ties": {(): False},
+    "tsv_m": {(): False, ("space", "core"): False},
+    "iso_c": {(): False},
+    "iso_cts": {(): False},
+    "cart": {(): False},
+    "lora_lego": {(): False},
+    "robustmerge": {(): False, ("compat", "authors"): False},
+    "free": {(): False},
+    "wudi": {(): False},
+    "magnitude_prune": {(): True, ("space", "core"): False},
+    "breadcrumbs": {(): True, ("space", "knots"): False},
+    "breadcrumbs_ties": {(): True, ("space", "core"): False},
+    "della": {(): True, ("space", "core"): False},
+    "della_linear": {(): True, ("space", "knots"): False},
+    "consensus": {(): True, ("space", "core"): False},
+    "consensus_ties": {(): True, ("space", "knots"): False},
+    "pcb": {(): True, ("space", "core"): False},
 }
 
 
