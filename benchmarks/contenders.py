@@ -142,7 +142,7 @@ class Bench:
     def facts(self) -> dict[str, Any]:
         """Bytes of the output, what its receipts count, and a sample of its weights."""
         written = sum(file.stat().st_size for file in self.out.rglob("*") if file.is_file())
-        counted = {key: receipts_count(self.out, key) for key in ("decoded_bytes", "base_bytes")}
+        counted = {"decoded_bytes": receipts_count(self.out, "decoded"), "base_bytes": receipts_count(self.out, "read")}
         phases = {key: receipts_count(self.out, key) for key in PHASES}
         return {"out_bytes": written, **counted, "phases": phases, "sample": self.sample()}
 
@@ -239,7 +239,7 @@ class Bench:
 
 
 def receipts_count(out: Path, key: str) -> float | None:
-    """The sum over units of what receipts keep under `key`, at the top or among `seconds`; None where none has it.
+    """The sum over units of a count in their receipts' `unit_bytes`; None where none has it.
 
     The merges of a group share a unit, and each of their receipts tells what the unit had come to when it was
     written: the largest counts.
@@ -247,9 +247,8 @@ def receipts_count(out: Path, key: str) -> float | None:
     units: dict[str, float] = {}
     for path in out.rglob("ray_merge/receipts/*.json"):
         receipt = json.loads(path.read_text())
-        value = receipt.get(key, receipt.get("seconds", {}).get(key))
-        if value is not None:
-            units[receipt["unit"]] = max(units.get(receipt["unit"], 0), value)
+        if key in receipt["unit_bytes"]:
+            units[receipt["unit"]] = max(units.get(receipt["unit"], 0), receipt["unit_bytes"][key])
     return sum(units.values()) if units else None
 
 

@@ -17,9 +17,6 @@ favours them. Whole processes: Python's and Ray's start are in the figures. Byte
 of /proc/PID/io of all processes, Ray's daemons left out: the page cache counts, memory maps do not. The base's bytes
 and the decoded ones are taken from our receipts where those count them. Memory is the sum of VmRSS without Ray's
 daemons (watch.py).
-
-What bars need from the receipts: `decoded_bytes` and `base_bytes` of a unit, at the top of receipts/*.json or among
-its `seconds`; without them those bars are "not measured" or come from rchar.
 """
 
 from __future__ import annotations
