@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray_merge.algebra.delta import Delta
     from ray_merge.api import methods, plan, run
+    from ray_merge.emr import load_emr
     from ray_merge.errors import RayMergeError, Refusal, RunFailed
     from ray_merge.heads import load_head
     from ray_merge.inspect import inspect
@@ -28,6 +29,7 @@ _HOME = {
     "Refusal": "ray_merge.errors",
     "RunFailed": "ray_merge.errors",
     "inspect": "ray_merge.inspect",
+    "load_emr": "ray_merge.emr",
     "load_head": "ray_merge.heads",
     "merge_factors": "ray_merge.methods.merge_factors",
     "methods": "ray_merge.api",
@@ -64,6 +66,7 @@ __all__ = [
     "Refusal",
     "RunFailed",
     "inspect",
+    "load_emr",
     "load_head",
     "merge_factors",
     "methods",

@@ -45,16 +45,21 @@ def plan(
     output: OutputOption = None,
     only: OnlyOption = None,
     memory: MemoryOption = None,
+    cluster: Annotated[
+        str, typer.Option(metavar="SPEC", help="For hours: workers=64,read=1GB/s,write=500MB/s,flops=2T.")
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
     """What would be read, merged and written; peak memory; refusals. Reads headers only."""
     from ray_merge import api
+    from ray_merge.plan.estimate import parse_cluster
 
+    workers = parse_cluster(cluster)
     planned = api.plan(recipe, output=output, only=only or [], memory=memory)
     if as_json:
-        typer.echo(json.dumps(show.plan_json(planned), indent=1))
+        typer.echo(json.dumps(show.plan_json(planned, workers), indent=1))
     else:
-        show.plan_table(planned)
+        show.plan_table(planned, workers)
 
 
 @app.command()

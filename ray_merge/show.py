@@ -15,7 +15,8 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from ray_merge.fit.ranked import RankedFactors, alike
+from ray_merge.fit.ranked import RankedFactors
+from ray_merge.methods.gradient import has_gradient
 from ray_merge.plan.estimate import Cluster, estimate
 from ray_merge.spec import Adapter, FactorEntry, SavedEntry, Update
 
@@ -28,6 +29,9 @@ MAX_NAMES_SHOWN = 6
 
 MAX_ADAPTERS_SHOWN = 12
 """Of one merge; --json lists all."""
+
+PIPE_WIDTH = 160
+"""A pipe has no width of its own; 80 would cut the words."""
 
 PLAIN_SECONDS = 5.0
 """Plain progress lines come at most this often; a nightly log stays readable."""
@@ -162,11 +166,7 @@ def _adapter_facts(adapter: Adapter, factors: Mapping[str, Any]) -> dict[str, An
         "bytes": adapter.file_bytes,
         "sites": len(adapter.factors),
         **factors,
-        "biases": sorted(
-            adapter.modules[site]
-            for site, one in alike(adapter.factors).items()
-            if isinstance(one, SavedEntry)
-        ),
+        "biases": sorted(adapter.modules[site] for site in factors["biases"]),
         "heads": [head.name for head in adapter.heads],
         "replaced": sorted(adapter.replaced),
         "tokens": {tensor: list(rows.indices) for tensor, rows in sorted(adapter.tokens.items())},
@@ -175,9 +175,12 @@ def _adapter_facts(adapter: Adapter, factors: Mapping[str, Any]) -> dict[str, An
 
 
 def _factor_facts(factors: Mapping[str, Update]) -> dict[str, Any]:
+    """What a person asks of an adapter's updates; `biases` are the sites saved as they are."""
+    biases: list[str] = []
     if isinstance(factors, RankedFactors):
         ranks, scales, dora = {factors.rank}, {factors.scale}, False
     else:
+        biases = [site for site, one in factors.items() if isinstance(one, SavedEntry)]
         products = [one for one in factors.values() if isinstance(one, FactorEntry)]
         ranks = {one.rank for one in factors.values()}
         scales = {product.scale for one in products for product in one.products}
@@ -186,12 +189,14 @@ def _factor_facts(factors: Mapping[str, Update]) -> dict[str, Any]:
         "ranks": sorted(ranks),
         "scales": sorted({round(scale, 6) for scale in scales if scale > 0}),
         "dora": dora,
+        "biases": biases,
     }
 
 
 def plan_table(plan: Plan, cluster: Cluster | None = None) -> None:
     """Print a plan for a person, with what it would take on `cluster`."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    console = Console(highlight=False, soft_wrap=True, markup=False, width=width)
     facts = plan_json(plan, cluster)
     console.print(
         f"base      {plan.base.url}: {len(plan.base.tensors)} tensors, {human_bytes(plan.base.n_bytes)}"
@@ -287,7 +292,16 @@ def _short(value: Any) -> str:
     if isinstance(value, Mapping):
         distinct = list(dict.fromkeys(value.values()))
         return str(distinct[0]) if len(distinct) == 1 else json.dumps(value)
+    if has_gradient(value):
+        return " ".join(_level(item) for item in value)
     return json.dumps(value) if isinstance(value, list) else str(value)
+
+
+def _level(item: Mapping[str, Any]) -> str:
+    """One item of a value that changes with depth."""
+    words = [str(item["filter"])] if "filter" in item else []
+    words += [f"depth {item['depth']:g}"] if "depth" in item else []
+    return " ".join([*words, _short(item["value"])])
 
 
 def run_result(result: RunResult, *, as_json: bool) -> None:
@@ -321,7 +335,7 @@ def verified(results: Sequence[Verified], *, as_json: bool) -> None:
 
 def methods_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the registry of methods."""
-    width = None if sys.stdout.isatty() else 160  # a pipe has no width of its own; 80 would cut the words
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
     console = Console(highlight=False, markup=False, width=width)
     table = Table("method", "what it does", "spaces", "parameters", "reference", box=None, pad_edge=False)
     for row in rows:

@@ -8,7 +8,7 @@ Shape legend, used in names everywhere (`B_OR` is a tensor of shape (O, R)):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -123,7 +123,9 @@ class View:
     @property
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) of the result."""
-        shape = [size for axis, size in enumerate(self.shape) if self.pick is None or axis != self.pick[0]]
+        shape: Sequence[int] = self.shape
+        if self.pick is not None:
+            shape = [size for axis, size in enumerate(shape) if axis != self.pick[0]]
         rows, columns = shape[0], shape[1] * self.blocks
         rows, columns = (columns, rows) if self.transpose else (rows, columns)
         if self.cut is None:
@@ -331,6 +333,7 @@ class Receipt:
         tensors: how many tensors it holds.
         unit: id of the unit that made it.
         sites: what was merged in it.
+        sums: numbers by site that the driver adds up over all objects: of emr (drive/rescalers.py).
         seconds: by phase: read, merge, write, upload.
         unit_bytes: of the base, by the whole unit and for all of its merges: "read", and of these "decoded".
         worker: host and process that made it.
@@ -344,6 +347,7 @@ class Receipt:
     tensors: int
     unit: str
     sites: tuple[SiteReport, ...] = ()
+    sums: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     unit_bytes: Mapping[str, int] = field(default_factory=dict)
     worker: str = ""

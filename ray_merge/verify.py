@@ -180,7 +180,7 @@ def _merged_tensors(store: Store, manifest: Mapping[str, Any]) -> dict[str, Tens
     files = [
         e["name"]
         for e in manifest["files"]
-        if e["name"].endswith(".safetensors") and "heads/" not in e["name"]
+        if e["name"].endswith(".safetensors") and not e["name"].startswith(("heads/", "emr/"))
     ]
     return {entry.name: entry for name in files for entry in read_header(store, name).tensors.values()}
 

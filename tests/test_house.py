@@ -23,7 +23,7 @@ LAYERS = (
     ("pool",),
     ("work",),
     ("drive",),
-    ("verify", "heads", "runtime"),
+    ("verify", "emr", "heads", "runtime"),
     ("api",),
     ("demo", "inspect"),
     ("show", "show_inspect"),

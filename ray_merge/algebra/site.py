@@ -74,20 +74,12 @@ class SiteFactors:
         return any(magnitude is not None for magnitude in self.magnitudes)
 
     @cached_property
-    def _gains(self) -> tuple[Tensor | None, ...]:
-        return tuple(
-            None if magnitude is None or self._base is None else dora_gain(self._base, *pair, magnitude)
-            for pair, magnitude in zip(self.pairs, self.magnitudes, strict=True)
-        )
+    def _deltas(self) -> _Deltas:
+        return _Deltas(self.pairs, self.magnitudes, self._base)
 
     def delta_chunk(self, adapter: int, index: int) -> Tensor:
         """Rows of chunk `index` of tau of one adapter."""
-        left_OR, right_RI = self.pairs[adapter]
-        gain = self._gains[adapter]
-        if gain is not None and self._base is not None:
-            return dora_rows(self._base, left_OR, right_RI, gain, index)
-        step = chunk_rows(self.shape[1])
-        return left_OR[index * step : (index + 1) * step] @ right_RI
+        return self._deltas.chunk(adapter, index)
 
     def sum(self, weights: Sequence[float]) -> Delta:
         """sum_i weights[i] * tau_i: as factors, or by rows where an adapter is DoRA."""
@@ -135,4 +127,36 @@ class SiteFactors:
             return CoreSpace(self.core, self.dtype)
         if name == "knots":
             return KnotsSpace(self.knots, self.dtype)
-        return DenseSpace(self.pairs, self.shape, self.dtype, self.delta_chunk)
+        return DenseSpace(self.pairs, self.shape, self.dtype, self._deltas.chunk)
+
+
+class _Deltas:
+    """The rows of each adapter's delta; apart from `SiteFactors`, which spaces would otherwise keep alive in a cycle.
+
+    Args:
+        pairs: per adapter the factors whose product is its delta, without a magnitude.
+        magnitudes: per adapter DoRA's, or None.
+        base: the base weight, (O, I), where there are magnitudes.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        magnitudes: Sequence[Tensor | None],
+        base: Tensor | None,
+    ) -> None:
+        self._pairs = pairs
+        self._base = base
+        self._gains = [
+            None if magnitude is None or base is None else dora_gain(base, *pair, magnitude)
+            for pair, magnitude in zip(pairs, magnitudes, strict=True)
+        ]
+
+    def chunk(self, adapter: int, index: int) -> Tensor:
+        """Rows of chunk `index` of one adapter's delta."""
+        left_OR, right_RI = self._pairs[adapter]
+        gain = self._gains[adapter]
+        if gain is not None and self._base is not None:
+            return dora_rows(self._base, left_OR, right_RI, gain, index)
+        step = chunk_rows(right_RI.shape[1])
+        return left_OR[index * step : (index + 1) * step] @ right_RI

@@ -10,6 +10,7 @@ import yaml
 
 from ray_merge.methods.registry import get
 from ray_merge.plan import Plan
+from ray_merge.plan.emr import is_emr
 from ray_merge.spec import Merge, SiteReport
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -58,6 +59,7 @@ def model_card(
         *[_adapter_row(plan, item["name"], item["files"]) for item in inputs["adapters"]],
         "",
         *_rounding(reports.get("checkpoint", ())),
+        *_emr(merge, base),
         f"Merge id `{merge_id}`. What went in and every file that came out: `ray_merge/MANIFEST.json`; per site: "
         "`ray_merge/sites.parquet`.",
         "",
@@ -85,6 +87,28 @@ def _adapter_row(plan: Plan, name: str, files: Mapping[str, str]) -> str:
     shown = " to ".join(str(rank) for rank in dict.fromkeys((*ranks[:1], *ranks[-1:])))
     head = f"`heads/{name}.safetensors`" if adapter.heads else ""
     return f"| {name} | `{_cell(version[:23])}` | {len(adapter.factors)} | {shown} | {head} |"
+
+
+def _emr(merge: Merge, base: str) -> list[str]:
+    """What a result of emr is by itself, and how an adapter is had back."""
+    if not is_emr(merge):
+        return []
+    what = "This adapter adds" if merge.export == "adapter" else "This checkpoint is the base plus"
+    return [
+        f"{what} lambda times the unified update of all adapters. `emr/` holds that update, one mask per adapter and "
+        "the rescalers, which give each adapter back on the base model:",
+        "",
+        "```python",
+        "import ray_merge",
+        f"model = ...  # {base}, loaded with transformers; not this folder",
+        f'ray_merge.load_emr(model, "this folder", "{merge.adapters[0]}")  # or {_others(merge)}',
+        "```",
+        "",
+    ]
+
+
+def _others(merge: Merge) -> str:
+    return ", ".join(merge.adapters[1:]) or "another one of the recipe"
 
 
 def _rounding(reports: Sequence[SiteReport]) -> list[str]:

@@ -22,9 +22,11 @@ from ray_merge.drive.card import WARN_LOST_SHARE, model_card
 from ray_merge.drive.config import checkpoint_config, vocabulary_owner
 from ray_merge.drive.exported_config import exported_config
 from ray_merge.drive.outputs import Target
+from ray_merge.drive.rescalers import rescalers_json
 from ray_merge.drive.thresholds import THRESHOLDS, selecting
 from ray_merge.models.blocks import natural_key
 from ray_merge.plan import ADAPTER_OBJECT, Plan
+from ray_merge.plan.emr import RESCALERS, is_emr
 from ray_merge.spec import Adapter, Merge, Receipt, SiteReport
 from ray_merge.storage.checkpoint import CONFIG_FILE, INDEX_FILE
 from ray_merge.storage.commit import MANIFEST, SITES, commit_bytes, pretty_json
@@ -89,6 +91,8 @@ def publish(
     if selecting([merge]):
         found = files.store.read(THRESHOLDS)
         files.note(THRESHOLDS, len(found), hashlib.sha256(found).hexdigest())
+    if is_emr(merge):
+        files.put(RESCALERS, rescalers_json(plan, merge, receipts))
     for name in merge.adapters:
         if plan.adapters[name].heads:
             files.put(f"heads/{name}.safetensors", head_file(plan, plan.adapters[name], stores, cache))

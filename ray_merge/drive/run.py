@@ -28,12 +28,13 @@ from ray_merge.drive.thresholds import THRESHOLDS, read_thresholds, select_thres
 from ray_merge.errors import OutputConflict, Refusal, RunFailed
 from ray_merge.methods.context import Thresholds
 from ray_merge.plan import ADAPTER_OBJECT, Plan
+from ray_merge.plan.emr import emr_bytes, emr_object
 from ray_merge.pool import Pool, Task
 from ray_merge.spec import Merge, Receipt
 from ray_merge.storage.commit import STATE_FOLDER, commit_bytes, probe
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.store import Stores, open_store
-from ray_merge.work.job import AdapterUnit, Job, ShardUnit, Unit
+from ray_merge.work.job import AdapterUnit, EmrUnit, Job, ShardUnit, Unit
 
 PoolFactory = Callable[[Job, int], Pool]
 """Makes the pool for a job of so many units; called only when there is something to do."""
@@ -132,7 +133,8 @@ class _Context:
 def object_names(plan: Plan, merge: Merge) -> list[str]:
     """The objects of a merge that units make."""
     shards = [shard.name for shard in plan.shards] if merge.export != "adapter" else []
-    return shards + ([ADAPTER_OBJECT] if merge.export != "checkpoint" else [])
+    emr = [emr_object(plan.shards[index]) for index in emr_bytes(plan, merge)]
+    return shards + emr + ([ADAPTER_OBJECT] if merge.export != "checkpoint" else [])
 
 
 def run(
@@ -207,7 +209,7 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
     lacking = {item.merge.name: item.missing for item in unfinished}
     units = missing_units(plan, lacking)
     adapters = sorted({name for item in unfinished for name in item.merge.adapters if item.missing})
-    total_bytes = sum(_unit_bytes(plan, unit) for unit in units)
+    total_bytes = _total_bytes(plan, units)
     n_units = len(units)
     progress(
         Event(kind="start", text=_describe(units, unfinished), units=(0, n_units), n_bytes=(0, total_bytes))
@@ -250,7 +252,7 @@ def _later() -> Iterator[None]:
 
 def missing_units(
     plan: Plan, missing: Mapping[str, Iterable[str]], thresholds: Mapping[str, Thresholds] | None = None
-) -> list[ShardUnit | AdapterUnit]:
+) -> list[ShardUnit | EmrUnit | AdapterUnit]:
     """Units that make the missing objects; the merges of a group share one unit per shard.
 
     Args:
@@ -260,13 +262,19 @@ def missing_units(
     """
     found = thresholds or {}
     lacking = {name: set(objects) for name, objects in missing.items()}
-    units: list[ShardUnit | AdapterUnit] = []
+    units: list[ShardUnit | EmrUnit | AdapterUnit] = []
     for group, indices in enumerate(plan.groups):
         names = [plan.merges[index].name for index in indices]
         for shard in plan.shards:
             wanted = tuple(name for name in names if shard.name in lacking.get(name, ()))
             if wanted:
                 units.append(ShardUnit(shard.index, wanted, group, _of(found, wanted)))
+    units += [
+        EmrUnit(merge.name, shard.index)
+        for merge in plan.merges
+        for shard in plan.shards
+        if emr_object(shard) in lacking.get(merge.name, ())
+    ]
     adapters = [merge for merge in plan.merges if ADAPTER_OBJECT in lacking.get(merge.name, ())]
     return units + [AdapterUnit(merge.name, _of(found, (merge.name,))) for merge in adapters]
 
@@ -293,8 +301,12 @@ def _thresholds(unfinished: Sequence[_Open]) -> dict[str, Thresholds]:
     return {item.merge.name: item.thresholds for item in unfinished if item.thresholds is not None}
 
 
-def _unit_bytes(plan: Plan, unit: Unit) -> int:
-    return plan.shards[unit.shard].n_bytes * len(unit.merges) if isinstance(unit, ShardUnit) else 0
+def _total_bytes(plan: Plan, units: Sequence[Unit]) -> int:
+    emr = {merge.name: emr_bytes(plan, merge) for merge in plan.merges}
+    shards = [unit for unit in units if isinstance(unit, ShardUnit)]
+    return sum(plan.shards[unit.shard].n_bytes * len(unit.merges) for unit in shards) + sum(
+        emr[unit.merge][unit.shard] for unit in units if isinstance(unit, EmrUnit)
+    )
 
 
 def _describe(units: Sequence[Unit], unfinished: Sequence[_Open]) -> str:
@@ -312,7 +324,7 @@ def _probe(context: _Context, item: _Open) -> None:
 
 
 def _note_receipts(
-    unfinished: Mapping[str, _Open], unit: ShardUnit | AdapterUnit, receipts: Sequence[Receipt]
+    unfinished: Mapping[str, _Open], unit: ShardUnit | EmrUnit | AdapterUnit, receipts: Sequence[Receipt]
 ) -> int:
     # By name and not by id: merges that say the same in two ways have one id and a folder each.
     names = unit.merges if isinstance(unit, ShardUnit) else (unit.merge,)

@@ -6,20 +6,22 @@ Owns: the order in which an adapter's parts are fitted, and the `Adapter` made o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray_merge.errors import AdapterError, shown
 from ray_merge.fit.draft import Draft
 from ray_merge.fit.experts import fit_experts, is_expert_module
 from ray_merge.fit.modules import check_orientation, fit_module, is_idle
+from ray_merge.fit.ranked import FittedFamily, FittedModules, is_plain
 from ray_merge.fit.resolver import Architectures, Resolver, mapped
 from ray_merge.fit.saved import check_heads, check_vocabulary, fit_saved, fit_tokens
 from ray_merge.fit.tied import check_tied, check_tied_tokens, follow_tables, skip_tied_twin, untied
 from ray_merge.recipe import Recipe
 from ray_merge.spec import Adapter, Site, used_entries
-from ray_merge.storage.adapter import CONFIG_FILE, StoredAdapter, StoredModule
+from ray_merge.storage.adapter import CONFIG_FILE, StoredAdapter
 from ray_merge.storage.adapter_config import Settings
 from ray_merge.storage.checkpoint import Checkpoint
+from ray_merge.storage.modules import StoredModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +53,41 @@ def fit_adapters(recipe: Recipe, base: Checkpoint, stored: Mapping[str, StoredAd
         architectures = Architectures(base)
     adapters: dict[str, Adapter] = {}
     sites: dict[str, Site] = {}
-    renamed: dict[str, dict[str, tuple[str, ...]]] = {}
+    renamed: dict[str, Mapping[str, tuple[str, ...]]] = {}
+    families: dict[tuple[int, tuple[tuple[str, str], ...]], FittedFamily] = {}
+    known = FittedModules(base)
     for name, adapter in stored.items():
         source = recipe.adapters[name]
-        adapter = mapped(adapter, {**recipe.key_mapping, **source.key_mapping})
+        mapping = {**recipe.key_mapping, **source.key_mapping}
+        key = (id(adapter.member.family) if adapter.member else 0, tuple(mapping.items()))
+        if adapter.member is not None and key in families:
+            adapters[name], renamed[name] = families[key].fitted(adapter), families[key].renamed
+            continue
+        composed = None if mapping else known.fitted(adapter)
+        if composed is not None:
+            adapters[name], renamed[name] = composed
+            families[key] = FittedFamily(adapters[name], adapter, renamed[name])
+            continue
+        given, adapter = adapter, mapped(replace(adapter, modules=tuple(adapter.modules)), mapping)
         draft = Draft(adapter, Resolver.of(base, adapter, architectures), recipe.tied == "untie")
         _fit(draft, source.moe_lora_b_layout or "")
         adapters[name] = _finished(draft)
-        sites = {**draft.sites, **sites}
-        found = {
-            key: tuple(slot.tensor for slot in slots) for key, slots in draft.names.found.items() if slots
-        }
-        renamed[name] = {key: tensors for key, tensors in found.items() if tensors != (key,)}
+        renamed[name] = _renamed(draft)
+        for site in draft.sites.values():
+            sites.setdefault(site.name, site)
+        if given.member is not None and is_plain(draft):
+            families[key] = FittedFamily(adapters[name], given, renamed[name])
+            if not mapping:
+                known.learn(draft)
     return Fitted(base, adapters, sites, renamed)
+
+
+def _renamed(draft: Draft) -> Mapping[str, tuple[str, ...]]:
+    return {
+        key: tuple(slot.tensor for slot in slots)
+        for key, slots in draft.names.found.items()
+        if slots and (len(slots) > 1 or slots[0].tensor != key)
+    }
 
 
 def _fit(draft: Draft, layout: str) -> None:
@@ -136,6 +160,8 @@ def initial_modules(adapter: StoredAdapter) -> dict[str, StoredModule]:
 def _check_patterns(settings: Settings, draft: Draft) -> None:
     # alpha cannot be checked against a tensor, so a pattern that matches nothing is the only sign of a typo.
     scaling = settings.scaling
+    if not scaling.ranks and not scaling.alphas:
+        return
     trained = draft.adapter.in_training
     names = [trained(module.name) for module in draft.adapter.modules]
     fused = {module.rpartition("[")[0] for module in draft.modules.values() if module.endswith("]")}

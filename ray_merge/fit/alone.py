@@ -18,7 +18,8 @@ from ray_merge.errors import AdapterError
 from ray_merge.fit.adapters import initial_modules
 from ray_merge.fit.modules import TWICE, in_attention, scale_of
 from ray_merge.spec import Adapter, FactorEntry, Layout, Product, Site, TensorEntry, TokenRows, View
-from ray_merge.storage.adapter import StoredAdapter, StoredModule
+from ray_merge.storage.adapter import StoredAdapter
+from ray_merge.storage.modules import StoredModule
 
 FUSED = "factors of several experts side by side (rank E * r)"
 BLOCKS = "block-diagonal factors (BD-LoRA)"

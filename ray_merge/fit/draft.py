@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -105,7 +106,7 @@ class Draft:
     def site(self, slot: Slot, shape: tuple[int, int], layout: Layout, module: str) -> Site:
         """The site of a whole disk tensor."""
         entry = self.floats(slot.tensor, module)
-        name = slot.tensor.removesuffix(".weight")
+        name = sys.intern(slot.tensor.removesuffix(".weight"))
         if slot.tensor in self.replaced and self.shape(slot.tensor) != entry.shape:
             name += f"[{shape[0]} rows]"
         return Site(name, slot.tensor, shape, 0, layout)

@@ -23,7 +23,8 @@ from ray_merge.fit.modules import check_dimensions
 from ray_merge.models.architecture import runtime_module
 from ray_merge.models.conversion import Slot
 from ray_merge.spec import FLOAT_DTYPES, FactorEntry, Product, Site, TensorEntry, View
-from ray_merge.storage.adapter import CONFIG_FILE, StoredModule
+from ray_merge.storage.adapter import CONFIG_FILE
+from ray_merge.storage.modules import StoredModule
 
 LAST_ALWAYS_TURNED = (0, 18, 1)
 TURNED_WRONG = (0, 19, 0)

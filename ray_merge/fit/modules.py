@@ -21,7 +21,8 @@ from ray_merge.errors import AdapterError, AdapterShapeError
 from ray_merge.fit.draft import Draft
 from ray_merge.models.conversion import Slot
 from ray_merge.spec import CONV1D_MODELS, FactorEntry, Layout, Product, TensorEntry, View
-from ray_merge.storage.adapter import CONFIG_FILE, StoredAdapter, StoredModule
+from ray_merge.storage.adapter import CONFIG_FILE, StoredAdapter
+from ray_merge.storage.modules import StoredModule
 
 TWICE = 2.0
 
@@ -107,9 +108,10 @@ def _is_conv1d(draft: Draft, module: StoredModule, shape: tuple[int, ...]) -> bo
     blocks = max(1, draft.adapter.settings.blocks)
     straight = shape[0] in (B[0], B[0] * blocks) and shape[1] in (A[-1], A[-1] * blocks)
     turned = shape[1] in (B[0], B[0] * blocks) and shape[0] in (A[-1], A[-1] * blocks)
+    if not turned:
+        return False
     flag = draft.adapter.settings.transposed
-    suspect = flag or _may_be_transposed(draft.names.base.config)
-    if not turned or (straight and not suspect):
+    if straight and not flag and not _may_be_transposed(draft.names.base.config):
         return False
     kind = draft.names.kind(module.name)
     return kind == "conv1d" if kind else (flag or not straight)

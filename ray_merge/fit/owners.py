@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ray_merge.errors import RecipeError
+from ray_merge.fit.ranked import RankedFactors, alike, distinct
 from ray_merge.spec import Adapter, FactorEntry, Merge, SavedEntry, Site
 
 
@@ -30,8 +31,30 @@ def check_owners(merge: Merge, adapters: Mapping[str, Adapter], sites: Mapping[s
                         merge,
                         f"adapters {owner.name} and {adapter.name} both train token {index} of {tensor}",
                     )
-    for adapter in chosen:
-        _check_shared_tables(merge, adapter, chosen, replaced, sites)
+    first = distinct(chosen)
+    contested = _contested(sites)
+    marked = [[name for name in alike(adapter.factors) if name in contested] if contested else []
+              for adapter in first]  # fmt: skip
+    others = [
+        (adapter, names) for adapter, names in zip(first, marked, strict=True) if names or adapter.tokens
+    ]
+    if others or replaced:
+        for adapter in first:
+            _check_shared_tables(merge, adapter, others, replaced, sites)
+
+
+def _contested(sites: Mapping[str, Site]) -> set[str]:
+    """The sites of tensors that adapters see in different ways: other widths, or another number of rows."""
+    by_tensor: dict[str, list[Site]] = {}
+    for site in sites.values():
+        by_tensor.setdefault(site.tensor, []).append(site)
+    return {
+        site.name
+        for together in by_tensor.values()
+        if len({site.shape[1] for site in together}) > 1
+        or len({site.start for site in together}) < len(together)
+        for site in together
+    }
 
 
 def _check_two_owners(merge: Merge, tensor: str, one: Adapter, other: Adapter) -> None:
@@ -56,12 +79,13 @@ def is_head(tensor: str, adapter: Adapter) -> bool:
 def _check_shared_tables(
     merge: Merge,
     adapter: Adapter,
-    chosen: Sequence[Adapter],
+    others: Sequence[tuple[Adapter, Sequence[str]]],
     replaced: Mapping[str, Adapter],
     sites: Mapping[str, Site],
 ) -> None:
-    mine = {sites[name].tensor: sites[name] for name in adapter.factors}
-    for other in chosen:
+    """`others`: adapters that train tokens or touch contested sites, and those sites."""
+    mine = {sites[name].tensor: sites[name] for name in alike(adapter.factors)}
+    for other, contested in others:
         if other is adapter:
             continue
         for tensor in other.tokens:
@@ -70,7 +94,7 @@ def _check_shared_tables(
                     merge,
                     f"adapter {other.name} trains tokens of {tensor}, which adapter {adapter.name} changes too",
                 )
-        for name in other.factors:
+        for name in contested:
             site = sites[name]
             own = mine.get(site.tensor)
             if own is not None and own.shape[1] != site.shape[1]:
@@ -108,7 +132,9 @@ def _owned_outright(adapter: Adapter, owner: Adapter, tensor: str, site: Site) -
 
 def has_magnitude(adapters: Sequence[Adapter]) -> str:
     """The first site with a DoRA magnitude, or ""."""
-    for adapter in adapters:
+    for adapter in distinct(adapters):
+        if isinstance(adapter.factors, RankedFactors):
+            continue
         for name, update in adapter.factors.items():
             if isinstance(update, FactorEntry) and update.magnitude is not None:
                 return name

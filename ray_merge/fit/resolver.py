@@ -163,6 +163,11 @@ class Resolver:
             self._class = self._find_class()
         return self._class
 
+    @property
+    def asked_class(self) -> bool:
+        """Whether anything needed more than the names of the base's tensors."""
+        return self._asked
+
     def _find_class(self) -> Architecture | None:
         auto = self.adapter.config.get("auto_mapping")
         named = auto.get("base_model_class") if isinstance(auto, Mapping) else None

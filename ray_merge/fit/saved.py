@@ -17,7 +17,8 @@ from dataclasses import replace
 from ray_merge.errors import AdapterError
 from ray_merge.fit.draft import Draft, by_suffix, matrix_shape
 from ray_merge.spec import HEADED_TASKS, SameValues, SavedEntry, TensorEntry, TokenRows, View
-from ray_merge.storage.adapter import CONFIG_FILE, FLOATS, StoredTensor
+from ray_merge.storage.adapter import CONFIG_FILE, StoredTensor
+from ray_merge.storage.family import FLOATS
 
 TABLE_NAMES = frozenset(
     {"embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_out", "embed_in"}

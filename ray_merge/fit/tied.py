@@ -15,8 +15,8 @@ from ray_merge.errors import AdapterError, CheckpointError
 from ray_merge.fit.draft import Draft
 from ray_merge.fit.resolver import Architectures
 from ray_merge.spec import SameValues, View
-from ray_merge.storage.adapter import StoredModule
 from ray_merge.storage.checkpoint import Checkpoint
+from ray_merge.storage.modules import StoredModule
 
 if TYPE_CHECKING:
     from ray_merge.models.architecture import Architecture

@@ -17,6 +17,7 @@ from ray_merge.methods.catalogue import (
     cart,
     dare,
     della,
+    emr,
     free,
     isotropic,
     lego,
@@ -49,6 +50,7 @@ METHODS: tuple[Method, ...] = (
     *della.METHODS,
     *tall.METHODS,
     *pcb.METHODS,
+    *emr.METHODS,
 )
 
 

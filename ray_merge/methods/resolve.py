@@ -1,7 +1,7 @@
 """A recipe's parameters -> checked, complete, canonical parameters -> one dataclass instance per site.
 
-Owns: the three forms of a value (scalar, mapping by adapter, list of {filter, value}) and their refusals.
-Never imports torch. Resolving resolved parameters gives them back unchanged.
+Owns: the forms of a value (scalar, gradient over depth, mapping by adapter, list of {filter, value}) and their
+refusals. Never imports torch. Resolving resolved parameters gives them back unchanged.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ray_merge.errors import MethodError
 from ray_merge.methods.declare import Method, Parameter
+from ray_merge.methods.gradient import Knot, at_depth, even_knots, given_knots, is_gradient, run_of
 
 
 def resolve_parameters(method: Method, given: Mapping[str, Any], adapters: Sequence[str]) -> dict[str, Any]:
@@ -26,8 +27,9 @@ def resolve_parameters(method: Method, given: Mapping[str, Any], adapters: Seque
         adapters: names in recipe order.
 
     Returns:
-        By the recipe's keys, in declaration order. Per-adapter values are mappings by adapter, or lists of
-        {filter, value: mapping} that end with an item without filter.
+        By the recipe's keys, in declaration order. Per-adapter values are mappings by adapter. What differs between
+        sites is a list of {filter, depth, value} that ends with items without filter; those with a depth are the
+        knots of a gradient (methods/gradient.py).
 
     Raises:
         MethodError: unknown key or adapter, wrong type, value out of range, bad regex, missing parameter.
@@ -50,7 +52,13 @@ def resolve_parameters(method: Method, given: Mapping[str, Any], adapters: Seque
     return values
 
 
-def at_site(method: Method, parameters: Mapping[str, Any], adapters: Sequence[str], site: str) -> Any:
+def at_site(
+    method: Method,
+    parameters: Mapping[str, Any],
+    adapters: Sequence[str],
+    site: str,
+    depth: float | None = None,
+) -> Any:
     """The instance of `method.parameters` that holds at `site`, tuples in the order of `adapters`.
 
     Args:
@@ -58,17 +66,33 @@ def at_site(method: Method, parameters: Mapping[str, Any], adapters: Sequence[st
         parameters: what `resolve_parameters` returned.
         adapters: names in recipe order.
         site: runtime site name that filters are searched in.
+        depth: of the site, in [0, 1]; None where there is none (`spec.Site`).
+
+    Raises:
+        MethodError: a value changes with depth, and the site has none.
     """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(method.parameters):
         key = field.metadata.get("key") or field.name
         value = parameters[key]
         if isinstance(value, list):
-            value = next(item["value"] for item in value if re.search(item.get("filter", ""), site))
+            value = _chosen(f"{method.name}: {key}", value, site, depth)
         if isinstance(value, Mapping):
             value = tuple(value[name] for name in adapters)
         values[field.name] = value
     return method.parameters(**values)
+
+
+def _chosen(place: str, items: Sequence[Mapping[str, Any]], site: str, depth: float | None) -> Any:
+    first = next(index for index, item in enumerate(items) if re.search(item.get("filter", ""), site))
+    knots = run_of(items, first)
+    if not knots:
+        return items[first]["value"]
+    if depth is None:
+        raise MethodError(
+            f"{place} changes with depth, which a weight outside of a model with blocks has not"
+        )
+    return at_depth(knots, depth)
 
 
 def _unknown_key(method: Method, key: str, known: list[str]) -> str:
@@ -82,30 +106,63 @@ def _resolve_one(place: str, item: Parameter, given: Any, adapters: tuple[str, .
         if item.required:
             raise MethodError(f"{place} is required: {item.help}")
         return _spread(item, item.default, adapters)
-    if isinstance(given, list | tuple):
+    if isinstance(given, list | tuple) and not is_gradient(given):
         return _resolve_list(place, item, given, adapters)
-    return _resolve_value(place, item, given, adapters)
+    return _simplest([*_items(None, _resolve_value(place, item, given, adapters))])
 
 
 def _resolve_list(place: str, item: Parameter, given: Sequence[Any], adapters: tuple[str, ...]) -> Any:
     if not item.per_site:
         raise MethodError(f"{place} is one value for the whole merge, got the list {list(given)!r}")
-    resolved: list[dict[str, Any]] = []
     for number, entry in enumerate(given, start=1):
-        where = f"{place}, item {number}"
-        if not isinstance(entry, Mapping) or not {"value"} <= set(entry) <= {"filter", "value"}:
+        if not isinstance(entry, Mapping) or not {"value"} <= set(entry) <= {"filter", "depth", "value"}:
             raise MethodError(
-                f"{where} is {entry!r}; a list holds {{filter: <regex>, value: ...}} items, "
-                "and one value per adapter is written as a mapping by adapter"
+                f"{place}, item {number} is {entry!r}; a list holds {{filter: <regex>, value: ...}} items, or "
+                "numbers alone for a gradient over depth, and one value per adapter is written as a mapping by adapter"
             )
-        value = _resolve_value(where, item, entry["value"], adapters)
-        pattern = entry.get("filter")
-        if pattern is None:
-            if number < len(given):
-                raise MethodError(f"{where} has no filter and so takes every site; put it last")
-            return [*resolved, {"value": value}] if resolved else value
-        resolved.append({"filter": _pattern(where, pattern), "value": value})
-    return [*resolved, {"value": _spread(item, item.default, adapters)}]
+    resolved: list[dict[str, Any]] = []
+    number = 0
+    while number < len(given):
+        where, entry = f"{place}, item {number + 1}", given[number]
+        pattern = None if entry.get("filter") is None else _pattern(where, entry["filter"])
+        knots, used = _knots(where, item, given, number, adapters)
+        number += used
+        if pattern is None and number < len(given):
+            raise MethodError(f"{where} has no filter and so takes every site; put it last")
+        resolved += _items(pattern, knots)
+    if not resolved or "filter" in resolved[-1]:
+        resolved.append({"value": _spread(item, item.default, adapters)})
+    return _simplest(resolved)
+
+
+def _knots(
+    place: str, item: Parameter, given: Sequence[Mapping[str, Any]], first: int, adapters: tuple[str, ...]
+) -> tuple[list[Knot], int]:
+    """The knots that begin at an entry, and how many entries they are."""
+    if "depth" not in given[first]:
+        return _resolve_value(place, item, given[first]["value"], adapters), 1
+    run = [
+        entry
+        for entry in given[first:]
+        if "depth" in entry and entry.get("filter") == given[first].get("filter")
+    ]
+    values = [_resolve_value(place, item, entry["value"], adapters) for entry in run]
+    if any(len(value) > 1 for value in values) or given[first : first + len(run)] != run:
+        raise MethodError(
+            f"{place}: the items of one gradient stand together, each with one depth and one value"
+        )
+    knots = [(entry["depth"], value[0][1]) for entry, value in zip(run, values, strict=True)]
+    return given_knots(place, knots), len(run)
+
+
+def _items(pattern: str | None, knots: Sequence[Knot]) -> Iterator[dict[str, Any]]:
+    for depth, value in knots:
+        where = {} if pattern is None else {"filter": pattern}
+        yield {**where, **({"depth": depth} if len(knots) > 1 else {}), "value": value}
+
+
+def _simplest(items: list[dict[str, Any]]) -> Any:
+    return items[0]["value"] if len(items) == 1 and items[0].keys() == {"value"} else items
 
 
 def _pattern(place: str, pattern: Any) -> str:
@@ -118,9 +175,11 @@ def _pattern(place: str, pattern: Any) -> str:
     return pattern
 
 
-def _resolve_value(place: str, item: Parameter, given: Any, adapters: tuple[str, ...]) -> Any:
+def _resolve_value(place: str, item: Parameter, given: Any, adapters: tuple[str, ...]) -> list[Knot]:
+    """The knots of a scalar, a gradient, or a mapping of them by adapter; one knot where nothing changes with depth."""
     if not isinstance(given, Mapping):
-        return _spread(item, _scalar(place, item, given), adapters)
+        numbers = _numbers(place, item, given)
+        return even_knots(dict.fromkeys(adapters, numbers) if item.per_adapter else numbers)
     if not item.per_adapter:
         raise MethodError(f"{place} has one value for all adapters, got the mapping {dict(given)!r}")
     for name in given:
@@ -131,7 +190,16 @@ def _resolve_value(place: str, item: Parameter, given: Any, adapters: tuple[str,
     missing = [name for name in adapters if name not in given]
     if missing:
         raise MethodError(f"{place} has no value for {', '.join(missing)}; name every adapter of the merge")
-    return {name: _scalar(f"{place} for {name}", item, given[name]) for name in adapters}
+    return even_knots({name: _numbers(f"{place} for {name}", item, given[name]) for name in adapters})
+
+
+def _numbers(place: str, item: Parameter, given: Any) -> list[Any]:
+    """One value, or the numbers of a gradient."""
+    if not is_gradient(given):
+        return [_scalar(place, item, given)]
+    if not item.per_site:
+        raise MethodError(f"{place} is one value for the whole merge, got the list {list(given)!r}")
+    return [_scalar(f"{place}, value {number}", item, value) for number, value in enumerate(given, start=1)]
 
 
 def _spread(item: Parameter, value: Any, adapters: tuple[str, ...]) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ray_merge.errors import MethodError
+from ray_merge.methods.gradient import run_of
 
 NEARLY_ZERO = 1e-8
 """mergekit's bound for a sum of weights that nothing may be divided by."""
@@ -35,12 +36,16 @@ def divided_sum(values: dict[str, Any]) -> None:
     """Refuse a division by a sum of weights near zero."""
     if not values["normalize"]:
         return
-    for weights, place in _alternatives(values["weight"]):
-        total = sum(weights.values())
-        if abs(total) < NEARLY_ZERO:
+    way_out = "which normalize would divide by; set `normalize: false` or change a weight"
+    for run, place in _runs(values["weight"]):
+        totals = [sum(weights.values()) for _, weights in run]
+        for (depth, _), total in zip(run, totals, strict=True):
+            if abs(total) < NEARLY_ZERO:
+                raise MethodError(f"the weights{place}{_at(depth)} sum to {total:g}, {way_out}")
+        if min(totals) < 0 < max(totals):
             raise MethodError(
-                f"the weights{place} sum to {total:g}, which normalize would divide by; "
-                "set `normalize: false` or change a weight"
+                f"the weights{place} sum to {totals[0]:g} at depth 0 and change sign with depth, so that they sum to "
+                f"0 in between, {way_out}"
             )
 
 
@@ -93,11 +98,31 @@ def _mergekit_normalize(values: dict[str, Any], *, default: bool) -> None:
 
 def _alternatives(value: Any) -> Iterator[tuple[Mapping[str, float], str]]:
     """Every mapping by adapter that a resolved per-adapter value may become at some site, and its place."""
+    for run, place in _runs(value):
+        for depth, by_adapter in run:
+            yield by_adapter, place + _at(depth)
+
+
+def _runs(value: Any) -> Iterator[tuple[list[tuple[float | None, Mapping[str, float]]], str]]:
+    """The forms that a resolved per-adapter value has, each with its knots (depth, mapping by adapter) and place."""
     if isinstance(value, Mapping):
-        yield value, ""
+        yield [(None, value)], ""
         return
-    for item in value:
-        yield (
-            item["value"],
-            f" for filter {item['filter']!r}" if "filter" in item else " for the remaining sites",
+    first = 0
+    while first < len(value):
+        item = value[first]
+        knots: list[tuple[float | None, Mapping[str, float]]] = [*run_of(value, first)]
+        found = knots or [(None, item["value"])]
+        place = (
+            f" for filter {item['filter']!r}"
+            if "filter" in item
+            else " for the remaining sites"
+            if first
+            else ""
         )
+        yield found, place
+        first += len(found)
+
+
+def _at(depth: float | None) -> str:
+    return "" if depth is None else f" at depth {depth:g}"

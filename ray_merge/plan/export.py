@@ -7,6 +7,7 @@ from typing import Any
 
 from ray_merge.errors import RecipeError
 from ray_merge.fit.owners import is_head
+from ray_merge.fit.ranked import alike, distinct
 from ray_merge.methods.registry import get, gives_factors
 from ray_merge.spec import Adapter, FactorEntry, Merge, SavedEntry
 
@@ -41,18 +42,18 @@ def check_export(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
         raise RecipeError(
             f"merge {merge.name!r}: its adapters have no factors to export; use export: checkpoint"
         )
-    for name in merge.adapters:
-        what = _beyond_lora(adapters[name])
+    for adapter in distinct(adapters[name] for name in merge.adapters):
+        what = _beyond_lora(adapter)
         if what:
             raise RecipeError(
-                f"merge {merge.name!r}: adapter {name} has {what}, which a merged LoRA adapter cannot hold; use "
-                "export: checkpoint"
+                f"merge {merge.name!r}: adapter {adapter.name} has {what}, which a merged LoRA adapter cannot "
+                "hold; use export: checkpoint"
             )
     _check_classes(merge, adapters)
 
 
 def _beyond_lora(adapter: Adapter) -> str:
-    for name, update in adapter.factors.items():
+    for name, update in alike(adapter.factors).items():
         layout = adapter.layouts[name]
         if isinstance(update, SavedEntry):
             return f"a trained {adapter.modules[name]}"
@@ -79,12 +80,12 @@ def _check_classes(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
             "different model classes have no common adapter; use export: checkpoint"
         )
     names: dict[str, tuple[str, str]] = {}
-    for name in merge.adapters:
-        for site, module in adapters[name].modules.items():
-            before = names.setdefault(site, (name, module))
+    for adapter in distinct(adapters[name] for name in merge.adapters):
+        for site, module in adapter.modules.items():
+            before = names.setdefault(site, (adapter.name, module))
             if before[1] != module:
                 raise RecipeError(
                     f"merge {merge.name!r}: {site} is {before[1]} in adapter {before[0]} and {module} "
-                    f"in {name}; adapters "
+                    f"in {adapter.name}; adapters "
                     "of different model classes have no common adapter; use export: checkpoint"
                 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ray_merge.methods.memory import SiteBytes
 from ray_merge.methods.registry import get, working_bytes
-from ray_merge.spec import DTYPE_BYTES, Adapter, FactorEntry, Merge, Site, TensorEntry, needs_base
+from ray_merge.plan.kinds import Kind, SiteKinds
+from ray_merge.spec import Adapter, Merge, Site, TensorEntry
 
 DEFAULT_MEMORY_BYTES = 640 * 10**6
 """Ceiling per worker; two workers and the driver then stay under 1.5 GB."""
@@ -35,8 +36,9 @@ def fit_group(
     """
     held, passing = 0, 0
     shared: dict[tuple[str, ...], int] = {}
-    kinds = {names: _kinds(names, adapters, sites, tensors) for names in {merge.adapters for merge in merges}}
-    files = max((_file_bytes(names, adapters) for names in kinds), default=0)
+    all_kinds = SiteKinds(adapters, sites, tensors)
+    kinds = {names: all_kinds.of(names) for names in {merge.adapters for merge in merges}}
+    files = max(map(all_kinds.file_bytes, kinds), default=0)
     for merge in merges:
         worst = _worst_site(merge, kinds[merge.adapters])
         held, passing = max(held, worst.held), max(passing, worst.passing)
@@ -50,40 +52,7 @@ def fit_group(
     raise AssertionError("unreachable: a group of one is always returned")
 
 
-Kind = tuple[tuple[int, int], tuple[int, ...], int]
-"""Shape, ranks of the adapters, and bytes of the base weight where an update depends on it."""
-
-
-def _kinds(
-    names: Sequence[str],
-    adapters: Mapping[str, Adapter],
-    sites: Mapping[str, Site],
-    tensors: Mapping[str, TensorEntry],
-) -> set[Kind]:
-    """The different sites of a set of adapters; a sweep asks once for all of its merges."""
-    kinds = set()
-    for site in sites.values():
-        updates = [found for name in names if (found := adapters[name].factors.get(site.name)) is not None]
-        if updates:
-            # DoRA and saved parameters need the base's own values; the weight is held as it is stored.
-            item = DTYPE_BYTES[tensors[site.tensor].dtype] if any(map(needs_base, updates)) else 0
-            ranks = tuple(update.rank for update in updates)
-            kinds.add((site.shape, ranks, site.shape[0] * site.shape[1] * item))
-    return kinds
-
-
-def _file_bytes(names: Sequence[str], adapters: Mapping[str, Adapter]) -> int:
-    """What is held of adapter files: lora_B of two stacks of experts, and the trained rows of a table."""
-    total = 0
-    for name in names:
-        views = [product.B for update in adapters[name].factors.values() if isinstance(update, FactorEntry)
-                 for product in update.products if product.B.pick is not None]  # fmt: skip
-        total += 2 * max((view.entry.n_bytes for view in views), default=0)
-        total += sum(2 * rows.entry.n_bytes for rows in adapters[name].tokens.values())
-    return total
-
-
-def _worst_site(merge: Merge, kinds: set[Kind]) -> SiteBytes:
+def _worst_site(merge: Merge, kinds: Iterable[Kind]) -> SiteBytes:
     method, space = get(merge.method), merge.parameters.get("space")
     sizes = []
     for shape, ranks, base_bytes in kinds:

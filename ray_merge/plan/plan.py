@@ -9,11 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
 
 from ray_merge.errors import RecipeError
 from ray_merge.fit import check_bases, check_owners, fit_adapters
 from ray_merge.fit.owners import has_magnitude, is_head
+from ray_merge.fit.ranked import distinct
 from ray_merge.methods.registry import get, takes_dense
+from ray_merge.plan.depth import check_gradients, with_depths
+from ray_merge.plan.emr import check_emr, emr_bytes
 from ray_merge.plan.export import check_export
 from ray_merge.plan.layout import OutTensor, Shard, file_bytes, plan_shards, with_replaced
 from ray_merge.plan.memory import DEFAULT_MEMORY_BYTES, fit_group
@@ -22,7 +28,9 @@ from ray_merge.recipe import Recipe
 from ray_merge.spec import Adapter, Layout, Merge, Site, TensorEntry
 from ray_merge.storage.adapter import Pickles, StoredAdapter, read_adapter
 from ray_merge.storage.checkpoint import Checkpoint, read_checkpoint
-from ray_merge.storage.store import Stores
+from ray_merge.storage.family import Families
+from ray_merge.storage.ordered import in_order
+from ray_merge.storage.store import ObjectInfo, Store, Stores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +63,8 @@ class Plan:
 
     def touched(self, merge: Merge) -> tuple[Site, ...]:
         """The sites that `merge` changes, by tensor and place."""
-        names = {name for adapter in merge.adapters for name in self.adapters[adapter].factors}
+        different = distinct(self.adapters[name] for name in merge.adapters)
+        names = {name for adapter in different for name in adapter.factors}
         return tuple(
             sorted((self.sites[n] for n in names), key=lambda site: (site.tensor, site.start, site.name))
         )
@@ -103,14 +112,22 @@ class Plan:
         return sum(shard.n_bytes for shard in self.shards)
 
     @property
+    def n_units(self) -> int:
+        """Pieces of work: a shard of a group of merges, what emr adds to a shard, or one exported adapter."""
+        exported = sum(merge.export != "checkpoint" for merge in self.merges)
+        emr = sum(len(emr_bytes(self, merge)) for merge in self.merges)
+        return len(self.groups) * len(self.shards) + emr + exported
+
+    @property
     def read_bytes(self) -> int:
         """Base bytes that a whole run reads: once per group."""
         return self.base.n_bytes * len(self.groups)
 
     @property
     def write_bytes(self) -> int:
-        """Shard bytes that a whole run writes."""
-        return sum(self.merge_bytes(merge) for merge in self.merges if merge.export != "adapter")
+        """Bytes of shards, and of what emr adds to them, that a whole run writes."""
+        emr = sum(sum(emr_bytes(self, merge).values()) for merge in self.merges)
+        return emr + sum(self.merge_bytes(merge) for merge in self.merges if merge.export != "adapter")
 
 
 def read_inputs(
@@ -123,22 +140,33 @@ def read_inputs(
         merges: to be planned.
         unpickle: converts adapter_model.bin, for adapters whose recipe allows it.
     """
-    stores = Stores()
+    stores, families = Stores(), Families()
     base = read_checkpoint(stores.open(recipe.base_model), dequantise=recipe.base_numerics == "dequantise")
     used = {name for merge in merges for name in merge.adapters}
-    adapters = {}
-    for name, source in recipe.adapters.items():
-        if name not in used:
-            continue
-        if source.path is None:
-            raise RecipeError(f"adapter {name} has no path, which a merge needs")
-        adapters[name] = read_adapter(
+    chosen = {name: source for name, source in recipe.adapters.items() if name in used}
+    missing = next((name for name, source in chosen.items() if source.path is None), None)
+    if missing is not None:
+        raise RecipeError(f"adapter {missing} has no path, which a merge needs")
+
+    one_by_one = Lock()
+
+    def convert(store: Store, info: ObjectInfo) -> Path:
+        with one_by_one:  # a pickle is fetched whole, and takes its size in memory
+            found: Path = unpickle(store, info)
+            return found
+
+    def read(name: str) -> StoredAdapter:
+        source = chosen[name]
+        assert source.path is not None
+        return read_adapter(
             name,
             stores.open(source.path),
             initial=None if source.initial is None else stores.open(source.initial),
-            unpickle=unpickle if source.allow_pickle else None,
+            unpickle=convert if unpickle is not None and source.allow_pickle else None,
+            families=families,
         )
-    return base, adapters
+
+    return base, {adapter.name: adapter for adapter in in_order(read, chosen)}
 
 
 def make_plan(
@@ -162,18 +190,22 @@ def make_plan(
         Refusal: an adapter that does not fit the base, a merge that cannot be made or exported as asked.
     """
     fitted = fit_adapters(recipe, base, stored)
-    base, adapters, sites = fitted.base, fitted.adapters, fitted.sites
+    base, adapters = fitted.base, fitted.adapters
+    sites = with_depths(fitted.sites, base.tensors)
     warnings = check_bases(recipe, adapters)
     checked: set[tuple[str, ...]] = set()
+    with_magnitude = _magnitudes(adapters)
     for merge in merges:
         if merge.adapters not in checked:  # a sweep has the same adapters in every merge
             check_owners(merge, adapters, sites)
             _check_vocabulary(merge, base, adapters)
         checked.add(merge.adapters)
-        _check_dense(merge, adapters)
+        _check_dense(merge, with_magnitude)
         _check_cross_terms(merge, adapters)
         check_export(merge, adapters)
+        check_emr(merge, adapters)
         warnings += _filter_warnings(merge, sites)
+        warnings += check_gradients(merge, sites, base.url)
     warnings += _vocabulary_warnings(merges, base, adapters)
     checkpoints = [index for index, merge in enumerate(merges) if merge.export != "adapter"]
     group_size, peak = fit_group(merges, adapters, sites, base.tensors, memory_bytes)
@@ -213,18 +245,25 @@ def _check_cross_terms(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
     """PEFT's own `linear` multiplies sums of factors; a bias is no product of two."""
     if get(merge.method).family != "sum" or merge.parameters.get("compat") != "peft":
         return
-    for name in merge.adapters:
-        raw = [site for site, layout in adapters[name].layouts.items() if layout == "raw"]
+    for adapter in distinct(adapters[name] for name in merge.adapters):
+        raw = [site for site, layout in adapter.layouts.items() if layout == "raw"]
         if raw:
             raise RecipeError(
-                f"merge {merge.name!r}: compat: peft multiplies sums of factors, and adapter {name} trained {raw[0]}, "
-                "which has none; remove compat: peft for the exact sum"
+                f"merge {merge.name!r}: compat: peft multiplies sums of factors, and adapter {adapter.name} trained "
+                f"{raw[0]}, which has none; remove compat: peft for the exact sum"
             )
 
 
-def _check_dense(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
+def _magnitudes(adapters: Mapping[str, Adapter]) -> dict[str, str]:
+    """Adapter -> its first site with a DoRA magnitude, where it has one."""
+    # An adapter with magnitudes is a family of its own (storage/family.py).
+    found = {adapter.name: has_magnitude([adapter]) for adapter in distinct(adapters.values())}
+    return {name: site for name, site in found.items() if site}
+
+
+def _check_dense(merge: Merge, with_magnitude: Mapping[str, str]) -> None:
     """DoRA's delta is dense, so a rule that works on factors cannot take it."""
-    site = has_magnitude([adapters[name] for name in merge.adapters])
+    site = next((with_magnitude[name] for name in merge.adapters if name in with_magnitude), "")
     if site and not takes_dense(get(merge.method), merge.parameters):
         raise RecipeError(
             f"merge {merge.name!r}: {merge.method} works on factors, but an adapter is DoRA (at "
@@ -234,13 +273,18 @@ def _check_dense(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
 
 
 def _filter_warnings(merge: Merge, sites: Mapping[str, Site]) -> list[str]:
-    warnings = []
-    for key, value in merge.parameters.items():
-        for item in value if isinstance(value, list) else []:
-            pattern = item.get("filter") if isinstance(item, dict) else None
-            if pattern and not any(re.search(pattern, site.name) for site in sites.values()):
-                warnings.append(f"merge {merge.name!r}: {key} filter {pattern!r} matches no site")
-    return warnings
+    return [
+        f"merge {merge.name!r}: {key} filter {pattern!r} matches no site"
+        for key, value in merge.parameters.items()
+        for pattern in _filters(value)
+        if not any(re.search(pattern, site.name) for site in sites.values())
+    ]
+
+
+def _filters(value: Any) -> list[str]:
+    """The patterns of a value that differs between sites; a gradient has one item for each of its knots."""
+    items = value if isinstance(value, list) else []
+    return list(dict.fromkeys(item["filter"] for item in items if "filter" in item))
 
 
 def _vocabulary_warnings(

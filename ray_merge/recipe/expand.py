@@ -95,11 +95,13 @@ def _adapters(entry: MergeSource, recipe: Recipe, where: str) -> list[str]:
     names = list(recipe.adapters) if entry.adapters is None else entry.adapters
     if not names:
         raise RecipeError(f"{where}: merge {entry.name!r} has no adapters")
+    seen: set[str] = set()
     for name in names:
         if name not in recipe.adapters:
             raise RecipeError(f"{where}: unknown adapter {name!r}{nearest(name, list(recipe.adapters))}")
-        if names.count(name) > 1:
+        if name in seen:
             raise RecipeError(f"{where}: adapter {name!r} stands twice in merge {entry.name!r}")
+        seen.add(name)
     return names
 
 

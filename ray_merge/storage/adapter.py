@@ -6,7 +6,7 @@ Owns: which files make an adapter and how its tensors belong together. What they
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 from ray_merge.errors import AdapterError, CheckpointError
 from ray_merge.spec import SameValues, TensorEntry, View
 from ray_merge.storage.adapter_config import Settings, read_settings
-from ray_merge.storage.adapter_names import Name, Role, read_name
+from ray_merge.storage.adapter_names import Name, Role
 from ray_merge.storage.checkpoint import read_json
-from ray_merge.storage.headers import read_header
+from ray_merge.storage.family import FLOATS, Families, Member, MemberModules, known_name
+from ray_merge.storage.headers import fetch_header, parse_header, read_header
+from ray_merge.storage.modules import StoredModule
 from ray_merge.storage.store import ObjectInfo, Store
 
 CONFIG_FILE = "adapter_config.json"
@@ -24,8 +26,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 MAX_CARD_BYTES = 1_000_000
-
-FLOATS = ("F32", "F16", "BF16", "F64")
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -35,15 +35,6 @@ TOKENIZER_FILES = (
 
 Pickles = Any
 """A function (store, info) -> path of a local safetensors file with the pickle's tensors; see storage/pickled.py."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredModule:
-    """The tensors of one adapted module, under their roles."""
-
-    name: str
-    depth: int
-    tensors: Mapping[Role, TensorEntry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +65,14 @@ class StoredAdapter:
         side_files: tokenizer files beside it.
         initial: the adapter that training started from, if the recipe gives one.
         trained: names that a key_mapping made -> the names in training, which the config's patterns mean.
+        member: of a family of plain adapters, where it is one; two with the same family fit a base alike.
     """
 
     name: str
     url: str
     config: Mapping[str, Any]
     settings: Settings
-    modules: tuple[StoredModule, ...]
+    modules: Sequence[StoredModule]
     saved: tuple[StoredTensor, ...]
     tokens: Mapping[str, TensorEntry]
     same: tuple[SameValues, ...]
@@ -93,6 +85,7 @@ class StoredAdapter:
     side_files: tuple[ObjectInfo, ...] = ()
     initial: StoredAdapter | None = None
     trained: Mapping[str, str] = field(default_factory=dict)
+    member: Member | None = None
 
     def in_training(self, name: str) -> str:
         """What a module or parameter was called where the adapter was trained."""
@@ -112,9 +105,18 @@ class _Sorted:
     same: list[SameValues] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
 
+    def sorted_modules(self) -> tuple[StoredModule, ...]:
+        """The modules by name and depth."""
+        return tuple(StoredModule(*key, tensors) for key, tensors in sorted(self.modules.items()))
+
 
 def read_adapter(
-    name: str, store: Store, *, initial: Store | None = None, unpickle: Pickles = None
+    name: str,
+    store: Store,
+    *,
+    initial: Store | None = None,
+    unpickle: Pickles = None,
+    families: Families | None = None,
 ) -> StoredAdapter:
     """Headers and config of one adapter.
 
@@ -123,6 +125,7 @@ def read_adapter(
         store: the adapter's folder.
         initial: the folder of the adapter that training started from (PiSSA, OLoRA ...).
         unpickle: converts adapter_model.bin; None refuses it.
+        families: of the adapters read so far, where many are read.
 
     Raises:
         AdapterError: a setting or tensor that cannot be merged exactly.
@@ -133,17 +136,20 @@ def read_adapter(
     config = read_json(store, CONFIG_FILE)
     settings = read_settings(config, f"adapter {name}: {store.url}/{CONFIG_FILE}")
     started = None if initial is None else read_adapter(f"{name} (initial)", initial, unpickle=unpickle)
-    file = _weights_file(name, store, unpickle)
-    info = store.info(file)  # before the header: a file replaced in between is noticed later
+    # Looked up before the header is read: a file replaced in between is noticed later.
+    file, info = _weights_file(name, store, unpickle)
     where = f"adapter {name}: {store.url}/{file}"
-    tensors = _tensors(store, file, info, unpickle)
-    found = _sort_tensors(tensors, settings, where)
+    member, found = None, _Sorted()
+    if file == WEIGHTS_FILE and families is not None and started is None:
+        member, found = _in_family(store, settings, config, where, families)
+    else:
+        found = _sort_tensors(_tensors(store, file, info, unpickle), settings, where)
     return StoredAdapter(
         name=name,
         url=store.url,
         config=config,
         settings=settings,
-        modules=tuple(StoredModule(*key, tensors) for key, tensors in sorted(found.modules.items())),
+        modules=found.sorted_modules() if member is None else MemberModules(member),
         saved=tuple(found.saved[key] for key in sorted(found.saved)),
         tokens=found.tokens,
         same=tuple(found.same),
@@ -158,18 +164,33 @@ def read_adapter(
             item for path in TOKENIZER_FILES if found.saved and (item := store.info(path)) is not None
         ),
         initial=started,
+        member=member,
     )
 
 
-def _weights_file(name: str, store: Store, unpickle: Pickles) -> str:
-    if store.info(WEIGHTS_FILE) is not None or store.info(PICKLE_FILE) is None:
-        return WEIGHTS_FILE
+def _in_family(
+    store: Store, settings: Settings, config: Mapping[str, Any], where: str, families: Families
+) -> tuple[Member | None, _Sorted]:
+    """The tensors as a member of a family, or sorted one by one where they make none."""
+    raw, n_bytes = fetch_header(store, WEIGHTS_FILE)
+    member = families.member(raw, WEIGHTS_FILE, n_bytes, settings, config)
+    if member is not None:
+        return member, _Sorted()
+    header = parse_header(raw, file=WEIGHTS_FILE, file_bytes=n_bytes, where=f"{store.url}/{WEIGHTS_FILE}")
+    return None, _sort_tensors(header.tensors, settings, where)
+
+
+def _weights_file(name: str, store: Store, unpickle: Pickles) -> tuple[str, ObjectInfo | None]:
+    info = store.info(WEIGHTS_FILE)
+    pickle = store.info(PICKLE_FILE) if info is None else None
+    if pickle is None:
+        return WEIGHTS_FILE, info
     if unpickle is None:
         raise CheckpointError(
             f"adapter {name}: {store.url} holds a pickle, {PICKLE_FILE}, which can run code when it is loaded; save it "
             "as safetensors, or write allow_pickle: true behind its path to have tensors alone read from it"
         )
-    return PICKLE_FILE
+    return PICKLE_FILE, pickle
 
 
 def _tensors(
@@ -196,7 +217,7 @@ def _mentions_unsloth(store: Store, config: Mapping[str, Any]) -> bool:
 def _sort_tensors(tensors: Mapping[str, TensorEntry], settings: Settings, where: str) -> _Sorted:
     found = _Sorted()
     for key, entry in sorted(tensors.items()):
-        name = read_name(key, settings.training_only)
+        name = known_name(key, settings.training_only)
         if isinstance(name, str):
             raise AdapterError(
                 f"{where}: tensor {key!r} {name}, which is not supported; nothing of an adapter is dropped silently"

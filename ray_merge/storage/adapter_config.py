@@ -81,7 +81,7 @@ class Scaling:
 
     def rank_of(self, module: str) -> int:
         """The rank that the config claims for `module`; the saved tensor must have it."""
-        key = self.rank_keys.first(module)
+        key = self.rank_keys.first(module) if self.ranks else None
         return self.r if key is None else self.ranks[key]
 
     def scale_of(self, module: str, rank: int) -> float:
@@ -89,7 +89,7 @@ class Scaling:
 
         With alpha / r for both, a rank-64 rsLoRA adapter is merged 8 times too weak and nothing fails.
         """
-        key = self.alpha_keys.first(module)
+        key = self.alpha_keys.first(module) if self.alphas else None
         alpha = self.alpha if key is None else float(self.alphas[key])
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 

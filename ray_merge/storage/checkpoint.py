@@ -9,12 +9,14 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray_merge.errors import CheckpointError, shown
 from ray_merge.spec import DTYPE_BYTES, FLOAT_DTYPES, TensorEntry
 from ray_merge.storage.headers import read_header
+from ray_merge.storage.ordered import in_order
 from ray_merge.storage.quantised import Quantised, find_quantised, quantisation_config
 from ray_merge.storage.store import ObjectInfo, Store
 from ray_merge.storage.strict_json import MAX_JSON_BYTES, check_depth, parse_object
@@ -28,7 +30,7 @@ WEIGHT_SUFFIXES = (
 )  # fmt: skip
 """Files of a checkpoint that hold or index weights: they would go stale beside merged weights, so are not copied."""
 
-OWN_FOLDERS = ("ray_merge", "adapter", "heads")
+OWN_FOLDERS = ("ray_merge", "adapter", "heads", "emr")
 """What a merge writes beside its checkpoint: a base that is itself a result must not pass them on."""
 
 MAX_SIDE_FILE_BYTES = 256_000_000
@@ -113,8 +115,8 @@ def read_checkpoint(store: Store, *, dequantise: bool = False) -> Checkpoint:
         )
     names = _weight_files(store, files)
     tensors: dict[str, TensorEntry] = {}
-    for name in names:
-        for entry in read_header(store, name).tensors.values():
+    for name, header in zip(names, in_order(partial(read_header, store), names), strict=True):
+        for entry in header.tensors.values():
             if entry.name in tensors:
                 raise CheckpointError(
                     f"{store.url}: tensor {entry.name!r} is in {tensors[entry.name].file} and in {name}"

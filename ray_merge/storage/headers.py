@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ray_merge.errors import CheckpointError, shown
@@ -40,6 +42,16 @@ def read_header(store: Store, path: str) -> Header:
     Raises:
         CheckpointError: the file is missing, truncated or malformed; the message says where.
     """
+    raw, n_bytes = fetch_header(store, path)
+    return parse_header(raw, file=path, file_bytes=n_bytes, where=f"{store.url}/{path}")
+
+
+def fetch_header(store: Store, path: str) -> tuple[bytes, int]:
+    """The JSON part of the header at `path` as it is stored, and the length of the whole file in bytes.
+
+    Raises:
+        CheckpointError: the file is missing or truncated, or its header too long to be read.
+    """
     where = f"{store.url}/{path}"
     info = store.info(path)
     if info is None:
@@ -60,7 +72,7 @@ def read_header(store: Store, path: str) -> Header:
     raw = first[8 : 8 + length]
     if len(raw) < length:
         raw += store.read(path, len(first), 8 + length)
-    return parse_header(raw, file=path, file_bytes=info.n_bytes, where=where)
+    return raw, info.n_bytes
 
 
 def parse_header(raw: bytes, *, file: str, file_bytes: int, where: str) -> Header:
@@ -104,7 +116,15 @@ def _entry(name: str, value: Any, file: str, data_start: int, where: str) -> Ten
             f"{where}: tensor {shown(name)} of shape {shown(tuple(shape))} and dtype {dtype} cannot be "
             f"{end - start} bytes"
         )
-    return TensorEntry(name, dtype, tuple(shape), file, data_start + start, data_start + end)
+    # The adapters of a recipe have the same names and few shapes; each of its own would take half of their memory.
+    return TensorEntry(
+        sys.intern(name), sys.intern(dtype), _shape(*shape), file, data_start + start, data_start + end
+    )
+
+
+@lru_cache(maxsize=4096)
+def _shape(*lengths: int) -> tuple[int, ...]:
+    return lengths
 
 
 def _check_layout(entries: Sequence[TensorEntry], data_start: int, file_bytes: int, where: str) -> None:

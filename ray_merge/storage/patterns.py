@@ -23,6 +23,9 @@ MAX_PATTERN_CHARACTERS = 2000
 MAX_STEPS = 5_000_000
 """About 1.5 s. Ten patterns over the 18,432 modules of a model with 128 experts in 48 layers take 3 million."""
 
+MAX_REMEMBERED = 20_000
+"""Modules whose matches are kept for the next adapter with the same patterns."""
+
 _parser = importlib.import_module("re._parser")  # no public name since sre_parse was deprecated (Python 3.11)
 
 _CATEGORIES: Mapping[str, Callable[[str], bool]] = {
@@ -51,6 +54,7 @@ class Patterns:
         self._where = where
         self._exact = {key: index for index, key in enumerate(self.keys)}
         self._steps_left = MAX_STEPS
+        self._known = _matches(self.keys)
         self._regexes: list[tuple[int, _Step]] = []
         # length -> where the dots are -> the other characters -> position in `keys`
         self._plain: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
@@ -76,6 +80,14 @@ class Patterns:
         return [key for index, key in enumerate(self.keys) if index not in used]
 
     def _found(self, module: str) -> list[int]:
+        if module not in self._known:
+            found = self._matched(module)
+            if len(self._known) >= MAX_REMEMBERED:
+                return found
+            self._known[module] = found
+        return self._known[module]
+
+    def _matched(self, module: str) -> list[int]:
         # A key without special characters is an exact length and, its dots aside, an exact text, so it is looked up:
         # adapters with a rank of their own at every module have as many keys as modules.
         found: list[int] = []
@@ -98,6 +110,12 @@ class Patterns:
             ) from error
         self._steps_left = text.steps_left
         return sorted(found)
+
+
+@lru_cache(maxsize=16)
+def _matches(keys: tuple[str, ...]) -> dict[str, list[int]]:
+    """Module -> the keys that match it; the adapters of one training script have the same patterns and modules."""
+    return {}
 
 
 def check_pattern(key: str, where: str) -> None:

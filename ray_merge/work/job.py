@@ -121,7 +121,20 @@ class AdapterUnit:
         return f"adapter/{self.merge}"
 
 
-Unit = PreflightUnit | SelectUnit | ShardUnit | AdapterUnit
+@dataclass(frozen=True, slots=True)
+class EmrUnit:
+    """Make the unified update and the masks beside one shard of an emr merge."""
+
+    merge: str
+    shard: int
+
+    @property
+    def id(self) -> str:
+        """Unit id."""
+        return f"emr/{self.merge}/shard-{self.shard + 1:05d}"
+
+
+Unit = PreflightUnit | SelectUnit | ShardUnit | AdapterUnit | EmrUnit
 
 
 @dataclass(frozen=True, slots=True)

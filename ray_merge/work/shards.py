@@ -87,7 +87,7 @@ def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles, stores: Stores) ->
         outputs = [stack.enter_context(_output(job, shard, merge, behind)) for merge in merges]
         stack.enter_context(behind)  # last, so that nothing is queued when the files are discarded
         base = stores.open(plan.base.url)
-        _check_base(base, plan.base, shard)
+        check_base(base, plan.base, shard)
         sources = Sources(plan.base, stack.enter_context(Reader(base)), files)
         context = _Unit(job, files, sources, clock, unit.thresholds)
         for position in range(len(shard.tensors)):
@@ -96,7 +96,8 @@ def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles, stores: Stores) ->
         return [_publish(context, unit, shard, output, stores) for output in outputs]
 
 
-def _check_base(store: Store, base: Checkpoint, shard: Shard) -> None:
+def check_base(store: Store, base: Checkpoint, shard: Shard) -> None:
+    """Refuse files of one shard that are not those of the plan."""
     names = {tensor.source.file for tensor in shard.tensors}
     for tensor in shard.tensors:
         if tensor.source.name in base.quantised:
@@ -291,7 +292,7 @@ def site_deltas(
     for merge in merges:
         if merge.adapters not in shared:
             shared[merge.adapters] = files.site(merge.adapters, site, base)
-        parameters = at_site(get(merge.method), merge.parameters, merge.adapters, site.name)
+        parameters = at_site(get(merge.method), merge.parameters, merge.adapters, site.name, site.depth)
         deltas.append(
             merge_site(
                 merge.method,

@@ -14,8 +14,9 @@ from ray_merge.errors import Refusal
 from ray_merge.spec import Receipt
 from ray_merge.storage.store import Stores
 from ray_merge.work.adapter_export import run_adapter
+from ray_merge.work.emr import run_emr
 from ray_merge.work.factors import AdapterFiles
-from ray_merge.work.job import AdapterCheck, Job, PreflightUnit, SelectUnit, ShardUnit, Unit
+from ray_merge.work.job import AdapterCheck, EmrUnit, Job, PreflightUnit, SelectUnit, ShardUnit, Unit
 from ray_merge.work.order_statistics import Found, run_select
 from ray_merge.work.shards import run_shard
 
@@ -41,7 +42,7 @@ class MergeWorker:
         self._stores = Stores()
 
     def run(self, unit: Unit) -> AdapterCheck | list[Found] | list[Receipt]:
-        """Do one unit: check an adapter, count entries, make one shard of some merges, or one exported adapter."""
+        """Do one unit: check an adapter, count entries, make a shard, what emr adds to it, or an exported adapter."""
         job = self._job
         dtype = torch.float64 if job.plan.recipe.dtype == "float64" else torch.float32
         opened = AdapterFiles(
@@ -54,6 +55,8 @@ class MergeWorker:
                 return run_select(job, unit, files, self._stores)
             if isinstance(unit, ShardUnit):
                 return run_shard(job, unit, files, self._stores)
+            if isinstance(unit, EmrUnit):
+                return run_emr(job, unit, files, self._stores)
             return run_adapter(job, unit, files, self._stores)
 
 

@@ -102,6 +102,7 @@ DENSE = {
     "consensus": {(): True, ("space", "core"): False},
     "consensus_ties": {(): True, ("space", "knots"): False},
     "pcb": {(): True, ("space", "core"): False},
+    "emr": {(): True, ("space", "core"): False},
 }
 
 
