@@ -1,11 +1,12 @@
 """Where units run: the protocol that drivers are written against, and the pool of this very process.
 
-Owns: the words Task, Done, Worker and Pool, and the rule that turns a unit's exception into this package's tree.
+Owns: the words Task, Done, Turn, Worker and Pool, and the rule that turns a unit's exception into this package's tree.
 Never: knows Ray, torch or what a unit does. `runtime/ray_pool.py` is the same protocol over Ray actors.
 
 The contract that both pools keep:
 
 * a worker is stateless between calls and its units are idempotent, so any call may be repeated;
+* a worker gets two units at a time, of which one computes: see `Turns`;
 * results arrive in the order in which they complete, each task exactly once, from a bounded window;
 * an error of `ray_merge.errors` arrives as it was raised and is not retried, any other becomes `UnitFailed`;
   the units that were waiting behind the failed one are dropped.
@@ -19,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from threading import Condition
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -28,9 +30,85 @@ from ray_merge.errors import RayMergeError, UnitFailed
 class Worker(Protocol):
     """What a pool calls; made once per process by a factory, then given one unit after another."""
 
-    def run(self, unit: Any) -> Any:
-        """Do one unit and return its small, picklable result; a repeated call has the same effect."""
+    def run(self, unit: Any, turn: Turn) -> Any:
+        """Do one unit and return its small, picklable result; a repeated call has the same effect.
+
+        Args:
+            unit: what to do.
+            turn: has begun; the worker may end it early, when the unit only waits for storage from then on.
+        """
         ...
+
+
+class Turns:
+    """Who may compute: so many units at once, in the order in which they queued.
+
+    A worker is given two units: while the first is uploaded, the second is read and merged.
+
+    Args:
+        room: units that compute at the same time.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._free = room
+        self._queued = 0
+        self._served = 0
+        self._closed = False
+        self._changed = Condition()
+
+    def queue(self) -> Turn:
+        """The next place in the queue; who takes it must enter it, or nobody behind it ever will."""
+        with self._changed:
+            self._queued += 1
+            return Turn(self, self._queued - 1)
+
+    def close(self) -> None:
+        """Nobody begins any more: who waits, and who comes, gets a `Dropped`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _enter(self, place: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or (self._served == place and self._free > 0))
+            if self._closed:
+                raise Dropped(f"unit {place} was dropped before it began")
+            self._served += 1
+            self._free -= 1
+            self._changed.notify_all()
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._free += 1
+            self._changed.notify_all()
+
+
+class Dropped(Exception):
+    """A unit whose turn never came, because its pool stopped; nobody waits for its result."""
+
+
+class Turn:
+    """One unit's right to a processor and to the memory that was planned; a context manager."""
+
+    def __init__(self, turns: Turns, place: int) -> None:
+        self._turns, self._place, self._ended = turns, place, False
+
+    def end(self) -> None:
+        """Let the next unit begin; a second call does nothing."""
+        if not self._ended:
+            self._ended = True
+            self._turns._leave()
+
+    def __enter__(self) -> Self:
+        self._turns._enter(self._place)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+UNITS_PER_WORKER = 2
+"""In flight at one worker: one is read and merged, the other is uploaded or waits for its turn."""
 
 
 @dataclass(frozen=True)
@@ -121,22 +199,27 @@ class LocalPool:
         return self._run(tasks)
 
     def _run(self, tasks: Sequence[Task]) -> Iterator[Done]:
-        waiting, flying = deque(tasks), set[Future[Done]]()
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="unit") as pool:
+        waiting, flying = deque(enumerate(tasks)), dict[Future[Done], int]()
+        turns, n_threads = Turns(self._threads), UNITS_PER_WORKER * self._threads
+        with ThreadPoolExecutor(n_threads, thread_name_prefix="unit") as pool:
             try:
                 while waiting or flying:
-                    while waiting and len(flying) < self._threads:
-                        flying.add(pool.submit(self._do, waiting.popleft()))
-                    done, flying = wait(flying, return_when=FIRST_COMPLETED)
-                    for future in done:
+                    while waiting and len(flying) < n_threads:
+                        place, task = waiting.popleft()
+                        flying[pool.submit(self._do, task, turns.queue())] = place
+                    done, _ = wait(flying, return_when=FIRST_COMPLETED)
+                    # What succeeded counts, even where another unit failed at the same time.
+                    for future in sorted(done, key=lambda one: (one.exception() is not None, flying[one])):
+                        del flying[future]
                         yield future.result()
             finally:
-                # Running units end by themselves; what has not begun is dropped.
+                turns.close()
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _do(self, task: Task) -> Done:
+    def _do(self, task: Task, turn: Turn) -> Done:
         try:
-            value = self._worker.run(task.unit)
+            with turn:
+                value = self._worker.run(task.unit, turn)
         except RayMergeError:
             raise
         except Exception as error:
@@ -186,6 +269,8 @@ __all__ = [
     "LocalPool",
     "Pool",
     "Task",
+    "Turn",
+    "Turns",
     "Worker",
     "refuse_repeated_ids",
     "unit_failed",

@@ -79,7 +79,7 @@ class Hog:
 class StepWorker:
     """Does what the unit says."""
 
-    def run(self, unit: Callable[[], Any]) -> Any:
+    def run(self, unit: Callable[[], Any], turn: Any) -> Any:
         return unit()
 
 

@@ -1,10 +1,13 @@
 """The contract that both pools keep; what only Ray can do wrong is in runtime/test_ray_pool.py."""
 
+import threading
+import time
+
 import pytest
 
 from pool_workers import Echo, Raise, StepWorker, Write
 from ray_merge.errors import AdapterShapeError, NotFinite, UnitFailed
-from ray_merge.pool import LocalPool, Task, worker_label
+from ray_merge.pool import UNITS_PER_WORKER, LocalPool, Task, worker_label
 
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
@@ -79,7 +82,66 @@ def test_the_local_pool_keeps_the_order_of_the_tasks_and_names_this_process():
     assert pool.size == 1
 
 
-def test_the_local_pool_runs_a_unit_only_when_its_result_is_asked_for(tmp_path):
+def test_the_local_pool_runs_at_most_one_unit_ahead_of_the_results_that_are_asked_for(tmp_path):
     results = LocalPool(StepWorker()).run([Task(str(i), Write(str(tmp_path), str(i))) for i in range(5)])
+    assert list(tmp_path.iterdir()) == []
     assert next(results).value == "0"
-    assert len(list(tmp_path.iterdir())) == 1
+    results.close()
+    assert len(list(tmp_path.iterdir())) <= UNITS_PER_WORKER
+
+
+class Uploading:
+    """Computes for a moment, then ends its turn and uploads until the next unit has computed."""
+
+    def __init__(self):
+        self.log: list[str] = []
+        self.second_computed = threading.Event()
+
+    def run(self, unit, turn):
+        self.log.append(f"{unit} computes")
+        if unit == 1:
+            self.second_computed.set()
+        turn.end()
+        if unit == 0:
+            assert self.second_computed.wait(10)
+        self.log.append(f"{unit} is there")
+        return unit
+
+
+def test_a_unit_begins_while_the_one_before_is_uploaded():
+    worker = Uploading()
+    done = list(LocalPool(worker).run([Task(str(i), i) for i in range(2)]))
+    assert sorted(result.value for result in done) == [0, 1]
+    assert worker.log.index("1 computes") < worker.log.index("0 is there")
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_no_more_units_than_there_is_room_for_compute_at_once_and_they_begin_in_order(room):
+    running, most, order, lock = 0, 0, [], threading.Lock()
+
+    class Counting:
+        def run(self, unit, turn):
+            nonlocal running, most
+            with lock:
+                running, most = running + 1, max(most, running + 1)
+                order.append(unit)
+            time.sleep(0.002)
+            with lock:
+                running -= 1
+
+    list(LocalPool(Counting(), room).run([Task(str(i), i) for i in range(30)]))
+    assert most <= room
+    assert order == sorted(order) or room > 1
+
+
+def test_a_failure_drops_the_units_whose_turn_has_not_come():
+    begun = []
+
+    class Failing:
+        def run(self, unit, turn):
+            begun.append(unit)
+            raise ValueError("no")
+
+    with pytest.raises(UnitFailed, match="ValueError: no"):
+        list(LocalPool(Failing()).run([Task(str(i), i) for i in range(10)]))
+    assert len(begun) <= UNITS_PER_WORKER

@@ -17,7 +17,7 @@ import ray
 from ray import cloudpickle
 
 from ray_merge.errors import RayMergeError, RunFailed
-from ray_merge.pool import Worker, worker_label
+from ray_merge.pool import UNITS_PER_WORKER, Turns, Worker, worker_label
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Greeting:
 
 
 class UnitActor:
-    """A process of the cluster that runs one unit at a time.
+    """A process of the cluster that computes one unit at a time, while it may still upload the one before.
 
     Args:
         pickled_factory: cloudpickle of a callable that makes the worker; bytes, because an argument that
@@ -48,6 +48,7 @@ class UnitActor:
     def __init__(self, pickled_factory: bytes) -> None:
         self._worker: Worker | None = None
         self._error: RayMergeError | None = None
+        self._turns = Turns(1)
         try:
             self._worker = cloudpickle.loads(pickled_factory)()
         except RayMergeError as error:
@@ -65,11 +66,15 @@ class UnitActor:
         """Run one unit; its exception travels to the driver."""
         if self._worker is None:
             raise self._error or RunFailed(f"{worker_label()} has no worker")
-        return self._worker.run(unit)
+        with self._turns.queue() as turn:
+            return self._worker.run(unit, turn)
 
 
 # Ray must not restart the actor or repeat a call by itself: with restarts on, every death arrives as
 # ActorUnavailableError without its cause (an OOM kill looks like a broken line), and repeated calls run out of order.
 RemoteUnitActor = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(UnitActor)
 
-__all__ = ["Greeting", "RemoteUnitActor", "UnitActor"]
+CALLS_AT_ONCE = UNITS_PER_WORKER + 1
+"""Of one actor: its units, and a greeting."""
+
+__all__ = ["CALLS_AT_ONCE", "Greeting", "RemoteUnitActor", "UnitActor"]

@@ -28,7 +28,7 @@ from ray.exceptions import (
 
 from ray_merge.errors import RayMergeError, RunFailed, UnitFailed
 from ray_merge.pool import Task
-from ray_merge.runtime.actors import Greeting, RemoteUnitActor
+from ray_merge.runtime.actors import CALLS_AT_ONCE, Greeting, RemoteUnitActor
 from ray_merge.runtime.placement import Demand, Placement, refuse_unmeetable, reserve_nodes, strategy, unmet
 
 DEAD = (ActorDiedError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
@@ -61,7 +61,7 @@ class Slot:
         greeting: the call that waits for the actor to answer, if one is out.
         greet_after: when an actor that is away is called again, in monotonic seconds.
         worker: `host:pid` while the actor is known to answer, else None.
-        flying: the calls in flight in order of submission, which is the order in which the actor runs them.
+        flying: the calls in flight in order of submission, which is the order in which the actor begins them.
         suspect: what ran when the actor was lost.
         failed_starts: actors in a row that died before they answered.
     """
@@ -113,6 +113,7 @@ class Crew:
 
     def _spawn(self, index: int) -> tuple[ActorHandle[Any], ObjectRef[Any]]:
         options = {**self._demand.options(), "scheduling_strategy": strategy(self._group, index)}
+        options["max_concurrency"] = CALLS_AT_ONCE
         actor: Any = RemoteUnitActor.options(**options).remote(self._factory)
         return actor, actor.greet.remote()
 

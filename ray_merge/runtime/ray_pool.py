@@ -6,7 +6,8 @@ Never: lets Ray repeat a call. The driver submits a lost unit again, to whicheve
 How a lost worker is told apart (tried with Ray 2.60, actors without restarts):
 
 * `ActorDiedError`, `OutOfMemoryError` and the like are final and name the cause. The oldest unit in flight there
-  was the one running: the death is counted against it, and the actor is replaced.
+  was the one running, or the one being uploaded: the death is counted against it, and the actor is replaced. A unit
+  that lost a worker runs alone from then on, so the culprit is found in the end.
 * `ActorUnavailableError` only says that the line is broken; a dead node looks like that for about 15 s. Nothing is
   counted. The units go to other workers while the driver greets the actor once a second until it answers or is dead.
 """
@@ -25,7 +26,7 @@ from ray import ObjectRef, cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
 from ray_merge.errors import RayMergeError, Refusal, RunFailed
-from ray_merge.pool import Done, Task, Worker, refuse_repeated_ids, unit_failed
+from ray_merge.pool import UNITS_PER_WORKER, Done, Task, Worker, refuse_repeated_ids, unit_failed
 from ray_merge.runtime.actors import Greeting
 from ray_merge.runtime.crew import AWAY, DEAD, Crew, Job, Slot
 from ray_merge.runtime.placement import Demand, Placement
@@ -45,7 +46,7 @@ class RayPool:
         workers: how many actors.
         memory_bytes: the plan's peak of one worker, requested from Ray so that it never stacks workers beyond a
             node's memory; None requests nothing.
-        window_per_worker: units submitted to one actor at a time: one runs, the others wait there.
+        window_per_worker: units submitted to one actor at a time: one computes, the other is uploaded or waits.
         placement: `spread` over the nodes, or `one_per_node`.
         num_gpus: whole GPUs per worker.
         attempts: how many deaths of a worker one unit may see before it fails.
@@ -64,7 +65,7 @@ class RayPool:
         session: Session,
         workers: int,
         memory_bytes: int | None,
-        window_per_worker: int = 2,
+        window_per_worker: int = UNITS_PER_WORKER,
         placement: Placement = "spread",
         num_gpus: int = 0,
         attempts: int = 4,

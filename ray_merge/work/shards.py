@@ -27,7 +27,7 @@ from ray_merge.methods.kernels import merge_site
 from ray_merge.methods.registry import get
 from ray_merge.methods.resolve import at_site
 from ray_merge.plan import SHARD_METADATA, OutTensor, Shard, shard_layout
-from ray_merge.pool import worker_label
+from ray_merge.pool import Turn, worker_label
 from ray_merge.spec import DTYPE_BYTES, Merge, Receipt, Site, SiteReport
 from ray_merge.storage.checkpoint import Checkpoint
 from ray_merge.storage.commit import commit, put_receipt
@@ -77,8 +77,8 @@ class _Unit:
     thresholds: Mapping[str, Thresholds]
 
 
-def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles, stores: Stores) -> list[Receipt]:
-    """Make, publish and receipt one shard for every merge of the unit."""
+def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles, stores: Stores, turn: Turn) -> list[Receipt]:
+    """Make, publish and receipt one shard for every merge of the unit; the turn ends before the publishing."""
     plan, shard = job.plan, job.plan.shards[unit.shard]
     merges = [merge for merge in plan.merges if merge.name in unit.merges]
     clock = _Clock()
@@ -93,6 +93,7 @@ def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles, stores: Stores) ->
         for position in range(len(shard.tensors)):
             for tensor, alike in _by_source(outputs, position):
                 _write_tensor(context, tensor, alike)
+        turn.end()
         return [_publish(context, unit, shard, output, stores) for output in outputs]
 
 

@@ -11,6 +11,7 @@ from threading import Lock
 import torch
 
 from ray_merge.errors import Refusal
+from ray_merge.pool import Turn
 from ray_merge.spec import Receipt
 from ray_merge.storage.store import Stores
 from ray_merge.work.adapter_export import run_adapter
@@ -41,8 +42,11 @@ class MergeWorker:
         self._job = job
         self._stores = Stores()
 
-    def run(self, unit: Unit) -> AdapterCheck | list[Found] | list[Receipt]:
-        """Do one unit: check an adapter, count entries, make a shard, what emr adds to it, or an exported adapter."""
+    def run(self, unit: Unit, turn: Turn) -> AdapterCheck | list[Found] | list[Receipt]:
+        """Do one unit: check an adapter, count entries, make a shard, what emr adds to it, or an exported adapter.
+
+        The turn ends where only hashing, writing and uploading of finished rows are left.
+        """
         job = self._job
         dtype = torch.float64 if job.plan.recipe.dtype == "float64" else torch.float32
         opened = AdapterFiles(
@@ -54,7 +58,7 @@ class MergeWorker:
             if isinstance(unit, SelectUnit):
                 return run_select(job, unit, files, self._stores)
             if isinstance(unit, ShardUnit):
-                return run_shard(job, unit, files, self._stores)
+                return run_shard(job, unit, files, self._stores, turn)
             if isinstance(unit, EmrUnit):
                 return run_emr(job, unit, files, self._stores)
             return run_adapter(job, unit, files, self._stores)

@@ -14,6 +14,15 @@ from zoo import digests, llama_adapters, tiny_llama
 GIVEN = {"svd": {"rank": 3}, "free": {"cutoff": 0.3}}
 """What a method needs, or needs at such tiny weights."""
 
+SAME = [
+    ["cat-dense", "task_arithmetic-dense"],
+    ["iso_c-core", "iso_c-dense"],
+    ["iso_cts-core", "iso_cts-dense"],
+    ["knots_ties-knots", "ties-knots"],
+    ["tsv_m-core", "tsv_m-dense"],
+]
+"""Names for the same thing, and spaces that make no difference with the default parameters."""
+
 
 def merges():
     for method in METHODS:
@@ -64,8 +73,7 @@ def test_every_method_changes_the_weights_in_its_own_way(made):
     by_content: dict[tuple[str, ...], set[str]] = {}
     for name, content in shards.items():
         by_content.setdefault(content, set()).add(name)
-    same = sorted(sorted(names) for names in by_content.values() if len(names) > 1)
-    assert same == []
+    assert sorted(sorted(names) for names in by_content.values() if len(names) > 1) == SAME
 
 
 def test_every_merge_is_verified_against_its_factors(made):

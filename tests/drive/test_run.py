@@ -134,7 +134,7 @@ def test_bytes_do_not_depend_on_where_output_and_cache_are(inputs, undisturbed, 
 
 
 def test_bytes_do_not_depend_on_the_grouping_of_merges(inputs, undisturbed, tmp_path):
-    peak = ray_merge.plan(recipe(inputs, tmp_path), only=["knots"]).peak_bytes
+    peak = max(ray_merge.plan(recipe(inputs, tmp_path), only=[name]).peak_bytes for name in NAMES)
     for name in NAMES:
         ray_merge.run(
             recipe(inputs, tmp_path / "out"),
