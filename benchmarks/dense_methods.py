@@ -252,6 +252,12 @@ def wudi_steps(tau: Tensor) -> Tensor:
     return merged.detach()
 
 
+def unified(tau: Tensor) -> Tensor:
+    """The largest entry that agrees with the elected sign."""
+    gamma = tau.sum(0).sign()
+    return gamma * (tau * gamma).clamp_min(0).amax(0)
+
+
 def ties(tau: Tensor) -> Tensor:
     """Trim, elect, average."""
     return elect(trim(tau, DENSITY))
@@ -289,6 +295,7 @@ DENSE: Mapping[str, Dense] = {
         {**TRIMMED, "mask_lambda": CONSENSUS_LAMBDA},
     ),
     "pcb": Dense(lambda tau, _: pcb(tau), {"density": PCB_DENSITY}),
+    "emr": Dense(lambda tau, _: unified(tau)),
     "tsv_m": Dense(tsv),
     "iso_c": Dense(iso_c),
     "iso_cts": Dense(iso_cts, {"common": ISO_COMMON}),

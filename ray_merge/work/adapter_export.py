@@ -19,7 +19,7 @@ from ray_merge.algebra.delta import Delta, product_norm
 from ray_merge.algebra.truncate import truncate
 from ray_merge.errors import RunFailed
 from ray_merge.plan import ADAPTER_OBJECT, SHARD_METADATA, Plan
-from ray_merge.pool import worker_label
+from ray_merge.pool import Turn, worker_label
 from ray_merge.spec import FLOAT_DTYPES, Factor, Merge, Receipt, Site, SiteReport
 from ray_merge.storage.adapter_names import PREFIX
 from ray_merge.storage.commit import commit, put_receipt
@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 COPY_BYTES = 2**20
 
 
-def run_adapter(job: Job, unit: AdapterUnit, files: AdapterFiles, stores: Stores) -> list[Receipt]:
-    """Make, publish and receipt the exported adapter of one merge.
+def run_adapter(
+    job: Job, unit: AdapterUnit, files: AdapterFiles, stores: Stores, turn: Turn
+) -> list[Receipt]:
+    """Make, publish and receipt the exported adapter of one merge; the turn ends before the publishing.
 
     The header of a safetensors file needs every rank, and ranks are known when the last site is merged: tensors
     are spooled to disk first, so that memory holds one site and not the whole adapter.
@@ -66,6 +68,7 @@ def run_adapter(job: Job, unit: AdapterUnit, files: AdapterFiles, stores: Stores
                 spool.write(to_bytes(tensor))
             report = _report(merge, site, delta, factor, stored, error)
             reports.append(replace(report, seconds=round(time.perf_counter() - begun, 6)))
+        turn.end()
         return [_publish(job, unit, merge, layout, spool, tuple(reports), started, stores)]
 
 

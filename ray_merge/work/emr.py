@@ -22,7 +22,7 @@ from ray_merge.algebra.bits import pack_rows
 from ray_merge.errors import RunFailed
 from ray_merge.methods.emr import Look, Unified
 from ray_merge.plan.emr import EmrSite, emr_layout, emr_metadata, emr_object, emr_sites
-from ray_merge.pool import worker_label
+from ray_merge.pool import Turn, worker_label
 from ray_merge.spec import Merge, Receipt
 from ray_merge.storage.commit import commit, put_receipt
 from ray_merge.storage.store import Stores
@@ -31,8 +31,8 @@ from ray_merge.storage.writer import ScratchFile, WriteBehind
 from ray_merge.work.factors import AdapterFiles
 from ray_merge.work.job import EmrUnit, Job
 from ray_merge.work.scratch import scratch_folder
-from ray_merge.work.shards import check_base, site_deltas
-from ray_merge.work.sources import Sources
+from ray_merge.work.shards import site_deltas
+from ray_merge.work.sources import Sources, check_base
 from ray_merge.work.tensors import TORCH_DTYPES, to_bytes
 
 COPY_BYTES = 2**20
@@ -41,8 +41,8 @@ Sums = tuple[tuple[float, float], ...]
 """Per adapter that touches a site: sum |tau_i|, sum |tau_u mask_i|."""
 
 
-def run_emr(job: Job, unit: EmrUnit, files: AdapterFiles, stores: Stores) -> list[Receipt]:
-    """Make, publish and receipt the emr object beside one shard."""
+def run_emr(job: Job, unit: EmrUnit, files: AdapterFiles, stores: Stores, turn: Turn) -> list[Receipt]:
+    """Make, publish and receipt the emr object beside one shard; the turn ends before the publishing."""
     started = time.perf_counter()
     plan, shard = job.plan, job.plan.shards[unit.shard]
     merge = next(merge for merge in plan.merges if merge.name == unit.merge)
@@ -67,6 +67,7 @@ def run_emr(job: Job, unit: EmrUnit, files: AdapterFiles, stores: Stores) -> lis
             (delta,) = site_deltas(site, [merge], files, values, {})
             assert isinstance(delta, Unified)
             sums[site.name] = _write_site(merge, item, delta, file, spool)
+        turn.end()
         _append(spool, file)
         sha256 = file.close()
         store, name = stores.open(job.outputs[merge.name]), emr_object(shard)

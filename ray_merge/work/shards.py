@@ -29,15 +29,14 @@ from ray_merge.methods.resolve import at_site
 from ray_merge.plan import SHARD_METADATA, OutTensor, Shard, shard_layout
 from ray_merge.pool import Turn, worker_label
 from ray_merge.spec import DTYPE_BYTES, Merge, Receipt, Site, SiteReport
-from ray_merge.storage.checkpoint import Checkpoint
 from ray_merge.storage.commit import commit, put_receipt
-from ray_merge.storage.store import Store, Stores
+from ray_merge.storage.store import Stores
 from ray_merge.storage.stream import Reader
 from ray_merge.storage.writer import ScratchFile, WriteBehind
 from ray_merge.work.factors import AdapterFiles, Base, token_rows
 from ray_merge.work.job import Job, ShardUnit
 from ray_merge.work.scratch import scratch_folder
-from ray_merge.work.sources import Sources
+from ray_merge.work.sources import Sources, check_base
 from ray_merge.work.tensors import TORCH_DTYPES, from_bytes, to_bytes
 
 
@@ -95,17 +94,6 @@ def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles, stores: Stores, tu
                 _write_tensor(context, tensor, alike)
         turn.end()
         return [_publish(context, unit, shard, output, stores) for output in outputs]
-
-
-def check_base(store: Store, base: Checkpoint, shard: Shard) -> None:
-    """Refuse files of one shard that are not those of the plan."""
-    names = {tensor.source.file for tensor in shard.tensors}
-    for tensor in shard.tensors:
-        if tensor.source.name in base.quantised:
-            names |= {part.file for part in base.quantised[tensor.source.name].parts.values()}
-    for planned in base.weight_files:
-        if planned.path in names and store.info(planned.path) != planned:
-            raise RunFailed(f"{base.url}/{planned.path} has changed since the run was planned; run again")
 
 
 @contextmanager

@@ -60,8 +60,8 @@ class MergeWorker:
             if isinstance(unit, ShardUnit):
                 return run_shard(job, unit, files, self._stores, turn)
             if isinstance(unit, EmrUnit):
-                return run_emr(job, unit, files, self._stores)
-            return run_adapter(job, unit, files, self._stores)
+                return run_emr(job, unit, files, self._stores, turn)
+            return run_adapter(job, unit, files, self._stores, turn)
 
 
 def _check_device(device: str) -> None:

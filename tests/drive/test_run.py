@@ -254,10 +254,9 @@ def test_kill_9_of_the_driver_then_run_again_gives_the_same_bytes(inputs, undist
     process.kill()
     process.wait()
     there = len(list((tmp_path / "out").rglob("receipts/*.json")))
-    assert 7 <= there < 25  # one unit is done for all six merges, the next one is under way
+    assert 7 <= there < 25  # some objects of the first two units are there
     result = merge(inputs, tmp_path / "out", tmp_path / "cache")
-    assert result.units_adopted > 0
-    assert result.units_run < 5
+    assert result.units_adopted == there
     shutil.rmtree(tmp_path / "out" / ".ray_merge", ignore_errors=True)
     assert digests(tmp_path / "out") == digests(undisturbed)
 
