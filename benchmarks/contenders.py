@@ -142,7 +142,10 @@ class Bench:
     def facts(self) -> dict[str, Any]:
         """Bytes of the output, what its receipts count, and a sample of its weights."""
         written = sum(file.stat().st_size for file in self.out.rglob("*") if file.is_file())
-        counted = {"decoded_bytes": receipts_count(self.out, "decoded"), "base_bytes": receipts_count(self.out, "read")}
+        counted = {
+            "decoded_bytes": receipts_count(self.out, "decoded"),
+            "base_bytes": receipts_count(self.out, "read"),
+        }
         phases = {key: receipts_count(self.out, key) for key in PHASES}
         return {"out_bytes": written, **counted, "phases": phases, "sample": self.sample()}
 

@@ -75,8 +75,8 @@ def plan(
     planned = make_plan(parsed, merges, base, adapters, memory_bytes=ceiling)
     if memory is not None and planned.peak_bytes > ceiling:
         raise Refusal(
-            f"--memory {memory}: one worker needs about {planned.peak_bytes / 1e6:.0f} MB even for one merge at a time, "
-            f"the ceiling is {ceiling / 1e6:.0f} MB; raise it, or merge fewer adapters at once"
+            f"--memory {memory}: one worker needs about {planned.peak_bytes / 1e6:.0f} MB even for one merge at "
+            f"a time, the ceiling is {ceiling / 1e6:.0f} MB; raise it, or merge fewer adapters at once"
         )
     return planned
 

@@ -43,9 +43,14 @@ def test_watch_counts_the_whole_tree_once(modules, tmp_path, waits):
     child += (
         "import time; end = time.process_time() + 0.5\nwhile time.process_time() < end: pass\ntime.sleep(0.3)"
     )
-    parent = f"import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', {child!r}]);"
+    child += f"\nopen({str(tmp_path / 'done')!r}, 'w').close(); time.sleep({0 if waits else 60})"
+    parent = f"import os, subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', {child!r}]);"
     # The kernel adds the bytes of a child to the parent that waits for it.
-    parent += "child.wait(); time.sleep(0.3)" if waits else "time.sleep(2); child.kill()"
+    parent += (
+        "child.wait(); time.sleep(0.3)"
+        if waits
+        else f"\nwhile not os.path.exists({str(tmp_path / 'done')!r}): time.sleep(0.05)\nchild.kill()"
+    )
     cost = watch([sys.executable, "-c", parent])
     assert 0.5 <= cost.cpu_seconds <= cost.seconds + 0.5
     assert cost.daemon_cpu_seconds == 0

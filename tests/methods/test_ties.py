@@ -12,8 +12,8 @@ from method_cases import (
 )
 
 from ray_merge.algebra.site import SiteFactors
-from ray_merge.methods.merge_factors import merge_factors
 from ray_merge.methods.catalogue.ties import kept_entries
+from ray_merge.methods.merge_factors import merge_factors
 from ray_merge.spec import Factor
 
 CLOSE = 1e-10

@@ -30,7 +30,9 @@ def test_no_more_is_submitted_than_was_taken_plus_the_window(ray_pool, tmp_path)
     assert len(list(results)) == 37
 
 
-def test_tasks_are_done_in_their_order_but_for_the_two_that_one_worker_is_given_at_once(ray_session, tmp_path):
+def test_tasks_are_done_in_their_order_but_for_the_two_that_one_worker_is_given_at_once(
+    ray_session, tmp_path
+):
     with RayPool(StepWorker, session=ray_session, workers=1, memory_bytes=None) as pool:
         done = list(pool.run([Task(str(i), Write(str(tmp_path), f"{i:02d}", 0.01)) for i in range(10)]))
     places = [int(result.value) for result in done]
