@@ -171,6 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    # Units in flight stop at their next chunk; a second signal would only interrupt the tidying up.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise RunFailed(f"stopped by {signal.Signals(number).name}; run the recipe again to finish it")
 
 

@@ -53,7 +53,7 @@ class Turns:
         self._free = room
         self._queued = 0
         self._served = 0
-        self._closed = False
+        self.closed = False
         self._changed = Condition()
 
     def queue(self) -> Turn:
@@ -63,15 +63,15 @@ class Turns:
             return Turn(self, self._queued - 1)
 
     def close(self) -> None:
-        """Nobody begins any more: who waits, and who comes, gets a `Dropped`."""
+        """Nobody begins any more, and who computes stops at the next `check`: they get a `Dropped`."""
         with self._changed:
-            self._closed = True
+            self.closed = True
             self._changed.notify_all()
 
     def _enter(self, place: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or (self._served == place and self._free > 0))
-            if self._closed:
+            self._changed.wait_for(lambda: self.closed or (self._served == place and self._free > 0))
+            if self.closed:
                 raise Dropped(f"unit {place} was dropped before it began")
             self._served += 1
             self._free -= 1
@@ -84,7 +84,7 @@ class Turns:
 
 
 class Dropped(Exception):
-    """A unit whose turn never came, because its pool stopped; nobody waits for its result."""
+    """A unit that does not begin, or does not go on, because its pool has stopped; nobody waits for its result."""
 
 
 class Turn:
@@ -92,6 +92,15 @@ class Turn:
 
     def __init__(self, turns: Turns, place: int) -> None:
         self._turns, self._place, self._ended = turns, place, False
+
+    def check(self) -> None:
+        """Go on, or not: called once for each chunk of work, so that a stopped pool ends soon.
+
+        Raises:
+            Dropped: the pool has stopped; nobody waits for this unit.
+        """
+        if self._turns.closed:
+            raise Dropped("the pool has stopped")
 
     def end(self) -> None:
         """Let the next unit begin; a second call does nothing."""

@@ -18,8 +18,29 @@ DIGIT_BITS = (15, 16)
 MAGNITUDE_BITS = {"float32": 31, "float64": 63}
 """Bits below the sign."""
 
-Counts = NDArray[np.int64]
-"""Entries for each value of the bits counted, smallest value first."""
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many entries have each value of the bits counted; values that do not occur are left out.
+
+    Args:
+        digits: ascending.
+        counts: of each, at least 1.
+    """
+
+    digits: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, counts: NDArray[np.int64]) -> Histogram:
+        """From one count for every value, 0 where it does not occur."""
+        digits = np.flatnonzero(counts)
+        return cls(digits, counts[digits])
+
+    @property
+    def total(self) -> int:
+        """Entries in all."""
+        return int(self.counts.sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +74,13 @@ class Prefix:
         return float(bits.view(np.float32 if self.total_bits == 31 else np.float64)[0])
 
 
-def narrow(prefix: Prefix, k: int, counts: Counts) -> tuple[Prefix, int, int]:
+def narrow(prefix: Prefix, k: int, found: Histogram) -> tuple[Prefix, int, int]:
     """Take the digit that the k-th largest candidate has.
 
     Args:
         prefix: what candidates share.
         k: 1 is the largest of them.
-        counts: of candidates, by the next `prefix.width` bits.
+        found: candidates by their next `prefix.width` bits.
 
     Returns:
         The longer prefix, the place among its candidates, and how many these are.
@@ -67,12 +88,11 @@ def narrow(prefix: Prefix, k: int, counts: Counts) -> tuple[Prefix, int, int]:
     Raises:
         ValueError: there are fewer than k candidates.
     """
-    from_top = counts[::-1].cumsum()
-    if not 1 <= k <= int(from_top[-1]):
-        raise ValueError(f"the {k}-th largest of {int(from_top[-1])} entries")
+    if not 1 <= k <= found.total:
+        raise ValueError(f"the {k}-th largest of {found.total} entries")
+    from_top = found.counts[::-1].cumsum()
     place = int(np.searchsorted(from_top, k))
-    digit = len(counts) - 1 - place
+    digit, n_candidates = int(found.digits[::-1][place]), int(found.counts[::-1][place])
     above = int(from_top[place - 1]) if place else 0
-    width = prefix.width
-    longer = Prefix((prefix.value << width) | digit, prefix.n_bits + width, prefix.total_bits)
-    return longer, k - above, int(counts[digit])
+    longer = Prefix((prefix.value << prefix.width) | digit, prefix.n_bits + prefix.width, prefix.total_bits)
+    return longer, k - above, n_candidates

@@ -11,17 +11,18 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ray_merge.algebra.radix import MAGNITUDE_BITS, Counts, Prefix, narrow
+from ray_merge.algebra.radix import MAGNITUDE_BITS, Histogram, Prefix, narrow
 from ray_merge.errors import OutputConflict
 from ray_merge.methods.context import Thresholds
 from ray_merge.methods.registry import get, selects_over_model
-from ray_merge.plan import Plan
+from ray_merge.plan import QUESTIONS_AT_ONCE, Plan
 from ray_merge.pool import Pool, Task
 from ray_merge.spec import Merge, needs_base
 from ray_merge.storage.commit import pretty_json
@@ -30,7 +31,7 @@ from ray_merge.work.job import Question, SelectUnit, Series
 
 THRESHOLDS = "ray_merge/thresholds.json"
 
-GATHERED = 2**16
+GATHERED = 2**16  # as many bytes as a histogram (plan.memory.QUESTION_BYTES)
 """Candidates that are fetched at most, 512 KiB, in place of one more round."""
 
 
@@ -41,17 +42,29 @@ class _Search:
     series: Series
     prefix: Prefix
     k: int
-    n_candidates: int
+    n_candidates: int = 0
     found: float | None = None
 
+    def take(self, histogram: Histogram) -> None:
+        """Go on to the digit that the k-th largest candidate has."""
+        self.prefix, self.k, self.n_candidates = narrow(self.prefix, self.k, histogram)
+        if self.prefix.complete:
+            self.found = self.prefix.magnitude
 
-@dataclass(slots=True)
+    @property
+    def question(self) -> Question:
+        """What to ask next."""
+        gather = self.n_candidates if self.n_candidates <= GATHERED else 0
+        return Question(self.series, self.prefix, gather)
+
+
+@dataclass(frozen=True, slots=True)
 class _Answer:
-    """What all shards together say to one question."""
+    """What all shards together say to one question; `magnitudes` ascending."""
 
-    counts: Counts
-    magnitudes: list[Any] = field(default_factory=list)
-    n_entries: int = 0
+    histogram: Histogram
+    magnitudes: NDArray[np.float64]
+    n_entries: int
 
 
 def select_thresholds(plan: Plan, merges: Sequence[Merge], pool: Pool) -> dict[str, Thresholds]:
@@ -66,25 +79,21 @@ def select_thresholds(plan: Plan, merges: Sequence[Merge], pool: Pool) -> dict[s
         return {}
     rounds = _Rounds(plan, merges, pool)
     series = {merge.name: _series(plan, merge, merges) for merge in merges}
-    starts = {
-        one: Question(one, Prefix(total_bits=_bits(plan, one))) for some in series.values() for one in some
-    }
-    first = rounds.ask(list(dict.fromkeys(starts.values())))
+    each = dict.fromkeys(one for some in series.values() for one in some)
+    starts = {one: Prefix(total_bits=_bits(plan, one)) for one in each}
+    first = {q.series: answer for q, answer in rounds.ask([Question(*start) for start in starts.items()])}
+    places = {merge.name: _places(plan, merge, series[merge.name], first) for merge in merges}
     searches: dict[tuple[Series, int], _Search] = {}
     for merge in merges:
-        for one, places in zip(
-            series[merge.name], _places(plan, merge, series[merge.name], first), strict=True
-        ):
-            for k in places:
-                searches.setdefault((one, k), _begin(one, k, first[starts[one]], starts[one].prefix))
+        for one, (some, n_entries) in zip(series[merge.name], places[merge.name], strict=True):
+            for k in some:
+                searches.setdefault((one, k), _begin(one, starts[one], k, n_entries, first[one].histogram))
     while open_ones := [search for search in searches.values() if search.found is None]:
         _round(open_ones, rounds)
     return {
         merge.name: tuple(
-            tuple(searches[one, k].found or 0.0 for k in places)
-            for one, places in zip(
-                series[merge.name], _places(plan, merge, series[merge.name], first), strict=True
-            )
+            tuple(searches[one, k].found or 0.0 for k in some)
+            for one, (some, _) in zip(series[merge.name], places[merge.name], strict=True)
         )
         for merge in merges
     }
@@ -99,21 +108,27 @@ class _Rounds:
         self._pool = pool
         self._count = 0
 
-    def ask(self, questions: Sequence[Question]) -> dict[Question, _Answer]:
-        """The answers of all shards, added up in the order of shards."""
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, _Answer]]:
+        """The answers of all shards, added up; so many questions at once that a worker holds them all."""
+        ordered = sorted(questions, key=lambda q: (q.series.merge, q.series.space, q.series.adapters))
+        for start in range(0, len(ordered), QUESTIONS_AT_ONCE):
+            yield from self._batch(ordered[start : start + QUESTIONS_AT_ONCE])
+
+    def _batch(self, questions: Sequence[Question]) -> list[tuple[Question, _Answer]]:
         units = [SelectUnit(shard, tuple(questions), self._count) for shard in self._shards]
         self._count += 1
-        parts = {done.id: done.value for done in self._pool.run([Task(unit.id, unit) for unit in units])}
-        answers = {q: _Answer(np.zeros(1 << q.prefix.width, np.int64)) for q in questions}
-        for unit in units:
-            for question, found in zip(questions, parts[unit.id], strict=True):
-                answer = answers[question]
-                answer.n_entries += found.n_entries
-                if question.gather:
-                    answer.magnitudes.append(found.values)
-                else:
-                    answer.counts[found.values] += found.counts
-        return answers
+        counts = [np.zeros(0 if q.gather else 1 << q.prefix.width, np.int64) for q in questions]
+        magnitudes: list[list[NDArray[np.float64]]] = [[] for _ in questions]
+        n_entries = [0] * len(questions)
+        for done in self._pool.run([Task(unit.id, unit) for unit in units]):
+            for index, found in enumerate(done.value):
+                n_entries[index] += found.n_entries
+                counts[index][found.histogram.digits] += found.histogram.counts
+                magnitudes[index].append(found.magnitudes)
+        return [
+            (question, _Answer(Histogram.of(own), np.sort(np.concatenate([*some, np.zeros(0)])), n))
+            for question, own, some, n in zip(questions, counts, magnitudes, n_entries, strict=True)
+        ]
 
 
 def _series(plan: Plan, merge: Merge, merges: Sequence[Merge]) -> list[Series]:
@@ -136,45 +151,41 @@ def _bits(plan: Plan, series: Series) -> int:
 
 
 def _places(
-    plan: Plan, merge: Merge, series: Sequence[Series], first: Mapping[Question, _Answer]
-) -> list[tuple[int, ...]]:
-    """Per adapter the k of its thresholds; k counts the zeros of sites that the adapter does not touch."""
+    plan: Plan, merge: Merge, series: Sequence[Series], first: Mapping[Series, _Answer]
+) -> list[tuple[tuple[int, ...], int]]:
+    """Per adapter the k of its thresholds, and the entries they are places among.
+
+    These include the zeros of sites that the adapter does not touch.
+    """
     counts = get(merge.method).counts
     assert counts is not None
     in_all = sum(math.prod(site.shape) for site in plan.touched(merge))
-    n_entries = {question.series: answer.n_entries for question, answer in first.items()}
-    return [
-        counts(merge.parameters, one.adapter, in_all if one.space == "dense" else n_entries[one])
-        for one in series
-    ]
+    n_entries = [in_all if one.space == "dense" else first[one].n_entries for one in series]
+    return [(counts(merge.parameters, one.adapter, n), n) for one, n in zip(series, n_entries, strict=True)]
 
 
-def _begin(series: Series, k: int, answer: _Answer, prefix: Prefix) -> _Search:
-    counted = int(answer.counts.sum())
+def _begin(series: Series, prefix: Prefix, k: int, n_entries: int, histogram: Histogram) -> _Search:
+    search = _Search(series, prefix, k)
     if k == 0:
-        return _Search(series, prefix, k, 0, found=math.inf)
-    if k >= counted:  # everything is kept, or the k-th is a zero of a site that the adapter does not touch
-        return _Search(series, prefix, k, 0, found=0.0)
-    longer, left, n_candidates = narrow(prefix, k, answer.counts)
-    return _Search(series, longer, left, n_candidates)
+        search.found = math.inf
+    elif k >= n_entries or k > histogram.total:
+        # Everything is kept, or the k-th largest is a zero of a site that the adapter does not touch.
+        search.found = 0.0
+    else:
+        search.take(histogram)
+    return search
 
 
 def _round(searches: Sequence[_Search], rounds: _Rounds) -> None:
     by_question: dict[Question, list[_Search]] = defaultdict(list)
     for search in searches:
-        gather = search.n_candidates <= GATHERED
-        by_question[Question(search.series, search.prefix, gather)].append(search)
-    answers = rounds.ask(list(by_question))
-    for question, some in by_question.items():
-        for search in some:
+        by_question[search.question].append(search)
+    for question, answer in rounds.ask(list(by_question)):
+        for search in by_question[question]:
             if question.gather:
-                together = np.sort(np.concatenate(answers[question].magnitudes))
-                search.found = float(together[len(together) - search.k])
-                continue
-            counts = answers[question].counts
-            search.prefix, search.k, search.n_candidates = narrow(search.prefix, search.k, counts)
-            if search.prefix.complete:
-                search.found = search.prefix.magnitude
+                search.found = float(answer.magnitudes[len(answer.magnitudes) - search.k])
+            else:
+                search.take(answer.histogram)
 
 
 def selecting(merges: Sequence[Merge]) -> list[Merge]:
@@ -202,11 +213,19 @@ def read_thresholds(store: Store, merge: Merge) -> Thresholds | None:
         return None
     try:
         document = json.loads(store.read(THRESHOLDS))
-        return tuple(
-            tuple(math.inf if value is None else float(value) for value in document[name])
-            for name in merge.adapters
-        )
-    except (ValueError, TypeError, KeyError) as error:
+        return tuple(_values(merge, name, document[name]) for name in merge.adapters)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise OutputConflict(
             f"{store.url}/{THRESHOLDS} is damaged ({error}); remove this merge's folder"
         ) from error
+
+
+def _values(merge: Merge, adapter: str, given: Any) -> tuple[float, ...]:
+    counts = get(merge.method).counts
+    assert counts is not None
+    n_values = len(counts(merge.parameters, adapter, 1))
+    if not isinstance(given, list) or len(given) != n_values:
+        raise ValueError(f"{adapter} is {given!r}, expected a list of {n_values}")
+    if not all(value is None or (isinstance(value, float) and 0 <= value < math.inf) for value in given):
+        raise ValueError(f"{adapter} is {given!r}, expected magnitudes")
+    return tuple(math.inf if value is None else value for value in given)

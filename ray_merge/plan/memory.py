@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ray_merge.methods.memory import SiteBytes
-from ray_merge.methods.registry import get, working_bytes
+from ray_merge.methods.registry import get, selects_over_model, working_bytes
 from ray_merge.plan.kinds import Kind, SiteKinds
 from ray_merge.spec import Adapter, Merge, Site, TensorEntry
 
@@ -17,6 +17,12 @@ RUNTIME_BYTES = 300 * 10**6
 
 STREAM_BYTES = 40 * 10**6
 """Chunks read ahead, and the float32 copies of the one being merged (storage/stream.py: 2 MiB as stored)."""
+
+QUESTION_BYTES = 8 * 2**16
+"""A histogram of 16 bits, or the candidates that take its place, when thresholds are selected over a model."""
+
+QUESTIONS_AT_ONCE = 128
+"""Asked of one worker together: 64 MiB."""
 
 MAX_GROUP = 16
 """Merges that share one pass over the base. Each has one unfinished shard on the worker's disk meanwhile."""
@@ -45,10 +51,13 @@ def fit_group(
         shared[merge.adapters] = max(shared.get(merge.adapters, 0), worst.shared)
     # A set of adapters is kept as long as one of its merges is in the group; at most one set per merge.
     sets = sorted(shared.values(), reverse=True)
+    selecting = any(selects_over_model(get(merge.method), merge.parameters) for merge in merges)
+    questions = QUESTIONS_AT_ONCE * QUESTION_BYTES if selecting else 0
+    counting = RUNTIME_BYTES + STREAM_BYTES + files + passing + max(sets, default=0) + questions
     for size in range(min(MAX_GROUP, max(1, len(merges))), 0, -1):
         peak = RUNTIME_BYTES + STREAM_BYTES + files + passing + size * held + sum(sets[:size])
         if peak <= memory_bytes or size == 1:
-            return size, peak
+            return size, max(peak, counting)
     raise AssertionError("unreachable: a group of one is always returned")
 
 

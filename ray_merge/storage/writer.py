@@ -20,9 +20,14 @@ PENDING_WRITES = 16
 
 
 class WriteBehind:
-    """One thread that does what it is given in order; use as a context manager around the files of one unit."""
+    """One thread that does what it is given in order; use as a context manager around the files of one unit.
 
-    def __init__(self) -> None:
+    Args:
+        check: called before each piece is queued; raises where the unit must not go on.
+    """
+
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+        self._check = check
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-behind")
         self._room = BoundedSemaphore(PENDING_WRITES)
         self._last: Future[None] | None = None
@@ -41,6 +46,7 @@ class WriteBehind:
             BaseException: what an earlier call raised; nothing was done since.
         """
         self._raise()
+        self._check()
         self._room.acquire()
         self._last = self._thread.submit(self._run, call)
 

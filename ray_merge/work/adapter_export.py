@@ -54,6 +54,7 @@ def run_adapter(
     folder = scratch_folder(job, merge.name)
     with TemporaryFile(dir=folder) as spool:
         for site in sites:
+            turn.check()
             begun = time.perf_counter()
             delta = site_deltas(site, [merge], files, no_base, unit.thresholds)[0]
             exact = delta.factors()

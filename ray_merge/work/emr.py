@@ -50,7 +50,7 @@ def run_emr(job: Job, unit: EmrUnit, files: AdapterFiles, stores: Stores, turn: 
     merge_id, folder = job.merge_ids[merge.name], scratch_folder(job, merge.name)
     path = folder / f"{merge_id[:12]}-emr-{shard.name}-{uuid.uuid4().hex[:8]}"
     with ExitStack() as stack:
-        behind = WriteBehind()
+        behind = WriteBehind(turn.check)
         file = ScratchFile(path, emr_layout(sites), emr_metadata(sites), behind)
         stack.callback(file.discard)
         stack.enter_context(behind)  # last, so that nothing is queued when the file is discarded

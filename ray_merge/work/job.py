@@ -71,12 +71,12 @@ class Question:
     Args:
         series: whose entries.
         prefix: what candidates share (algebra/radix.py).
-        gather: ask for the candidates' magnitudes instead of counts.
+        gather: how many candidates there are in all, to ask for their magnitudes; 0 asks for counts.
     """
 
     series: Series
     prefix: Prefix
-    gather: bool = False
+    gather: int = 0
 
 
 @dataclass(frozen=True, slots=True)

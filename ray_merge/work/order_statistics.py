@@ -16,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ray_merge.algebra.radix import Histogram
 from ray_merge.algebra.select import count, gather, magnitude_bits
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.plan import Plan
+from ray_merge.pool import Turn
 from ray_merge.spec import Merge, Site
 from ray_merge.storage.store import Stores
 from ray_merge.storage.stream import Reader
@@ -32,17 +34,17 @@ class Found:
     """The answer to one question from one shard.
 
     Args:
-        values: digits that occur, ascending; or magnitudes, for a question that gathers.
-        counts: how often each digit occurs; empty for magnitudes.
+        histogram: of the candidates; empty for a question that gathers.
+        magnitudes: of the candidates, for a question that gathers.
         n_entries: entries looked at, candidates or not.
     """
 
-    values: NDArray[np.int64] | NDArray[np.float64]
-    counts: NDArray[np.int64]
+    histogram: Histogram
+    magnitudes: NDArray[np.float64]
     n_entries: int
 
 
-def run_select(job: Job, unit: SelectUnit, files: AdapterFiles, stores: Stores) -> list[Found]:
+def run_select(job: Job, unit: SelectUnit, files: AdapterFiles, stores: Stores, turn: Turn) -> list[Found]:
     """The answers to the unit's questions, in order; `Prefix.total_bits` of round 0 is set by the entries' dtype."""
     plan = job.plan
     merges = {merge.name: merge for merge in plan.merges}
@@ -61,7 +63,7 @@ def run_select(job: Job, unit: SelectUnit, files: AdapterFiles, stores: Stores) 
         for name, spaces in by_merge.items():
             for site, base in _sites(plan, merges[name], unit.shard, sources):
                 for (space, adapters), wanted in spaces.items():
-                    _look(files.site(adapters, site, base), space, [(s, by_series[s]) for s in wanted])
+                    _look(files.site(adapters, site, base), space, [(s, by_series[s]) for s in wanted], turn)
     return [tally.found() for tally in tallies]
 
 
@@ -78,24 +80,33 @@ def _base(sources: Sources, tensors: Mapping[str, object], site: Site) -> Base:
     return lambda: sources.matrix(tensors[site.tensor], whole, site.shape[1])  # type: ignore[arg-type]
 
 
-def _look(factors: SiteFactors, space: str, wanted: Sequence[tuple[Series, Sequence[_Tally]]]) -> None:
+def _look(
+    factors: SiteFactors, space: str, wanted: Sequence[tuple[Series, Sequence[_Tally]]], turn: Turn
+) -> None:
     coordinates = factors.space(space)
     for series, tallies in wanted:
         index = series.adapters.index(series.adapter)
         if factors.ranks[index] == 0 and space == "dense":
             continue  # all zeros: the driver knows how many there are
         for chunk in coordinates.chunks(index):
+            turn.check()
             for tally in tallies:
                 tally.add(chunk)
 
 
 class _Tally:
-    """Adds up the answer to one question."""
+    """Adds up the answer to one question, in memory that is taken once.
+
+    What is gathered goes into one array: a small tensor for each chunk, kept between large ones that come and go,
+    would pin the heap (23 GB were measured where this takes 0.4).
+    """
 
     def __init__(self, question: Question) -> None:
         self.question = question
-        self._counts: Tensor | None = None
-        self._gathered: list[Tensor] = []
+        prefix = question.prefix
+        self._counts = torch.zeros(0 if question.gather else 1 << prefix.width, dtype=torch.int64)
+        self._magnitudes = np.empty(question.gather)
+        self._n_gathered = 0
         self._n_entries = 0
 
     def add(self, chunk: Tensor) -> None:
@@ -104,19 +115,14 @@ class _Tally:
         assert prefix.total_bits == magnitude_bits(chunk.dtype), (
             "the driver and the entries disagree on the dtype"
         )
-        if self.question.gather:
-            self._gathered.append(gather(chunk, prefix).double().cpu())
+        if not self.question.gather:
+            self._counts += count(chunk, prefix).cpu()
             return
-        counts = count(chunk, prefix)
-        self._counts = counts if self._counts is None else self._counts.add_(counts)
+        found = gather(chunk, prefix).cpu().numpy()
+        self._magnitudes[self._n_gathered : self._n_gathered + len(found)] = found
+        self._n_gathered += len(found)
 
     def found(self) -> Found:
-        none = np.zeros(0, np.int64)
-        if self.question.gather:
-            together = torch.cat(self._gathered).numpy() if self._gathered else np.zeros(0)
-            return Found(np.sort(together), none, self._n_entries)
-        if self._counts is None:
-            return Found(none, none, self._n_entries)
-        counts = self._counts.cpu().numpy()
-        digits = np.flatnonzero(counts)
-        return Found(digits, counts[digits], self._n_entries)
+        return Found(
+            Histogram.of(self._counts.numpy()), self._magnitudes[: self._n_gathered].copy(), self._n_entries
+        )

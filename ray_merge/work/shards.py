@@ -82,7 +82,7 @@ def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles, stores: Stores, tu
     merges = [merge for merge in plan.merges if merge.name in unit.merges]
     clock = _Clock()
     with ExitStack() as stack:
-        behind = WriteBehind()
+        behind = WriteBehind(turn.check)
         outputs = [stack.enter_context(_output(job, shard, merge, behind)) for merge in merges]
         stack.enter_context(behind)  # last, so that nothing is queued when the files are discarded
         base = stores.open(plan.base.url)

@@ -56,7 +56,7 @@ class MergeWorker:
             if isinstance(unit, PreflightUnit):
                 return files.check(unit.adapter)
             if isinstance(unit, SelectUnit):
-                return run_select(job, unit, files, self._stores)
+                return run_select(job, unit, files, self._stores, turn)
             if isinstance(unit, ShardUnit):
                 return run_shard(job, unit, files, self._stores, turn)
             if isinstance(unit, EmrUnit):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ray_merge.algebra.radix import Prefix, narrow
+from ray_merge.algebra.radix import Histogram, Prefix, narrow
 
 
 def patterns(values, total_bits):
@@ -14,7 +14,14 @@ def counted(pattern, prefix):
         pattern[pattern >> (prefix.total_bits - prefix.n_bits) == prefix.value] if prefix.n_bits else pattern
     )
     digits = (inside >> (prefix.total_bits - prefix.n_bits - prefix.width)) & ((1 << prefix.width) - 1)
-    return np.bincount(digits, minlength=1 << prefix.width)
+    return Histogram.of(np.bincount(digits, minlength=1 << prefix.width))
+
+
+def added(histograms, width):
+    counts = np.zeros(1 << width, np.int64)
+    for one in histograms:
+        counts[one.digits] += one.counts
+    return Histogram.of(counts)
 
 
 @pytest.mark.parametrize("total_bits", [31, 63])
@@ -35,9 +42,12 @@ def test_histograms_of_parts_may_be_added_up():
     pattern = patterns(np.random.default_rng(1).normal(size=999), 31)
     start = Prefix(total_bits=31)
     whole = narrow(start, 100, counted(pattern, start))
-    assert narrow(start, 100, sum(counted(part, start) for part in np.array_split(pattern, 7))) == whole
+    assert (
+        narrow(start, 100, added([counted(part, start) for part in np.array_split(pattern, 7)], start.width))
+        == whole
+    )
 
 
 def test_a_place_that_no_candidate_has_is_an_error():
     with pytest.raises(ValueError, match="the 3-th largest of 2 entries"):
-        narrow(Prefix(), 3, np.array([1, 1]))
+        narrow(Prefix(), 3, Histogram.of(np.array([1, 0, 1])))

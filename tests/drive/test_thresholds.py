@@ -138,9 +138,11 @@ def test_shards_do_not_change_a_byte_of_the_result(inputs, tmp_path):
     assert one == other
 
 
-def test_merges_share_the_counting_of_an_adapter(inputs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at_once", [2, 128])
+def test_merges_share_the_counting_of_an_adapter(inputs, tmp_path, monkeypatch, at_once):
     asked = []
     inner = under_test._Rounds.ask
+    monkeypatch.setattr(under_test, "QUESTIONS_AT_ONCE", at_once)
     monkeypatch.setattr(
         under_test._Rounds,
         "ask",
@@ -163,10 +165,22 @@ def test_a_run_that_was_stopped_does_not_count_again(inputs, tmp_path, monkeypat
     assert digests(folder) == before
 
 
-def test_damaged_thresholds_are_refused_by_name(inputs, tmp_path):
-    run(inputs, tmp_path, merge(density=0.2))
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"a0": [1]',
+        "null",
+        '{"a0": []}',
+        '{"a0": [NaN]}',
+        '{"a0": ["1"]}',
+        '{"a0": [-1.0]}',
+        '{"a0": [1.0, 1.0]}',
+    ],
+)
+def test_damaged_thresholds_are_refused_by_name(inputs, tmp_path, content):
     folder = tmp_path / "out" / "m"
-    (folder / THRESHOLDS).write_text('{"a0": [1]')
+    (folder / "ray_merge").mkdir(parents=True)
+    (folder / THRESHOLDS).write_text(content)
     planned = ray_merge.plan(recipe(inputs, tmp_path / "out", merge(density=0.2)))
     with pytest.raises(OutputConflict, match=r"thresholds\.json is damaged"):
         read_thresholds(open_store(str(folder)), planned.merges[0])
@@ -180,3 +194,15 @@ def test_an_adapter_whose_places_are_zeros_keeps_everything(inputs, tmp_path):
     n_all = sum(delta.numel() for delta in deltas(inputs)["a1"].values())
     assert n_own < 0.9 * n_all
     assert found["a1"] == [0.0]
+
+
+def test_the_smallest_entry_of_an_adapter_is_a_threshold_too(inputs, tmp_path):
+    """breadcrumbs drops what lies above: a place that is just the last of an adapter's own entries is no zero."""
+    n_all = sum(delta.numel() for delta in deltas(inputs)["a1"].values())
+    own = torch.cat([delta.flatten() for delta in deltas(inputs)["a1"].values() if (delta != 0).any()]).abs()
+    gamma = (len(own) - 1) / n_all
+    given = {"name": "m", "merge_method": "breadcrumbs", "adapters": ["a0", "a1"]}
+    given["parameters"] = {"scope": "model", "density": 0.1, "gamma": gamma}
+    run(inputs, tmp_path, given)
+    found = json.loads((tmp_path / "out" / "m" / THRESHOLDS).read_text())["a1"]
+    assert pytest.approx(float(own.min()), rel=1e-5) in found
