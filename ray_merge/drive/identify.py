@@ -19,6 +19,7 @@ from ray_merge.spec import Adapter, Merge
 from ray_merge.storage.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from ray_merge.storage.checkpoint import CONFIG_FILE, read_checkpoint
 from ray_merge.storage.digest import DigestCache
+from ray_merge.storage.ordered import in_order
 from ray_merge.storage.store import Store, Stores, open_store
 
 Versions = Mapping[str, str]
@@ -38,9 +39,8 @@ def read_inputs_identity(plan: Plan, digests: DigestCache, stores: Stores) -> In
     base_store = stores.open(plan.base.url)
     names = [info.path for info in (*plan.base.weight_files, *plan.base.side_files)]
     base = _versions(base_store, [*names, CONFIG_FILE], digests)
-    adapters = {
-        name: _adapter_versions(plan, adapter, digests, stores) for name, adapter in plan.adapters.items()
-    }
+    found = in_order(lambda one: _adapter_versions(plan, one, digests, stores), plan.adapters.values())
+    adapters = dict(zip(plan.adapters, found, strict=True))
     _check_training_base(plan, base, digests)
     return Inputs(base, adapters)
 
@@ -56,16 +56,16 @@ def _adapter_versions(plan: Plan, adapter: Adapter, digests: DigestCache, stores
 
 
 def _versions(store: Store, names: list[str], digests: DigestCache) -> Versions:
-    versions = {}
-    for name in sorted(names):
+    def version(name: str) -> str:
         if store.local_root is not None:
-            versions[name] = f"sha256:{digests.sha256(store.local_root / name)}"
-            continue
+            return f"sha256:{digests.sha256(store.local_root / name)}"
         info = store.info(name)
         if info is None:
             raise CheckpointError(f"{store.url}/{name} disappeared while the run was being planned")
-        versions[name] = f"{info.version}:{info.n_bytes}"
-    return versions
+        return f"{info.version}:{info.n_bytes}"
+
+    ordered = sorted(names)
+    return dict(zip(ordered, in_order(version, ordered), strict=True))
 
 
 def _check_training_base(plan: Plan, base: Versions, digests: DigestCache) -> None:

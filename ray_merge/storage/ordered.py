@@ -1,4 +1,4 @@
-"""Many small reads at once, their answers in order.
+"""Many reads at once, their answers in order.
 
 Owns the number of threads. Nothing here makes a result depend on which read is done first: answers come in the order
 of what was asked, and so does the first error.
@@ -27,7 +27,7 @@ def in_order(read: Callable[[Asked], Answer], items: Iterable[Asked]) -> Iterato
     if len(asked) < 2:
         yield from map(read, asked)
         return
-    pool = ThreadPoolExecutor(min(MAX_THREADS, len(asked)), thread_name_prefix="ray-merge-headers")
+    pool = ThreadPoolExecutor(min(MAX_THREADS, len(asked)), thread_name_prefix="ray-merge-reads")
     try:
         yield from pool.map(read, asked)
     finally:

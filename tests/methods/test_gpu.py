@@ -9,10 +9,10 @@ from ray_merge.methods.kernels import merge_site
 from ray_merge.methods.registry import METHODS, at_site, get, resolve_parameters
 from ray_merge.spec import Factor
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
-]
+pytestmark = pytest.mark.gpu
+
+if not torch.cuda.is_available():
+    pytest.skip("torch finds no GPU", allow_module_level=True)
 
 NAMES = ["a", "b", "c"]
 CASES = [(method.name, space) for method in METHODS for space in method.spaces]
