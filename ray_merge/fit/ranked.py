@@ -124,7 +124,7 @@ class FittedModules:
 
     def __init__(self, base: Checkpoint) -> None:
         self._base = base
-        self._known: dict[tuple[Naming, str, int, int], tuple[Site, FactorEntry]] = {}
+        self._known: dict[tuple[Naming, str, str, int, int], tuple[Site, FactorEntry]] = {}
 
     def learn(self, draft: Draft) -> None:
         """Keep the modules of a plain fit, if none of them could have asked for the others or the model class."""
@@ -133,9 +133,11 @@ class FittedModules:
         for name, site in draft.sites.items():
             module, update = draft.modules[name], draft.updates[name]
             if site.layout == "linear" and isinstance(update, FactorEntry) and _stands_alone(module, site):
-                A = update.products[0].A
+                A, B = update.products[0].A, update.products[0].B
                 assert A is not None
-                key = (draft.names.naming, module, A.shape[1], update.products[0].B.shape[0])
+                # One module has other tensor names in other files (PEFT's prefix, `default.`), and a copy of an
+                # update looks its tensors up by name.
+                key = (draft.names.naming, A.entry.name, B.entry.name, A.shape[1], B.shape[0])
                 self._known[key] = (site, update)
 
     def fitted(self, stored: StoredAdapter) -> tuple[Adapter, Mapping[str, tuple[str, ...]]] | None:
@@ -149,7 +151,8 @@ class FittedModules:
         modules: dict[str, str] = {}
         renamed: dict[str, tuple[str, ...]] = {}
         for name, A, B in family.modules:
-            found = self._known.get((naming, name, family.others[A], family.others[B]))
+            key = (naming, family.names[A], family.names[B], family.others[A], family.others[B])
+            found = self._known.get(key)
             if found is None:
                 return None
             site, like[site.name] = found

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ray_merge.methods.cost import Work, entries
 from ray_merge.methods.memory import Sizes, entrywise
 
 Kind = Literal["number", "integer", "flag", "choice"]
@@ -120,6 +121,8 @@ class Method:
         counts: for methods that keep entries by magnitude and know `scope`: which magnitudes they need, so that
             `scope: model` can select them over all sites.
         sizes: the bytes that one merge holds at one site.
+        work: the operations that one merge takes at one site.
+        equal_ranks: values of `compat` that add up factors of adapters, which then need one rank at each site.
     """
 
     name: str
@@ -136,11 +139,17 @@ class Method:
     rule: Rule | None = None
     counts: Counts | None = None
     sizes: Sizes = entrywise
+    work: Work = field(default_factory=entries)
+    equal_ranks: tuple[str, ...] = ()
 
     def declared(self) -> dict[str, Parameter]:
         """The parameters by the recipe's key, in declaration order."""
         made = (_parameter(item.name, item.metadata) for item in dataclasses.fields(self.parameters))
         return {parameter.key: parameter for parameter in made}
+
+    def adds_factors(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether the kernel, with resolved `parameters`, adds up factors instead of their products."""
+        return parameters.get("compat") in self.equal_ranks
 
 
 def _parameter(name: str, metadata: Mapping[str, Any]) -> Parameter:

@@ -107,7 +107,7 @@ def gives_factors(method: Method, space: str | None = None) -> bool:
 
 def takes_dense(method: Method, parameters: Mapping[str, Any]) -> bool:
     """Whether `method`, with resolved `parameters`, can take a delta that has no factors (DoRA)."""
-    if method.factors_only or (method.family == "sum" and parameters.get("compat") == "peft"):
+    if method.factors_only or method.adds_factors(parameters):
         return False
     return bool(parameters.get("space", method.spaces[0]) == "dense")
 

@@ -12,36 +12,25 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ray_merge.errors import Refusal, shown
+from ray_merge.methods.cost import made
 from ray_merge.methods.declare import Method
-from ray_merge.methods.registry import get, gives_factors
+from ray_merge.methods.registry import get, selects_over_model
 from ray_merge.plan.kinds import Kind, SiteKinds
 from ray_merge.plan.plan import Plan
 from ray_merge.recipe import parse_size
 from ray_merge.spec import Merge
 
-PRODUCT_FLOPS = 2
-"""Of one entry of a dense product, for each rank: a multiplication and an addition.
-
-These and the numbers below were measured on one core that multiplies float32 matrices at 90 GFLOP/s (2048 x 2048
-sites, 8 adapters of rank 16): a million entries take 1.1 ms to decode, add and round, and 5.9 ms for each adapter to
-trim and elect.
-"""
-
 ROUND_FLOPS = 100
-"""Of one entry of a touched weight in each merge: decode, add, round, measure the loss; bound by memory, given as
-arithmetic that takes as long."""
+"""Of one entry of a touched weight in each merge: decode, add, round, measure the loss (1.1 ms for a million entries),
+as arithmetic that takes as long; methods/cost.py has what it is measured against, and what the methods take."""
 
-ELECTION_FLOPS = 500
-"""Of one entry and adapter in a rule over entries (trim, elect, average), likewise."""
-
-FACTOR_FLOPS = 50
-"""Of one entry of a factor and each rank, where bases are made: QR of both factors and what multiplies them."""
-
-SVD_FLOPS = 60
-"""Of one entry of an (R, R) matrix and each rank: an SVD with both sides."""
+SELECT_ROUNDS = {"dense": 2, "core": 3, "knots": 3}
+"""How often the coordinates of all adapters are made for `scope: model` (drive/thresholds.py): float32, float64. What
+it takes to count them is in `Method.work`: a merge with `scope: tensor` counts them by itself."""
 
 SECONDS_PER_HOUR = 3600
 
@@ -167,37 +156,46 @@ def estimate(plan: Plan, cluster: Cluster) -> Estimate:
 
 
 def flops(plan: Plan) -> float:
-    """Floating-point operations of all merges of a plan, each counted by itself."""
+    """Floating-point operations of all merges of a plan, each counted by itself, and of what they select once."""
     kinds = SiteKinds(plan.adapters, plan.sites, plan.base.tensors)
     of_set = {names: kinds.of(names) for names in dict.fromkeys(merge.adapters for merge in plan.merges)}
     known: dict[tuple[str, str, tuple[str, ...]], float] = {}
     total = 0.0
     for merge in plan.merges:
-        method = get(merge.method)
-        space = str(merge.parameters.get("space", method.spaces[0]))
+        method, space = get(merge.method), _space(merge)
         key = (method.name, space, merge.adapters)
         if key not in known:
             known[key] = sum(
                 count * site_flops(method, space, kind) for kind, count in of_set[merge.adapters].items()
             )
         total += known[key]
-    return total
+    return total + selection_flops(plan.merges, kinds)
 
 
 def site_flops(method: Method, space: str, kind: Kind) -> float:
     """Floating-point operations of one merge at one site."""
-    (O, I), ranks, _ = kind  # noqa: E741
-    total, entries = sum(ranks), float(O * I)
-    rounded = ROUND_FLOPS * entries
-    if space == "dense":
-        made = PRODUCT_FLOPS * entries * total
-        plain = gives_factors(method, space)
-        return rounded + made + (0 if plain else ELECTION_FLOPS * entries * len(ranks))
-    kept = min(total, O, I)
-    bases = FACTOR_FLOPS * total * total * (O + I) + SVD_FLOPS * total**3
-    coordinates = kept * (I if space == "knots" else kept)
-    elected = ELECTION_FLOPS * coordinates * len(ranks)
-    return rounded + bases + elected + PRODUCT_FLOPS * entries * kept
+    shape, ranks, _ = kind
+    return ROUND_FLOPS * shape[0] * shape[1] + method.work(space, shape, ranks)
+
+
+def selection_flops(merges: Sequence[Merge], kinds: SiteKinds) -> float:
+    """Floating-point operations of the rounds before merges that select entries over the whole model.
+
+    Merges with the same coordinates are counted together: those of an adapter's delta are its own, those in a basis
+    belong to all adapters of a merge.
+    """
+    selecting = [merge for merge in merges if selects_over_model(get(merge.method), merge.parameters)]
+    alone = dict.fromkeys(name for merge in selecting if _space(merge) == "dense" for name in merge.adapters)
+    together = dict.fromkeys((space, m.adapters) for m in selecting if (space := _space(m)) != "dense")
+    return sum(
+        count * SELECT_ROUNDS[space] * made(space, shape, ranks)
+        for space, names in (("dense", tuple(alone)), *together)
+        for (shape, ranks, _), count in kinds.of(names).items()
+    )
+
+
+def _space(merge: Merge) -> str:
+    return str(merge.parameters.get("space", get(merge.method).spaces[0]))
 
 
 def exported_bytes(plan: Plan) -> int:

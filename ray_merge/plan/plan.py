@@ -18,6 +18,7 @@ from ray_merge.fit import check_bases, check_owners, fit_adapters
 from ray_merge.fit.owners import has_magnitude, is_head
 from ray_merge.fit.ranked import distinct
 from ray_merge.methods.registry import get, takes_dense
+from ray_merge.plan.cross_terms import check_biases, check_ranks
 from ray_merge.plan.depth import check_gradients, with_depths
 from ray_merge.plan.emr import check_emr, emr_bytes
 from ray_merge.plan.export import check_export
@@ -201,11 +202,12 @@ def make_plan(
             _check_vocabulary(merge, base, adapters)
         checked.add(merge.adapters)
         _check_dense(merge, with_magnitude)
-        _check_cross_terms(merge, adapters)
+        check_biases(merge, adapters)
         check_export(merge, adapters)
         check_emr(merge, adapters)
         warnings += _filter_warnings(merge, sites)
         warnings += check_gradients(merge, sites, base.url)
+    check_ranks(merges, adapters, sites, base.tensors)
     warnings += _vocabulary_warnings(merges, base, adapters)
     checkpoints = [index for index, merge in enumerate(merges) if merge.export != "adapter"]
     group_size, peak = fit_group(merges, adapters, sites, base.tensors, memory_bytes)
@@ -239,19 +241,6 @@ def _check_vocabulary(merge: Merge, base: Checkpoint, adapters: Mapping[str, Ada
                     f"{base.url}, but its config.json has no vocab_size of {before[0]} that could follow; resize the "
                     "base first"
                 )
-
-
-def _check_cross_terms(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
-    """PEFT's own `linear` multiplies sums of factors; a bias is no product of two."""
-    if get(merge.method).family != "sum" or merge.parameters.get("compat") != "peft":
-        return
-    for adapter in distinct(adapters[name] for name in merge.adapters):
-        raw = [site for site, layout in adapter.layouts.items() if layout == "raw"]
-        if raw:
-            raise RecipeError(
-                f"merge {merge.name!r}: compat: peft multiplies sums of factors, and adapter {adapter.name} trained "
-                f"{raw[0]}, which has none; remove compat: peft for the exact sum"
-            )
 
 
 def _magnitudes(adapters: Mapping[str, Adapter]) -> dict[str, str]:

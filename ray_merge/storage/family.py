@@ -41,7 +41,8 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 
 _NUMBERS = re.compile(rb"\[([0-9, ]{3,80})\]")
 _LEADING_ZERO = re.compile(rb",0[0-9]")
-_METADATA = re.compile(rb'\{\s*"__metadata__"\s*:\s*(\{[^{}]*\})\s*,')
+_METADATA = re.compile(rb'\{[ \t\r\n]*"__metadata__"[ \t\r\n]*:[ \t\r\n]*(\{[^{}]*\})[ \t\r\n]*,')
+"""With the white space that JSON has; a regex's own takes vertical tabs and form feeds too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +152,36 @@ class Families:
         read = None if text is None else _split(text)
         if read is None or text is None:
             return None
-        key = (kind, file, read[0])
-        family = self._families.get(key) or _family(text, rank, file)
-        if family is None or read[1] != family.numbers(rank):
-            return None
-        if data_start + rank * max(family.ends) != file_bytes:
+        skeleton, numbers = read
+        key = (kind, file, skeleton)
+        family = self._families.get(key)
+        if family is None:
+            made = _family(text, numbers, rank, file)
+            if made is None:
+                return None
+            with self._lock:
+                # Another thread may have been first, with other lengths: the key has none.
+                family = self._families.setdefault(key, made)
+        member = _proven(family, numbers, rank, data_start, file_bytes)
+        if member is None:
             return None
         with self._lock:
-            family = self._families.setdefault(key, family)
-            return self._members.setdefault((id(family), rank, data_start), Member(family, rank, data_start))
+            return self._members.setdefault((id(family), rank, data_start), member)
+
+
+def _proven(family: Family, numbers: list[int], rank: int, data_start: int, file_bytes: int) -> Member | None:
+    """The header with these numbers as a member of `family`, if it is one; nothing else makes a `Member`.
+
+    Args:
+        family: whichever the header is said to be of; its names, order and dtypes are the header's own.
+        numbers: of the header, as `Family.numbers` lists them.
+        rank: of every factor.
+        data_start: where the first tensor's bytes begin.
+        file_bytes: length of the file.
+    """
+    if numbers != family.numbers(rank) or data_start + rank * max(family.ends) != file_bytes:
+        return None
+    return Member(family, rank, data_start)
 
 
 def _kind(settings: Settings, config: Mapping[str, Any]) -> tuple[Any, ...] | None:
@@ -208,8 +230,15 @@ def _split(text: bytes) -> tuple[bytes, list[int]] | None:
     return hashlib.sha256(skeleton).digest(), values
 
 
-def _family(text: bytes, rank: int, file: str) -> Family | None:
-    """What a header says, if it holds nothing but factors of two axes and that rank, one after the other."""
+def _family(text: bytes, numbers: list[int], rank: int, file: str) -> Family | None:
+    """What a header says, if it holds nothing but factors of two axes and that rank, one after the other.
+
+    Args:
+        text: of the header, without metadata.
+        numbers: all of them.
+        rank: that the config says.
+        file: name of the file.
+    """
     pieces = _ENTRY.split(text.rstrip(b" "))
     between = set(pieces[GROUPS + 1 : -1 : GROUPS + 1])
     if pieces[0] != b"{" or pieces[-1] != b"}" or not between <= {b",", b", "}:
@@ -225,12 +254,11 @@ def _family(text: bytes, rank: int, file: str) -> Family | None:
     follows = all(before[1] == after[0] for before, after in pairwise(spans))
     if not axes or not set(dtypes) <= set(FLOATS) or not follows or spans[0][0] != 0 or 0 in others:
         return None
-    # One side of every factor is the rank and all ranks are one, so offsets are multiples of it. That they are the
-    # header's own is checked where a member is made.
+    # One side of every factor is the rank and all ranks are one, so offsets are multiples of it.
     firsts = [begin // rank for begin in begins]
     sizes = [other * DTYPE_BYTES[dtype] for other, dtype in zip(others, dtypes, strict=True)]
     try:
-        return Family(
+        family = Family(
             names=names,
             dtypes=dtypes,
             rank_axes=axes,
@@ -243,6 +271,8 @@ def _family(text: bytes, rank: int, file: str) -> Family | None:
         )
     except OverflowError:  # numbers that no file can have
         return None
+    # A family of which not even its first header is a member would keep all others of its key from theirs.
+    return family if family.numbers(rank) == numbers else None
 
 
 def _factors(names: Sequence[str]) -> tuple[bytes, tuple[tuple[str, int, int], ...]]:

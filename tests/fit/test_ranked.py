@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import random as random_numbers
 
 import pytest
 import torch
@@ -111,6 +112,59 @@ def test_names_that_differ_by_a_prefix_are_shared_too(tmp_path, base, strip):
     shared, alone, _ = both(tmp_path, adapters, base)
     assert_same(shared, alone)
     assert shared.renamed["c"]
+
+
+SPELLINGS = {
+    "as PEFT saves": lambda name: name,
+    "without the prefix": lambda name: name.removeprefix("base_model.model."),
+    "with the adapter's name": lambda name: name.replace(".weight", ".default.weight"),
+    "with the adapter's name in B alone": lambda name: name.replace("lora_B.weight", "lora_B.default.weight"),
+    "compiled": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+    "sharded": lambda name: name.replace(".mlp.", "._fsdp_wrapped_module.mlp."),
+    "wrapped twice": lambda name: name.replace(".self_attn.", ".base_layer.self_attn."),
+}
+"""Names of tensors that mean the same module."""
+
+
+def spelled(tensors, spelling):
+    return {SPELLINGS[spelling](name): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("second", SPELLINGS)
+@pytest.mark.parametrize("first", SPELLINGS)
+def test_modules_whose_tensors_are_spelled_in_two_ways_keep_their_own_names(tmp_path, first, second):
+    adapters = {
+        "learned": (spelled(some(2), first), {"r": 2}),
+        "fewer": (spelled(some(3, layers=[1]), second), {"r": 3}),
+        "same": (spelled(some(4), second), {"r": 4}),
+        "again": (spelled(some(5, layers=[1]), first), {"r": 5}),
+    }
+    shared, alone, _ = both(tmp_path, adapters)
+    assert_same(shared, alone)
+    assert isinstance(shared.adapters["again"].factors, RankedFactors)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_recipes_of_every_mixture_are_fitted_as_each_adapter_by_itself(tmp_path, seed):
+    draw = random_numbers.Random(seed)
+    spellings = draw.sample(sorted(SPELLINGS), 2)
+    choices = [draw.sample(sorted(SHAPES), draw.randint(1, len(SHAPES))) for _ in range(2)]
+    settings = ({}, {}, {"use_rslora": True}, {"bias": "all"}, {"task_type": "SEQ_CLS"}, {"peft_version": "0.19.1"},
+                {"modules_to_save": ["score"]}, {"ensure_weight_tying": True}, {"rank_pattern": {}},
+                {"alpha_pattern": {".*_proj": 3}})  # fmt: skip
+    adapters = {}
+    for number in range(8):
+        rank = draw.choice([1, 2, 6, 8, 12])  # three of them are lengths of the base
+        layers = sorted(draw.sample(range(LAYERS), draw.choice([1, 2, LAYERS])))
+        tensors = spelled(some(rank, layers, draw.choice(choices)), draw.choice(spellings))
+        if draw.random() < 0.3:
+            tensors = {name: tensor.half() for name, tensor in tensors.items()}
+        extra = {"r": rank, "lora_alpha": draw.choice([4, 4, 9]), **draw.choice(settings)}
+        if "rank_pattern" in extra:
+            extra["rank_pattern"] = {".*_proj": rank}
+        adapters[f"a{number}"] = (tensors, extra)
+    shared, alone, _ = both(tmp_path, adapters)
+    assert_same(shared, alone)
 
 
 def test_layers_stored_transposed_are_shared_too(tmp_path):

@@ -2,6 +2,7 @@
 by `benchmarks/parity/della.py`, with "the probability is above 0.6801" in place of a random draw.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -30,7 +31,7 @@ from ray_merge.methods.catalogue.della import DellaLinear
 from ray_merge.methods.dare import weighted_sum
 from ray_merge.methods.della import probabilities, sampled
 from ray_merge.methods.merge_factors import merge_factors
-from ray_merge.methods.registry import get, resolve_parameters
+from ray_merge.methods.registry import at_site, get, resolve_parameters
 from ray_merge.spec import Factor
 
 METHODS = ["della", "della_linear"]
@@ -244,6 +245,77 @@ def test_probabilities_are_checked_for_the_sites_that_they_meet_at():
     assert resolve_parameters(method, resolved, ["a"]) == resolved
     with pytest.raises(MethodError, match=r"density 0\.95 and epsilon 0\.4 for a"):
         resolve_parameters(method, {"density": [mlp, {"value": 0.5}], "epsilon": 0.4}, ["a"])
+
+
+def gradient(*knots):
+    return [{"depth": depth, "value": value} for depth, value in knots]
+
+
+def least_and_most(density, epsilon):
+    """By the definition, at many depths."""
+    method = get("della_linear")
+    lowest, highest = 1.0, 0.0
+    # della_linear without its rule, so that nothing is refused.
+    free = dataclasses.replace(method, rule=None)
+    parameters = resolve_parameters(free, {"density": density, "epsilon": epsilon}, ["a"])
+    for place in range(2001):
+        p = at_site(free, parameters, ["a"], "s", place / 2000)
+        if p.density[0] < 1:
+            lowest = min(lowest, p.density[0] - p.epsilon[0])
+            highest = max(highest, p.density[0] + p.epsilon[0])
+    return lowest, highest
+
+
+@pytest.mark.parametrize(
+    ("density", "epsilon", "where"),
+    [
+        # A probability of 0 at depth 0.5, where epsilon has no knot.
+        (gradient((0, 0.5), (0.5, 0.25), (1, 0.9)), gradient((0, 0.375), (0.75, 0.1875), (1, 0.05)), "0.5"),
+        (gradient((0, 0.5), (0.5, 0.1), (1, 0.9)), gradient((0, 0.4), (0.99, 0.05), (1, 0.05)), "0.5"),
+        (gradient((0, 0.3), (1, 0.7)), gradient((0, 0.1), (0.25, 0.45), (1, 0.1)), "0.25"),
+        ([0.1, 0.5, 0.9], 0.2, "0"),
+        # Nothing is drawn at density 1, but just before it.
+        ([0.5, 1.0], 0.2, "1"),
+        ([0.1, 0.5, 0.9], [0.05, 0.1], None),
+        ([0.5, 1.0], [0.2, 0.0], None),
+        ([1.0, 1.0, 0.7], [0.5, 0.0, 0.1], None),
+        (gradient((0, 0.6), (1, 0.9)), gradient((0, 0.4), (0.3, 0.31), (1, 0.1)), None),
+        (0.5, [0.1, 0.4, 0.2], None),
+    ],
+)
+def test_gradients_are_compared_at_the_same_depth(density, epsilon, where):
+    lowest, highest = least_and_most(density, epsilon)
+    assert (lowest > 0 and highest <= 1 + 1e-12) is (where is None)
+    for method in map(get, METHODS):
+        if where is None:
+            resolved = resolve_parameters(method, {"density": density, "epsilon": epsilon}, ["a"])
+            assert resolve_parameters(method, resolved, ["a"]) == resolved
+            continue
+        with pytest.raises(MethodError, match=rf"for a near depth {where} give probabilities from"):
+            resolve_parameters(method, {"density": density, "epsilon": epsilon}, ["a"])
+
+
+def test_filters_that_cannot_meet_are_not_compared():
+    method = get("della")
+    density = [{"filter": "mlp", "value": 0.95}, {"filter": "attn", "value": 0.2}, {"value": 0.5}]
+    # A site that matches mlp has both values of mlp, whatever stands behind it or between.
+    epsilon = [{"filter": "mlp", "value": 0.05}, {"filter": "head", "value": 0.1}, {"value": 0.15}]
+    resolve_parameters(method, {"density": density, "epsilon": epsilon}, ["a"])
+    with pytest.raises(MethodError, match=r"density 0\.95 and epsilon 0\.1 for a give"):  # mlp and head
+        resolve_parameters(
+            method, {"density": density, "epsilon": [epsilon[1], epsilon[0], epsilon[2]]}, ["a"]
+        )
+    deep = [{"filter": "mlp", "value": [0.95, 0.5]}, *density[1:]]
+    with pytest.raises(MethodError, match=r"epsilon 0\.06 for a near depth 0 give"):
+        resolve_parameters(
+            method, {"density": deep, "epsilon": [{"filter": "mlp", "value": 0.06}, {"value": 0.15}]}, ["a"]
+        )
+    shallow = [{"filter": "mlp", "value": [0.05, 0.3, 0.3]}, {"value": 0.15}]
+    resolve_parameters(
+        method, {"density": deep, "epsilon": [{"filter": "mlp", "value": 0.05}, shallow[1]]}, ["a"]
+    )
+    with pytest.raises(MethodError, match=r"density 0\.725 and epsilon 0\.3 for a near depth 0\.5"):
+        resolve_parameters(method, {"density": deep, "epsilon": shallow}, ["a"])
 
 
 def test_weights_that_cancel_are_not_divided_by():

@@ -211,6 +211,41 @@ def test_cross_terms_of_biases_are_refused(tmp_path):
         plan_of(recipe)
 
 
+@pytest.mark.parametrize(("method", "compat"), [("robustmerge", "authors"), ("linear", "peft")])
+def test_factors_of_different_ranks_are_not_added_up(tmp_path, method, compat):
+    recipe = write_recipe_files(tmp_path, ("a", "b", "c", "d", "e", "f"))
+    write_adapter(tmp_path / "e", factors(Q0) | factors(V1, rank=3), r=3, rank_pattern={"q_proj": 2})
+    for name in "bd":
+        write_adapter(tmp_path / name, factors(V1))
+    write_adapter(tmp_path / "c", factors(V1) | factors(Q0))
+    recipe["merges"] = [
+        {"name": "fits", "merge_method": method, "adapters": ["a", "b", "c", "d", "f"]},
+        {"name": "exact", "merge_method": method, "adapters": ["b", "e"]},
+        {"name": "wide", "merge_method": method, "adapters": ["b", "c", "d", "f", "e", "a"]},
+    ]
+    for merge in recipe["merges"][::2]:
+        merge["parameters"] = {"compat": compat}
+    refusal = (
+        rf"merge 'wide': {method} with compat {compat} adds up factors and needs equal ranks, but at {re.escape(V1)} "
+        rf"b c d \.\.\. \(4\) have rank 2, e has rank 3; remove `compat: {compat}`"
+    )
+    with pytest.raises(RecipeError, match=refusal):
+        plan_of(recipe)
+    del recipe["merges"][2]
+    assert len(plan_of(recipe).merges) == 2
+
+
+def test_ranks_of_headers_that_were_not_fitted_themselves_are_compared(tmp_path):
+    recipe = write_recipe_files(tmp_path, ("a", "b", "c"))
+    for name, rank in (("a", 2), ("b", 2), ("c", 5)):
+        write_adapter(tmp_path / name, factors(Q0, rank), r=rank)
+    recipe["merges"] = [{"name": "m", "merge_method": "robustmerge", "parameters": {"compat": "authors"}}]
+    with pytest.raises(RecipeError, match=rf"at {re.escape(Q0)} a b have rank 2, c has rank 5"):
+        plan_of(recipe)
+    recipe["merges"][0]["adapters"] = ["a", "b"]
+    assert plan_of(recipe).merges
+
+
 def test_a_resized_table_without_a_vocabulary_size_to_follow_is_refused(tmp_path):
     recipe = write_recipe_files(tmp_path, ("a",))
     write_base(tmp_path / "base", config={"model_type": "llama", "vocab_size": 99})

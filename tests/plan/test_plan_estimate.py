@@ -6,6 +6,8 @@ import torch
 
 from ray_merge.errors import Refusal
 from ray_merge.methods import get
+from ray_merge.methods.cost import made
+from ray_merge.methods.registry import METHODS
 from ray_merge.plan.estimate import Cluster, estimate, exported_bytes, flops, parse_cluster, site_flops
 from ray_merge.plan.kinds import SiteKinds
 from ray_merge.show import plan_json
@@ -121,6 +123,69 @@ def test_arithmetic_grows_with_rank_adapters_and_rules():
     assert site_flops(sums, "dense", large) - site_flops(sums, "dense", small) == 2 * 64 * 32 * 6
     assert site_flops(ties, "dense", large) > site_flops(sums, "dense", large)
     assert site_flops(ties, "core", large) > site_flops(sums, "dense", large)
+
+
+MEASURED = {
+    # Seconds on one thread at 2048 x 2048, 8 adapters of rank 16: making the merge and all of its rows.
+    ("task_arithmetic", "dense"): 0.012, ("svd", "dense"): 0.025, ("ties", "dense"): 0.154, ("ties", "core"): 0.057,
+    ("knots_ties", "knots"): 0.057, ("dare_linear", "dense"): 0.162, ("dare_ties", "dense"): 0.182,
+    ("tsv_m", "dense"): 0.064, ("iso_c", "core"): 0.062, ("iso_cts", "dense"): 0.072, ("cart", "dense"): 0.077,
+    ("lora_lego", "dense"): 0.014, ("robustmerge", "dense"): 0.017, ("free", "dense"): 0.060,
+    ("wudi", "dense"): 0.026, ("magnitude_prune", "dense"): 0.140, ("breadcrumbs_ties", "dense"): 0.264,
+    ("della", "dense"): 2.234, ("della", "knots"): 0.202, ("consensus", "dense"): 0.109,
+    ("consensus_ties", "dense"): 0.233, ("pcb", "dense"): 2.436, ("pcb", "knots"): 0.586, ("emr", "dense"): 0.131,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "space"), MEASURED)
+def test_every_family_costs_what_was_measured(name, space):
+    work = get(name).work(space, (2048, 2048), (16,) * 8)
+    assert 0.5 < work / 90e9 / MEASURED[name, space] < 2
+
+
+def test_every_family_was_measured():
+    assert {get(name).family for name, _ in MEASURED} == {method.family for method in METHODS}
+
+
+def test_every_method_costs_more_for_more():
+    for method in METHODS:
+        for space in method.spaces:
+            small, wide, many, large = (
+                method.work(space, shape, ranks)
+                for shape, ranks in (
+                    ((512, 256), (8, 8)),
+                    ((512, 256), (16, 16)),
+                    ((512, 256), (8, 8, 8)),
+                    ((1024, 512), (8, 8)),
+                )
+            )
+            assert 0 < small < min(wide, large), (method.name, space)
+            assert small < many, (method.name, space)
+
+
+def test_coordinates_are_made_again_to_select_over_the_model(tmp_path):
+    recipe = write_recipe_files(tmp_path)  # each touches one 8 x 8 site with rank 2
+
+    def taken(*merges):
+        recipe["merges"] = [
+            {"name": f"m{index}", "merge_method": "ties", **merge} for index, merge in enumerate(merges)
+        ]
+        return flops(plan_of(recipe))
+
+    def ties(scope, space="dense", names=("a", "b")):
+        return {"adapters": list(names), "parameters": {"scope": scope, "space": space}}
+
+    product = 2 * 64 * 2
+    assert taken(ties("model")) - taken(ties("tensor")) == 2 * 2 * product
+    # The same deltas are counted once for all merges, and with them those of another merge.
+    assert taken(ties("model"), ties("model"), ties("model", names="a")) - taken(
+        ties("tensor"), ties("tensor"), ties("tensor", names="a")
+    ) == pytest.approx(2 * 2 * product)
+    core, knots = (made(space, (8, 8), (2,)) for space in ("core", "knots"))
+    assert taken(ties("model", "core")) - taken(ties("tensor", "core")) == pytest.approx(3 * 2 * core)
+    assert taken(ties("model", "core"), ties("model", "knots", "a")) - taken(
+        ties("tensor", "core"), ties("tensor", "knots", "a")
+    ) == pytest.approx(3 * (2 * core + knots))
 
 
 def test_an_exported_adapter_is_counted_at_its_rank(tmp_path):

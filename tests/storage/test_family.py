@@ -1,11 +1,14 @@
 """Headers read as members of a family must say what the parser says of them, or be left to the parser."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from ray_merge.errors import RayMergeError
+from ray_merge.storage import family
 from ray_merge.storage.adapter import read_adapter
 from ray_merge.storage.family import Families, MemberModules
 from ray_merge.storage.store import open_store
@@ -58,6 +61,51 @@ def test_equal_headers_are_one_member(tmp_path):
     assert one.member is other.member
 
 
+OTHERS = {
+    "another base": (tensors(rows=16, columns=12), 2),
+    "other rows alone": (tensors(rows=10), 2),
+    "another rank": (tensors(5), 5),
+    "a rank that the config denies": (tensors(5), 2),
+    "an equal header": (tensors(), 2),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("first", ["early", "late"])
+def test_a_header_parsed_meanwhile_is_proven_against_the_family_that_another_thread_made(
+    tmp_path, monkeypatch, other, first
+):
+    given = [(tensors(), 2), OTHERS[other]]
+    early, late = given if first == "early" else reversed(given)
+    folders = {
+        name: write_adapter(tmp_path / name, found, r=rank)
+        for name, (found, rank) in (("early", early), ("late", late))
+    }
+    both_missed, early_is_read = threading.Barrier(2), threading.Event()
+    make = family._family
+
+    def made_late(*arguments):
+        found = make(*arguments)
+        both_missed.wait(30)
+        if threading.current_thread().name.startswith("late"):
+            assert early_is_read.wait(30)
+        return found
+
+    monkeypatch.setattr(family, "_family", made_late)
+    families = Families()
+    with ThreadPoolExecutor(1, "early") as one, ThreadPoolExecutor(1, "late") as two:
+        reads = {
+            name: pool.submit(read, folders[name], families)
+            for name, pool in zip(folders, (one, two), strict=True)
+        }
+        reads["early"].result(60)
+        early_is_read.set()
+    found = {name: one.result() for name, one in reads.items()}
+    for name, folder in folders.items():
+        assert list(found[name].modules) == list(read(folder).modules)
+    assert (found["early"].member is found["late"].member) == (other == "an equal header")
+
+
 def header_of(folder):
     raw = (folder / "adapter_model.safetensors").read_bytes()
     length = int.from_bytes(raw[:8], "little")
@@ -89,6 +137,10 @@ CHANGES = {
     "another role": lambda text: text.replace("lora_A", "lora_C", 1),
     "trailing text": lambda text: text.rstrip() + "x",
     "a huge number": lambda text: text.replace("[2,6]", f"[2,{10**30}]", 1),
+    "a vertical tab before metadata": lambda text: '{\v"__metadata__":{"a":"b"},' + text[1:],
+    "a form feed behind metadata": lambda text: '{"__metadata__":{"a":"b"}\f,' + text[1:],
+    "a vertical tab inside metadata": lambda text: '{"__metadata__":{"a":\v"b"},' + text[1:],
+    "metadata with a name twice": lambda text: '{"__metadata__":{"a":"b","a":"c"},' + text[1:],
     "a space in a number": lambda text: text.replace("[2,6]", "[2,6 6]", 1),
 }
 
@@ -110,6 +162,7 @@ def test_what_the_parser_refuses_is_refused_with_the_same_words(tmp_path, change
 SAME = {
     "metadata of its own": lambda text: '{"__metadata__":{"sha":"0123abc","steps":"[1,2]"},' + text[1:],
     "metadata with braces": lambda text: '{"__metadata__":{"sha":"{1}"},' + text[1:],
+    "metadata and white space": lambda text: '{ \t\r\n"__metadata__"\n:\t{"a":"b"}\r,  ' + text[1:],
     "metadata at the end": lambda text: text.rstrip()[:-1] + ',"__metadata__":{"a":"b"}}',
     "metadata twice": lambda text: '{"__metadata__":{"a":"b"},"__metadata__":{"a":"c"},' + text[1:],
     "metadata that is no text": lambda text: '{"__metadata__":{"a":1},' + text[1:],

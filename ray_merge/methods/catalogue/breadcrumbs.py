@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_merge.errors import MethodError
-from ray_merge.methods import rules
+from ray_merge.methods import cost, rules
 from ray_merge.methods.catalogue.common import (
     COMPAT,
     LAMBDA,
@@ -116,6 +116,7 @@ METHODS: tuple[Method, ...] = (
         spaces=("dense", "core", "knots"),
         low_rank_spaces=("core", "knots"),
         parameters=Breadcrumbs,
+        work=cost.entries(cost.TRIMMED_TWICE),
         rule=sum_rule,
         counts=counts,
         kernel=f"{BREADCRUMBS}:breadcrumbs",
@@ -128,6 +129,7 @@ METHODS: tuple[Method, ...] = (
         spaces=("dense", "core", "knots"),
         low_rank_spaces=("core", "knots"),
         parameters=BreadcrumbsTies,
+        work=cost.entries(cost.TRIMMED_TWICE),
         rule=ties_rule,
         counts=counts,
         kernel=f"{BREADCRUMBS}:breadcrumbs_ties",

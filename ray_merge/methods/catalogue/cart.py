@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_merge.errors import MethodError
+from ray_merge.methods import cost
 from ray_merge.methods.catalogue.common import AT_LEAST_ONE, LAMBDA, SHARE, WEIGHT
 from ray_merge.methods.catalogue.tsv import optional, sizes
 from ray_merge.methods.declare import Method, choice, number
@@ -69,6 +70,7 @@ METHODS: tuple[Method, ...] = (
         parameters=Cart,
         rule=rule,
         sizes=sizes,
+        work=cost.spectral_each,
         kernel=f"{CART}:cart",
     ),
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_merge.errors import MethodError
-from ray_merge.methods import rules
+from ray_merge.methods import cost, rules
 from ray_merge.methods.catalogue.common import (
     COMPAT,
     ENTRYWISE,
@@ -22,12 +22,16 @@ from ray_merge.methods.catalogue.common import (
     WEIGHT,
 )
 from ray_merge.methods.declare import Interval, Method, choice, flag, number
+from ray_merge.methods.gradient import Knot, at_depth, run_of
 
 DELLA = "ray_merge.methods.della"
 DELLA_PAPER = "DELLA-Merging, arXiv 2406.11617"
 
 KEPT_BY_RANK = "mean probability of keeping an entry; what is kept is divided by its own probability"
 EPSILON = "the smallest entry of a row is kept with probability density - epsilon, the largest with density + epsilon"
+
+ROUNDING = 1e-12
+"""How far above 1 a probability may come out that is 1 between two knots."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,16 +65,27 @@ class DellaLinear:
 
 
 def windows(values: Mapping[str, Any]) -> None:
-    """Refuse probabilities of keeping an entry that are not in (0, 1]."""
-    for density, epsilon in _together(values["density"], values["epsilon"]):
-        for name, share in density.items():
-            low, high = share - epsilon[name], share + epsilon[name]
-            if share < 1 and not (low > 0 and high <= 1):
-                raise MethodError(
-                    f"density {share:g} and epsilon {epsilon[name]:g} for {name} give probabilities from "
-                    f"{low:g} to {high:g}, which must lie in (0, 1]; "
-                    f"epsilon must be below {share:g} and at most {1 - share:g}"
-                )
+    """Refuse probabilities of keeping an entry that are not in (0, 1] at every depth.
+
+    Between two knots of either both change in proportion to depth, so that what holds at both ends holds between.
+    """
+    for densities, epsilons in _together(values["density"], values["epsilon"]):
+        depths = sorted({depth for depth, _ in (*densities, *epsilons)})
+        shares = [at_depth(densities, depth) for depth in depths]
+        for place, depth in enumerate(depths):
+            # Nothing is drawn at density 1, but a density that comes near to it has a limit there.
+            beside = shares[max(0, place - 1) : place + 2]
+            for name, width in at_depth(epsilons, depth).items():
+                share = shares[place][name]
+                low, high = share - width, share + width
+                drawn = any(near[name] < 1 for near in beside)
+                if drawn and not (low > 0 and high <= 1 + ROUNDING):
+                    where = f" near depth {depth:g}" if len(depths) > 1 else ""
+                    raise MethodError(
+                        f"density {share:g} and epsilon {width:g} for {name}{where} give probabilities from "
+                        f"{low:g} to {high:g}, which must lie in (0, 1]; "
+                        f"epsilon must be below {share:g} and at most {1 - share:g}"
+                    )
 
 
 def della_rule(values: dict[str, Any]) -> None:
@@ -85,14 +100,31 @@ def linear_rule(values: dict[str, Any]) -> None:
     windows(values)
 
 
-def _together(density: Any, epsilon: Any) -> Iterator[tuple[Mapping[str, float], Mapping[str, float]]]:
-    """Every two mappings that may hold at one site; which filters meet is unknown unless they are the same."""
-    first, second = ([{"value": item}] if isinstance(item, Mapping) else item for item in (density, epsilon))
-    filters = [[item.get("filter") for item in items] for items in (first, second)]
-    same = isinstance(density, list) and isinstance(epsilon, list) and filters[0] == filters[1]
-    for place, one in enumerate(first):
-        for other in second[place : place + 1] if same else second:
-            yield one["value"], other["value"]
+def _together(density: Any, epsilon: Any) -> Iterator[tuple[list[Knot], list[Knot]]]:
+    """Every two runs of knots that may hold at one site; one knot is one value at every depth.
+
+    Of each list a site takes the first filter that it matches: with a filter that both have, what stands behind it in
+    the other list never holds. Any other two filters may match the same site.
+    """
+    first, second = _runs(density), _runs(epsilon)
+    for place, (pattern, one) in enumerate(first):
+        before = [earlier for earlier, _ in first[:place]]
+        for other_pattern, other in second:
+            if other_pattern not in before:
+                yield one, other
+            if other_pattern == pattern:
+                break
+
+
+def _runs(value: Any) -> list[tuple[str | None, list[Knot]]]:
+    items: list[dict[str, Any]] = [{"value": value}] if isinstance(value, Mapping) else value
+    runs: list[tuple[str | None, list[Knot]]] = []
+    place = 0
+    while place < len(items):
+        knots = run_of(items, place) or [(0.0, items[place]["value"])]
+        runs.append((items[place].get("filter"), knots))
+        place += len(knots)
+    return runs
 
 
 METHODS: tuple[Method, ...] = (
@@ -104,6 +136,7 @@ METHODS: tuple[Method, ...] = (
         spaces=("dense", "core", "knots"),
         low_rank_spaces=("core", "knots"),
         parameters=Della,
+        work=cost.entries(cost.RANKED),
         rule=della_rule,
         kernel=f"{DELLA}:della",
     ),
@@ -115,6 +148,7 @@ METHODS: tuple[Method, ...] = (
         spaces=("dense", "core", "knots"),
         low_rank_spaces=("core", "knots"),
         parameters=DellaLinear,
+        work=cost.entries(cost.RANKED),
         rule=linear_rule,
         kernel=f"{DELLA}:della_linear",
     ),

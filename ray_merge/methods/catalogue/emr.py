@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ray_merge.methods import cost
 from ray_merge.methods.catalogue.common import COMPAT, SPACE, WEIGHT
 from ray_merge.methods.declare import Method, choice, number
 
@@ -39,6 +40,7 @@ METHODS: tuple[Method, ...] = (
         spaces=("dense", "core", "knots"),
         low_rank_spaces=("core", "knots"),
         parameters=Emr,
+        work=cost.entries(cost.MASKED),
         kernel="ray_merge.methods.emr:emr",
     ),
 )

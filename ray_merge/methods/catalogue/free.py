@@ -11,7 +11,7 @@ from typing import Any
 
 from ray_merge.algebra.grid import chunk_rows
 from ray_merge.errors import MethodError
-from ray_merge.methods import memory
+from ray_merge.methods import cost, memory
 from ray_merge.methods.catalogue.common import COMPAT, LAMBDA, WEIGHT
 from ray_merge.methods.declare import Interval, Method, choice, number
 
@@ -86,6 +86,7 @@ METHODS: tuple[Method, ...] = (
         parameters=Free,
         rule=rule,
         sizes=sizes,
+        work=cost.filtered,
         kernel="ray_merge.methods.free:free",
     ),
 )

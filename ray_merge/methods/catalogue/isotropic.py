@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ray_merge.methods import cost
 from ray_merge.methods.catalogue.common import LAMBDA, WEIGHT
 from ray_merge.methods.catalogue.tsv import sizes
 from ray_merge.methods.declare import Interval, Method, choice, number
@@ -63,6 +64,7 @@ METHODS: tuple[Method, ...] = (
         low_rank_spaces=("dense", "core"),
         parameters=IsoC,
         sizes=sizes,
+        work=cost.spectral,
         kernel=f"{ISOTROPIC}:iso_c",
     ),
     Method(
@@ -75,6 +77,7 @@ METHODS: tuple[Method, ...] = (
         low_rank_spaces=("dense", "core"),
         parameters=IsoCts,
         sizes=sizes,
+        work=cost.spectral,
         kernel=f"{ISOTROPIC}:iso_cts",
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ray_merge.methods import memory
+from ray_merge.methods import cost, memory
 from ray_merge.methods.catalogue.common import AT_LEAST_ONE, COMPAT, LAMBDA, WEIGHT
 from ray_merge.methods.declare import Interval, Method, choice, flag, integer, number
 
@@ -55,6 +55,7 @@ METHODS: tuple[Method, ...] = (
         factors_only=True,
         parameters=LoraLego,
         sizes=sizes,
+        work=cost.clustered,
         kernel="ray_merge.methods.lego:lora_lego",
     ),
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ray_merge.methods import cost
 from ray_merge.methods.catalogue.common import COMPAT, LAMBDA, SHARE, SPACE, WEIGHT
 from ray_merge.methods.declare import Method, choice, number
 
@@ -35,6 +36,7 @@ METHODS: tuple[Method, ...] = (
         spaces=("dense", "core", "knots"),
         low_rank_spaces=("core", "knots"),
         parameters=Pcb,
+        work=cost.entries(cost.SCORED, cost.SCORED_PAIR),
         kernel="ray_merge.methods.pcb:pcb",
     ),
 )

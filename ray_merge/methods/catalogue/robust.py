@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ray_merge.methods import memory
+from ray_merge.methods import cost, memory
 from ray_merge.methods.catalogue.common import COMPAT, LAMBDA, SHARE, WEIGHT
 from ray_merge.methods.declare import Method, choice, number
 
@@ -52,6 +52,8 @@ METHODS: tuple[Method, ...] = (
         factors_only=True,
         parameters=RobustMerge,
         sizes=sizes,
+        work=cost.pruned,
+        equal_ranks=("authors",),
         kernel="ray_merge.methods.robust:robustmerge",
     ),
 )

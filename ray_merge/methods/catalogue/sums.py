@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ray_merge.methods import memory, rules
+from ray_merge.methods import cost, memory, rules
 from ray_merge.methods.catalogue.common import AT_LEAST_ONE, COMPAT, LAMBDA, WEIGHT
 from ray_merge.methods.declare import Method, choice, flag, integer, number
 
@@ -57,6 +57,7 @@ METHODS: tuple[Method, ...] = (
         parameters=Sum,
         rule=rules.divided_sum,
         sizes=memory.factors,
+        work=cost.summed,
         kernel=f"{SUMS}:task_arithmetic",
     ),
     Method(
@@ -67,7 +68,9 @@ METHODS: tuple[Method, ...] = (
         low_rank_spaces=("dense",),
         parameters=Linear,
         rule=rules.linear,
+        equal_ranks=("peft",),
         sizes=memory.factors,
+        work=cost.summed,
         kernel=f"{SUMS}:linear",
     ),
     Method(
@@ -79,6 +82,7 @@ METHODS: tuple[Method, ...] = (
         low_rank_spaces=("dense",),
         parameters=Concatenate,
         sizes=memory.factors,
+        work=cost.summed,
         kernel=f"{SUMS}:cat",
     ),
     Method(
@@ -90,6 +94,7 @@ METHODS: tuple[Method, ...] = (
         low_rank_spaces=("dense",),
         parameters=Truncate,
         sizes=memory.truncated,
+        work=cost.truncated,
         kernel=f"{SUMS}:svd",
     ),
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_merge.errors import MethodError
-from ray_merge.methods import rules
+from ray_merge.methods import cost, rules
 from ray_merge.methods.catalogue.common import COMPAT, ENTRYWISE, KEPT, LAMBDA, SCOPE, SHARE, SPACE, WEIGHT
 from ray_merge.methods.catalogue.ties import TIES_PAPER, kept_entries
 from ray_merge.methods.declare import Interval, Method, choice, integer, number
@@ -83,6 +83,7 @@ METHODS: tuple[Method, ...] = (
         spaces=("dense", "core", "knots"),
         low_rank_spaces=("core", "knots"),
         parameters=Consensus,
+        work=cost.entries(cost.VOTED),
         rule=enough_voters,
         kernel=f"{TALL}:consensus",
     ),
@@ -94,6 +95,7 @@ METHODS: tuple[Method, ...] = (
         spaces=("dense", "core", "knots"),
         low_rank_spaces=("core", "knots"),
         parameters=ConsensusTies,
+        work=cost.entries(cost.VOTED_AND_ELECTED),
         rule=ties_rule,
         counts=counts,
         kernel=f"{TALL}:consensus_ties",

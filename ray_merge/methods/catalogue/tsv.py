@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_merge.methods import memory
+from ray_merge.methods import cost, memory
 from ray_merge.methods.catalogue.common import AT_LEAST_ONE, LAMBDA, WEIGHT
 from ray_merge.methods.declare import Interval, Kind, Method, choice, number
 
@@ -57,6 +57,7 @@ METHODS: tuple[Method, ...] = (
         low_rank_spaces=("dense", "core"),
         parameters=TsvM,
         sizes=sizes,
+        work=cost.spectral,
         kernel=f"{TSV}:tsv_m",
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ray_merge.methods import memory
+from ray_merge.methods import cost, memory
 from ray_merge.methods.catalogue.common import COMPAT, LAMBDA, WEIGHT
 from ray_merge.methods.declare import Interval, Method, choice, number
 
@@ -53,6 +53,7 @@ METHODS: tuple[Method, ...] = (
         factors_only=True,
         parameters=Wudi,
         sizes=sizes,
+        work=cost.solved,
         kernel="ray_merge.methods.wudi:wudi",
     ),
 )
