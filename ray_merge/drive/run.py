@@ -13,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +25,10 @@ from ray_merge.drive.preflight import preflight
 from ray_merge.drive.publish import publish
 from ray_merge.drive.resolved import resolved_recipe
 from ray_merge.drive.thresholds import THRESHOLDS, read_thresholds, select_thresholds, selecting, to_json
+from ray_merge.drive.units import missing_units, object_names, total_bytes
 from ray_merge.errors import OutputConflict, Refusal, RunFailed
 from ray_merge.methods.context import Thresholds
 from ray_merge.plan import ADAPTER_OBJECT, Plan
-from ray_merge.plan.emr import emr_bytes, emr_object
 from ray_merge.pool import Pool, Task
 from ray_merge.spec import Merge, Receipt
 from ray_merge.storage.commit import STATE_FOLDER, commit_bytes, probe
@@ -130,13 +130,6 @@ class _Context:
     base_bytes: Counter[str]
 
 
-def object_names(plan: Plan, merge: Merge) -> list[str]:
-    """The objects of a merge that units make."""
-    shards = [shard.name for shard in plan.shards] if merge.export != "adapter" else []
-    emr = [emr_object(plan.shards[index]) for index in emr_bytes(plan, merge)]
-    return shards + emr + ([ADAPTER_OBJECT] if merge.export != "checkpoint" else [])
-
-
 def run(
     plan: Plan, settings: Settings, make_pool: PoolFactory, progress: Callable[[Event], None] = lambda _: None
 ) -> RunResult:
@@ -209,10 +202,10 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
     lacking = {item.merge.name: item.missing for item in unfinished}
     units = missing_units(plan, lacking)
     adapters = sorted({name for item in unfinished for name in item.merge.adapters if item.missing})
-    total_bytes = _total_bytes(plan, units)
+    all_bytes = total_bytes(plan, units)
     n_units = len(units)
     progress(
-        Event(kind="start", text=_describe(units, unfinished), units=(0, n_units), n_bytes=(0, total_bytes))
+        Event(kind="start", text=_describe(units, unfinished), units=(0, n_units), n_bytes=(0, all_bytes))
     )
     try:
         if not units:
@@ -226,14 +219,14 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
                 _probe(context, item)
             with _later():
                 units = missing_units(plan, lacking, _thresholds(unfinished))
-                _publish_ready(context, unfinished, (0, n_units), (0, total_bytes))
+                _publish_ready(context, unfinished, (0, n_units), (0, all_bytes))
                 written = 0
                 by_id = {unit.id: unit for unit in units}
                 by_name = {item.merge.name: item for item in unfinished}
                 for count, done in enumerate(pool.run([Task(*pair) for pair in by_id.items()]), start=1):
                     written += _note_receipts(by_name, by_id[done.id], done.value)
                     context.base_bytes.update(done.value[0].unit_bytes)
-                    numbers = ((count, n_units), (written, total_bytes))
+                    numbers = ((count, n_units), (written, all_bytes))
                     progress(Event(kind="unit", text=done.id, units=numbers[0], n_bytes=numbers[1]))
                     _publish_ready(context, unfinished, *numbers)
     finally:
@@ -248,39 +241,6 @@ def _later() -> Iterator[None]:
         yield
     except Refusal as error:
         raise RunFailed(f"{error}; run the recipe again to finish it") from error
-
-
-def missing_units(
-    plan: Plan, missing: Mapping[str, Iterable[str]], thresholds: Mapping[str, Thresholds] | None = None
-) -> list[ShardUnit | EmrUnit | AdapterUnit]:
-    """Units that make the missing objects; the merges of a group share one unit per shard.
-
-    Args:
-        plan: the run's plan.
-        missing: merge name -> object names that have no receipt yet.
-        thresholds: of the merges that select over the whole model.
-    """
-    found = thresholds or {}
-    lacking = {name: set(objects) for name, objects in missing.items()}
-    units: list[ShardUnit | EmrUnit | AdapterUnit] = []
-    for group, indices in enumerate(plan.groups):
-        names = [plan.merges[index].name for index in indices]
-        for shard in plan.shards:
-            wanted = tuple(name for name in names if shard.name in lacking.get(name, ()))
-            if wanted:
-                units.append(ShardUnit(shard.index, wanted, group, _of(found, wanted)))
-    units += [
-        EmrUnit(merge.name, shard.index)
-        for merge in plan.merges
-        for shard in plan.shards
-        if emr_object(shard) in lacking.get(merge.name, ())
-    ]
-    adapters = [merge for merge in plan.merges if ADAPTER_OBJECT in lacking.get(merge.name, ())]
-    return units + [AdapterUnit(merge.name, _of(found, (merge.name,))) for merge in adapters]
-
-
-def _of(thresholds: Mapping[str, Thresholds], names: Sequence[str]) -> dict[str, Thresholds]:
-    return {name: thresholds[name] for name in names if name in thresholds}
 
 
 def _select(context: _Context, unfinished: Sequence[_Open], pool: Pool) -> None:
@@ -299,14 +259,6 @@ def _select(context: _Context, unfinished: Sequence[_Open], pool: Pool) -> None:
 
 def _thresholds(unfinished: Sequence[_Open]) -> dict[str, Thresholds]:
     return {item.merge.name: item.thresholds for item in unfinished if item.thresholds is not None}
-
-
-def _total_bytes(plan: Plan, units: Sequence[Unit]) -> int:
-    emr = {merge.name: emr_bytes(plan, merge) for merge in plan.merges}
-    shards = [unit for unit in units if isinstance(unit, ShardUnit)]
-    return sum(plan.shards[unit.shard].n_bytes * len(unit.merges) for unit in shards) + sum(
-        emr[unit.merge][unit.shard] for unit in units if isinstance(unit, EmrUnit)
-    )
 
 
 def _describe(units: Sequence[Unit], unfinished: Sequence[_Open]) -> str:
