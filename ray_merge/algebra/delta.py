@@ -38,6 +38,7 @@ class Delta(ABC):
         self.dtype = dtype
         self.device = device
         self.truncation_error = truncation_error
+        self._kept: tuple[int, Tensor] | None = None
 
     @property
     def chunk_rows(self) -> int:
@@ -60,6 +61,16 @@ class Delta(ABC):
     @abstractmethod
     def chunk(self, index: int) -> Tensor:
         """Rows of chunk `index` of the grid, (rows, I)."""
+
+    def kept_chunk(self, index: int) -> Tensor:
+        """`chunk`, kept until another is asked for; not to be written to."""
+        if self._kept is None or self._kept[0] != index:
+            self._kept = (index, self.chunk(index))
+        return self._kept[1]
+
+    def scaled(self, factor: float) -> Delta:
+        """`factor` times this update. Several multiples of one update share each chunk's computation."""
+        return ScaledDelta(self, factor)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop`, (stop - start, I), in the work dtype.
@@ -152,6 +163,34 @@ class BlockDelta(Delta):
     def _norm(self) -> float:
         n_chunks = len(chunk_spans(self.shape))
         return math.sqrt(sum(float(self.chunk(index).double().square().sum()) for index in range(n_chunks)))
+
+
+class ScaledDelta(Delta):
+    """A multiple of another update, whose chunks it looks at one after another."""
+
+    def __init__(self, delta: Delta, factor: float) -> None:
+        super().__init__(delta.shape, delta.dtype, delta.device, delta.truncation_error)
+        self._delta = delta
+        self._factor = factor
+
+    @property
+    def rank(self) -> int:
+        """That of the other."""
+        return self._delta.rank
+
+    def factors(self) -> Factor | None:
+        """Its factors, A multiplied."""
+        found = self._delta.factors()
+        return None if found is None else Factor(B=found.B, A=found.A * self._factor, scale=1.0)
+
+    def norm(self) -> float:
+        """Frobenius norm."""
+        return abs(self._factor) * self._delta.norm()
+
+    def chunk(self, index: int) -> Tensor:
+        """The other's rows of chunk `index`, multiplied."""
+        rows_CI = self._delta.kept_chunk(index)
+        return rows_CI if self._factor == 1.0 else rows_CI * self._factor
 
 
 def product_norm(B_OR: Tensor, A_RI: Tensor) -> float:

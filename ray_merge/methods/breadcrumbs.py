@@ -28,7 +28,7 @@ def breadcrumbs(site: SiteFactors, p: Breadcrumbs, context: Context) -> Delta:
     space = site.space(p.space)
     kept = _row_bands(space, p) if p.compat == "authors" else _bands(space, p, context)
     divisor = sum(p.weight) if p.normalize else 1.0
-    return space.lift(weighted_sum(kept, [p.lambda_ * own / divisor for own in p.weight]))
+    return space.lift(weighted_sum(kept, [own / divisor for own in p.weight]))
 
 
 def breadcrumbs_ties(site: SiteFactors, p: BreadcrumbsTies, context: Context) -> Delta:
@@ -36,7 +36,7 @@ def breadcrumbs_ties(site: SiteFactors, p: BreadcrumbsTies, context: Context) ->
     space = site.space(p.space)
     divide = p.compat != "mergekit" or bool(p.normalize)
     kept = _bands(space, p, context)
-    return space.lift(election(space, kept, p.weight, p.lambda_, compat=p.compat, divide=divide))
+    return space.lift(election(space, kept, p.weight, compat=p.compat, divide=divide))
 
 
 def band(values: Tensor, low: float, high: float) -> Tensor:

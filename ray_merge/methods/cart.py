@@ -29,7 +29,7 @@ def cart(site: SiteFactors, p: Cart, context: Context) -> LowRankDelta:
     if rank < min(mean_PQ.shape):
         for left_PR, right_RQ in pairs:
             merged_PQ += p.centred * best_approximation(left_PR @ right_RQ - mean_PQ, rank)
-    return lift(site.core, p.lambda_ * merged_PQ, site.dtype)
+    return lift(site.core, merged_PQ, site.dtype)
 
 
 def best_approximation(M_PQ: Tensor, rank: int) -> Tensor:

@@ -32,7 +32,7 @@ def dare_linear(site: SiteFactors, p: DareLinear, context: Context) -> Delta:
     space = site.space(p.space)
     kept = dropped(space, p.density, p.compat, draw(p.density, context))
     divisor = sum(p.weight) if p.normalize else 1.0
-    return space.lift(weighted_sum(kept, [p.lambda_ * own / divisor for own in p.weight]))
+    return space.lift(weighted_sum(kept, [own / divisor for own in p.weight]))
 
 
 def dare_ties(site: SiteFactors, p: DareTies, context: Context) -> Delta:
@@ -102,4 +102,4 @@ def weighted_sum(kept: Kept, coefficients: Sequence[float]) -> Rule:
 
 def _dare_ties(space: Space, p: DareTies | KnotsDareTies, context: Context, *, divide: bool) -> Delta:
     kept = dropped(space, p.density, p.compat, draw(p.density, context))
-    return space.lift(election(space, kept, p.weight, p.lambda_, compat=p.compat, divide=divide))
+    return space.lift(election(space, kept, p.weight, compat=p.compat, divide=divide))

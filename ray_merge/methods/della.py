@@ -32,7 +32,7 @@ def della(site: SiteFactors, p: Della, context: Context) -> Delta:
     space = site.space(p.space)
     divide = p.compat != "mergekit" or bool(p.normalize)
     kept = sampled(space, p, uniform(context))
-    return space.lift(election(space, kept, p.weight, p.lambda_, compat=p.compat, divide=divide))
+    return space.lift(election(space, kept, p.weight, compat=p.compat, divide=divide))
 
 
 def della_linear(site: SiteFactors, p: DellaLinear, context: Context) -> Delta:
@@ -40,7 +40,7 @@ def della_linear(site: SiteFactors, p: DellaLinear, context: Context) -> Delta:
     space = site.space(p.space)
     divisor = sum(p.weight) if p.normalize else 1.0
     kept = sampled(space, p, uniform(context))
-    return space.lift(weighted_sum(kept, [p.lambda_ * own / divisor for own in p.weight]))
+    return space.lift(weighted_sum(kept, [own / divisor for own in p.weight]))
 
 
 def probabilities(values_CI: Tensor, density: float, epsilon: float) -> Tensor:

@@ -17,16 +17,13 @@ Kept = Callable[[int, int], Tensor]
 """(adapter, chunk) -> that adapter's entries after trimming or dropping."""
 
 
-def election(
-    space: Space, kept: Kept, weight: Sequence[float], lambda_: float, *, compat: str, divide: bool
-) -> Rule:
+def election(space: Space, kept: Kept, weight: Sequence[float], *, compat: str, divide: bool) -> Rule:
     """The rule that elects a sign per entry and merges the entries that agree, chunk by chunk.
 
     Args:
         space: whose chunks are merged.
         kept: the sparse entries.
         weight: per adapter.
-        lambda_: factor of the result.
         compat: paper, peft, mergekit or authors.
         divide: by what agrees; False leaves the sum.
     """
@@ -44,15 +41,14 @@ def election(
         signs = sum(float(ballot(index).signs().sum()) for index in range(space.n_chunks))
         return 1 if signs > 0 else -1
 
-    scale = lambda_ * weight[0] if compat == "authors" else lambda_
-
     def rule(index: int) -> Tensor:
         cast = ballot(index)
         zero_sign = {"paper": 0, "peft": 1, "mergekit": 1}.get(compat)
         if zero_sign is None:
             # The KnOTS code lets the site's majority win a tie; it is counted only if a tie needs it.
             zero_sign = majority() if cast.has_undecided else 0
-        return cast.elect(zero_sign, divide=divide).mul_(scale)
+        merged = cast.elect(zero_sign, divide=divide)
+        return merged.mul_(weight[0]) if compat == "authors" else merged
 
     return rule
 

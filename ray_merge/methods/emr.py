@@ -32,7 +32,7 @@ from ray_merge.spec import Factor
 
 def emr(site: SiteFactors, p: Emr, context: Context) -> Unified:
     """The update lambda tau_u, from which every adapter can be had back."""
-    return Unified(Elected(site.space(p.space), p.weight, p.compat), p.lambda_, _sides(site, p.space))
+    return Unified(Elected(site.space(p.space), p.weight, p.compat), 1.0, _sides(site, p.space))
 
 
 def _sides(site: SiteFactors, space: str) -> dict[str, Tensor]:
@@ -111,16 +111,20 @@ class Unified(Delta):
 
     Args:
         elected: tau_u and the masks.
-        lambda_: factor of the whole, but not of `per_adapter`.
+        factor: of the whole, but not of `per_adapter`.
         sides: what coordinates are multiplied with to become an update, float64: "left" (O, P) and "right" (Q, I) of
             Core Space, "left" (O, P) of the KnOTS basis, nothing where coordinates are the deltas' own entries.
     """
 
-    def __init__(self, elected: Elected, lambda_: float, sides: Mapping[str, Tensor]) -> None:
-        self._merged = elected.space.lift(lambda index: elected.unified(index).mul_(lambda_))
+    def __init__(self, elected: Elected, factor: float, sides: Mapping[str, Tensor]) -> None:
+        self._merged = elected.space.lift(lambda index: elected.unified(index).mul_(factor))
         super().__init__(self._merged.shape, self._merged.dtype, self._merged.device)
         self.elected = elected
         self.sides = sides
+
+    def scaled(self, factor: float) -> Unified:
+        """The same election, the whole multiplied."""
+        return Unified(self.elected, factor, self.sides)
 
     @property
     def rank(self) -> int:

@@ -32,7 +32,7 @@ RADIUS_DIGITS = 9
 
 def free(site: SiteFactors, p: Free, context: Context) -> BlockDelta:
     """The filtered sum, row chunk by row chunk."""
-    total = LowRankDelta(*site.weighted_sum([p.lambda_ * own for own in p.weight]))
+    total = LowRankDelta(*site.weighted_sum(p.weight))
     mask = Mask(site.shape, p)
     u_U, v_V = (index.to(site.device) for index in mask.touched())
     if not len(u_U) or not total.rank:

@@ -41,7 +41,7 @@ def iso_c(site: SiteFactors, p: IsoC, context: Context) -> LowRankDelta:
     largest = max(product_norm(*pair) for pair in pairs)
     total = directions(added(pairs), precision_of(site), largest=largest)
     n_all = len(total.S_K) if p.spectrum == "rank" else n_directions(site, p.space)
-    level = p.lambda_ * float(total.S_K.sum()) / max(1, n_all)
+    level = float(total.S_K.sum()) / max(1, n_all)
     return lift_product(site.core, total.U_OK * level, total.V_IK.T, site.dtype)
 
 
@@ -66,7 +66,7 @@ def iso_cts(site: SiteFactors, p: IsoCts, context: Context) -> LowRankDelta:
         for index in touching
     ]
     U_PK, s_K, V_QK = beside([common, *own])
-    level = p.lambda_ * float(s_K.sum()) / max(1, len(s_K) if p.spectrum == "rank" else n_all)
+    level = float(s_K.sum()) / max(1, len(s_K) if p.spectrum == "rank" else n_all)
     return lift_product(site.core, polar(U_PK, precision) * level, polar(V_QK, precision).T, site.dtype)
 
 

@@ -5,8 +5,9 @@ Owns: importing kernels. Never checks parameters (`resolve.py` did, before anyth
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,9 @@ from ray_merge.methods.context import Context, Thresholds
 from ray_merge.methods.registry import get
 
 Kernel = Callable[[SiteFactors, Any, Context], Delta]
+
+Made = MutableMapping[Hashable, Delta]
+"""Method, adapters, parameters without lambda, seed and thresholds -> what the kernel gave at one site."""
 
 
 @cache
@@ -36,8 +40,9 @@ def merge_site(
     seed: int,
     inputs: Mapping[str, Any] | None = None,
     thresholds: Thresholds | None = None,
+    made: Made | None = None,
 ) -> Delta:
-    """Merge the adapters of one site.
+    """Merge the adapters of one site. The kernel leaves `lambda` out; it multiplies what the kernel gives.
 
     Args:
         method: name or alias.
@@ -48,6 +53,7 @@ def merge_site(
         seed: the merge's seed.
         inputs: moments, phi or base, for methods that need them.
         thresholds: with `scope: model`, what was selected over all sites.
+        made: remembers what kernels gave at this site, for merges that differ in lambda alone.
 
     Returns:
         The merged update; rows are float32, or float64 where the factors were float64.
@@ -55,5 +61,15 @@ def merge_site(
     Raises:
         MethodError: unknown method, or factors that the method cannot take.
     """
+    lambda_ = getattr(parameters, "lambda_", 1.0)
+    plain = dataclasses.replace(parameters, lambda_=1.0) if lambda_ != 1.0 else parameters
     context = Context(names=tuple(names), site=site, seed=seed, inputs=inputs or {}, thresholds=thresholds)
-    return load(get(method).kernel)(factors, parameters, context)
+    kernel = load(get(method).kernel)
+    if made is None:
+        delta = kernel(factors, plain, context)
+        return delta if lambda_ == 1.0 else delta.scaled(lambda_)
+    bounds = None if thresholds is None else tuple(map(tuple, thresholds))
+    key = (method, context.names, plain, seed, bounds)
+    if key not in made:
+        made[key] = kernel(factors, plain, context)
+    return made[key].scaled(lambda_)

@@ -200,7 +200,7 @@ def assemble(pool: Pool, found: Clusters, p: LoraLego, dtype: torch.dtype) -> Lo
     means_NK = means_NK[:, (means_NK != 0).any(dim=0)]
     b_KO, a_KI = means_NK.T @ pool.B_NO, means_NK.T @ pool.A_NI
     # Both sides are rescaled, so the update goes with the square.
-    scale_K = torch.full_like(b_KO[:, 0], p.lambda_)
+    scale_K = torch.ones_like(b_KO[:, 0])
     if p.parameter_reweighting:
         members_K = means_NK.abs().T @ _largest(pool.B_NO, pool.A_NI)
         centroid_K = _largest(b_KO, a_KI)

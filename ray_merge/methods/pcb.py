@@ -58,7 +58,7 @@ def pcb(site: SiteFactors, p: Pcb, context: Context) -> Delta:
             entries, scores = scored(adapter, index)
             total.addcmul_(entries, scores, value=p.weight[adapter])
             shares += scores
-        return total.div_(shares.masked_fill_(shares == 0, 1.0)).mul_(p.lambda_)
+        return total.div_(shares.masked_fill_(shares == 0, 1.0))
 
     return space.lift(rule)
 

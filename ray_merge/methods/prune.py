@@ -23,4 +23,4 @@ def magnitude_prune(site: SiteFactors, p: MagnitudePrune, context: Context) -> D
         (space.threshold(adapter, kept_entries(space.n_entries, share, "paper")),)
         for adapter, share in enumerate(p.density)
     ]
-    return space.lift(weighted_sum(trimmed(space, thresholds), [p.lambda_ * own for own in p.weight]))
+    return space.lift(weighted_sum(trimmed(space, thresholds), p.weight))

@@ -39,14 +39,14 @@ def robustmerge(site: SiteFactors, p: RobustMerge, context: Context) -> LowRankD
     pruned_A = _pruned(site.A, p)
     coefficients = [own * scale for own, scale in zip(p.weight, site.scales, strict=True)]
     if p.compat == "authors":
-        return _merged_apart(site, pruned_B, pruned_A, coefficients, p.lambda_, context)
+        return _merged_apart(site, pruned_B, pruned_A, coefficients, context)
     epsilon = TARA_EPSILON if p.compat == "tara" else 0.0
     shares = _normalised(
         [_lost(A_RI, kept_RI, epsilon) for A_RI, kept_RI in zip(site.A, pruned_A, strict=True)], epsilon
     )
     A_RI = torch.cat(
         [
-            kept_RI * (share_R * (p.lambda_ * own)).to(site.dtype)[:, None]
+            kept_RI * (share_R * own).to(site.dtype)[:, None]
             for kept_RI, share_R, own in zip(pruned_A, shares, coefficients, strict=True)
         ]
     )
@@ -99,10 +99,9 @@ def _merged_apart(
     pruned_B: Sequence[Tensor],
     pruned_A: Sequence[Tensor],
     coefficients: Sequence[float],
-    lambda_: float,
     context: Context,
 ) -> LowRankDelta:
-    """(lambda sum_i r_i B~_i diag(s~_i)) (sum_i sign_i r_i A~_i), r_i^2 sign_i = weight_i scale_i."""
+    """(sum_i r_i B~_i diag(s~_i)) (sum_i sign_i r_i A~_i), r_i^2 sign_i = weight_i scale_i."""
     touching = [index for index, rank in enumerate(site.ranks) if rank]
     if len({site.ranks[index] for index in touching}) > 1:
         listed = ", ".join(f"{context.names[index]} {site.ranks[index]}" for index in touching)
@@ -116,7 +115,7 @@ def _merged_apart(
     B_OR, A_RI = torch.zeros_like(site.B[touching[0]]), torch.zeros_like(site.A[touching[0]])
     for index, share_R in zip(touching, shares, strict=True):
         root = math.sqrt(abs(coefficients[index]))
-        B_OR += pruned_B[index] * (share_R * (lambda_ * root)).to(site.dtype)
+        B_OR += pruned_B[index] * (share_R * root).to(site.dtype)
         A_RI += pruned_A[index] * math.copysign(root, coefficients[index])
     return LowRankDelta(B_OR, A_RI)
 

@@ -21,30 +21,30 @@ from ray_merge.methods.context import Context
 
 def task_arithmetic(site: SiteFactors, p: Sum, context: Context) -> Delta:
     """Sum weight_i * delta_i, times lambda, divided by the sum of weights if `normalize`."""
-    return site.sum(_coefficients(p.weight, p.lambda_, p.normalize))
+    return site.sum(_coefficients(p.weight, p.normalize))
 
 
 def linear(site: SiteFactors, p: Linear, context: Context) -> Delta:
     """The same, normalised by default; `compat: peft` multiplies sums of factors, cross terms included."""
-    coefficients = _coefficients(p.weight, p.lambda_, p.normalize)
+    coefficients = _coefficients(p.weight, p.normalize)
     return _cross_terms(site, coefficients, context) if p.compat == "peft" else site.sum(coefficients)
 
 
 def cat(site: SiteFactors, p: Concatenate, context: Context) -> LowRankDelta:
     """The weighted sum as concatenated factors; rank is the sum of ranks."""
-    return LowRankDelta(*site.weighted_sum(_coefficients(p.weight, p.lambda_, normalize=False)))
+    return LowRankDelta(*site.weighted_sum(p.weight))
 
 
 def svd(site: SiteFactors, p: Truncate, context: Context) -> LowRankDelta:
     """The weighted sum truncated to `rank`; what that loses is the delta's `truncation_error`."""
-    B_OR, A_RI = site.weighted_sum(_coefficients(p.weight, p.lambda_, normalize=False))
+    B_OR, A_RI = site.weighted_sum(p.weight)
     B_OK, A_KI, error = truncate(B_OR, A_RI, rank=p.rank)
     return LowRankDelta(B_OK, A_KI, truncation_error=error)
 
 
-def _coefficients(weights: Sequence[float], lambda_: float, normalize: bool) -> list[float]:
+def _coefficients(weights: Sequence[float], normalize: bool) -> list[float]:
     divisor = sum(weights) if normalize else 1.0
-    return [lambda_ * weight / divisor for weight in weights]
+    return [weight / divisor for weight in weights]
 
 
 def _cross_terms(site: SiteFactors, coefficients: Sequence[float], context: Context) -> LowRankDelta:

@@ -35,12 +35,12 @@ def consensus_ties(site: SiteFactors, p: ConsensusTies, context: Context) -> Del
         (space.threshold(adapter, kept_entries(space.n_entries, share, p.compat)),)
         for adapter, share in enumerate(p.density)
     ]
-    elected = election(space, trimmed(space, thresholds), p.weight, 1.0, compat=p.compat, divide=False)
+    elected = election(space, trimmed(space, thresholds), p.weight, compat=p.compat, divide=False)
     return space.lift(claimed(space, elected, p))
 
 
 def claimed(space: Space, merged: Rule, p: Consensus | ConsensusTies) -> Rule:
-    """The rule that keeps those entries of `merged` that get `votes` claims, times lambda."""
+    """The rule that keeps those entries of `merged` that get `votes` claims."""
 
     def rule(index: int) -> Tensor:
         total = merged(index)
@@ -48,6 +48,6 @@ def claimed(space: Space, merged: Rule, p: Consensus | ConsensusTies) -> Rule:
         for adapter, (weight, factor) in enumerate(zip(p.weight, p.mask_lambda, strict=True)):
             own = space.chunk(adapter, index) * weight
             votes += own.abs() >= (total - own).abs_().mul_(factor)
-        return total.masked_fill_(votes < p.votes, 0.0).mul_(p.lambda_)
+        return total.masked_fill_(votes < p.votes, 0.0)
 
     return rule

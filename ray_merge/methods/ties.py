@@ -37,7 +37,7 @@ def trimmed(space: Space, thresholds: Thresholds) -> Kept:
 
 def _ties(space: Space, p: Ties | KnotsTies, context: Context, *, divide: bool) -> Delta:
     kept = trimmed(space, thresholds(space, p, context))
-    return space.lift(election(space, kept, p.weight, p.lambda_, compat=p.compat, divide=divide))
+    return space.lift(election(space, kept, p.weight, compat=p.compat, divide=divide))
 
 
 def thresholds(space: Space, p: Ties | KnotsTies, context: Context) -> Thresholds:

@@ -25,5 +25,5 @@ def tsv_m(site: SiteFactors, p: TsvM, context: Context) -> LowRankDelta:
     precision = precision_of(site)
     found = [directions(pair, precision, most=p.rank) for pair in weighted_pairs(site, p.weight)]
     U_PK, s_K, V_QK = beside(found)
-    left_PK = polar(U_PK, precision) * (p.lambda_ * s_K)
+    left_PK = polar(U_PK, precision) * s_K
     return lift_product(site.core, left_PK, polar(V_QK, precision).T, site.dtype)

@@ -58,7 +58,7 @@ def wudi(site: SiteFactors, p: Wudi, context: Context) -> LowRankDelta:
     ]
     if not terms:
         return LowRankDelta(site.B[0].new_zeros(site.shape[0], 0), site.A[0].new_zeros(0, site.shape[1]))
-    solution_Rq = _solve(terms, p.ridge) * p.lambda_
+    solution_Rq = _solve(terms, p.ridge)
     B_OR = torch.cat([term.B_OR for term in terms], dim=1)
     return LowRankDelta(B_OR, (solution_Rq @ Q_Iq.T).to(site.dtype))
 

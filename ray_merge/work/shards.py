@@ -23,7 +23,7 @@ from ray_merge.algebra.rounding import Rounding, add_update
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.errors import RunFailed
 from ray_merge.methods.context import Thresholds
-from ray_merge.methods.kernels import merge_site
+from ray_merge.methods.kernels import Made, merge_site
 from ray_merge.methods.registry import get
 from ray_merge.methods.resolve import at_site
 from ray_merge.plan import SHARD_METADATA, OutTensor, Shard, shard_layout
@@ -277,6 +277,7 @@ def site_deltas(
         thresholds: by name of merge, of those that select over the whole model.
     """
     shared: dict[tuple[str, ...], SiteFactors] = {}
+    made: Made = {}
     deltas = []
     for merge in merges:
         if merge.adapters not in shared:
@@ -291,6 +292,7 @@ def site_deltas(
                 site=site.name,
                 seed=merge.seed,
                 thresholds=thresholds.get(merge.name),
+                made=made,
             )
         )
     return deltas

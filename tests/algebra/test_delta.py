@@ -91,3 +91,28 @@ def test_the_norm_of_factors_that_cancel_keeps_its_digits():
     want = float(((1 + tiny - 1) * factor.B @ factor.A).norm())
     # B and A are of norm 1e9 times the result: eps * 1e9 is 2e-7.
     assert product_norm(B, A) == pytest.approx(want, rel=1e-6)
+
+
+def test_multiples_of_one_update_make_each_chunk_once():
+    made = []
+
+    def rule(index):
+        made.append(index)
+        rows = min(chunk_rows(1024), 600 - index * chunk_rows(1024))
+        return torch.full((rows, 1024), float(index + 1))
+
+    one = BlockDelta((600, 1024), torch.float32, torch.device("cpu"), rule)
+    multiples = [one.scaled(factor) for factor in (1.0, -0.5, 3.0)]
+    for index in range(3):
+        start, stop = index * chunk_rows(1024), min(600, (index + 1) * chunk_rows(1024))
+        rows = [delta.rows(start, stop) for delta in multiples]
+        assert [float(part[0, 0]) for part in rows] == [index + 1, -0.5 * (index + 1), 3.0 * (index + 1)]
+    assert made == [0, 1, 2]
+    assert multiples[1].norm() == pytest.approx(0.5 * one.norm())
+
+
+def test_a_multiple_has_the_factors_of_the_whole():
+    B, A = torch.ones(3, 2), torch.ones(2, 4)
+    multiple = LowRankDelta(B, A, truncation_error=0.25).scaled(0.5)
+    assert torch.equal(multiple.factors().B @ multiple.factors().A, multiple.dense())
+    assert (multiple.rank, multiple.truncation_error) == (2, 0.25)

@@ -46,7 +46,7 @@ def test_dare_with_the_masks_of_peft_is_peft_dare(method):
     if method == "dare_linear":
         rule = weighted_sum(kept, WEIGHTS)
     else:
-        rule = election(space, kept, WEIGHTS, 1.0, compat="peft", divide=True)
+        rule = election(space, kept, WEIGHTS, compat="peft", divide=True)
     assert relative(space.lift(rule).dense(), want) < 1e-12
 
 

@@ -48,7 +48,7 @@ def test_it_is_the_formula_on_dense_deltas(shape, ranks, rank, space):
     merged = merge_factors("tsv_m", factors, weight=weights, lambda_=0.4, rank=rank, space=space)
     assert relative(merged.dense(), want) < CLOSE
     assert merged.rank <= min(*shape, sum(ranks))
-    assert torch.equal(merged.dense(), merged.factors().B @ merged.factors().A)
+    assert relative(merged.factors().B @ merged.factors().A, merged.dense()) < CLOSE
 
 
 @pytest.mark.parametrize(("shape", "ranks"), SHAPES_AND_RANKS)
