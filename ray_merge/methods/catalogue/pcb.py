@@ -5,9 +5,11 @@ The authors' function keeps 0.1 of the scores by default (their vision scripts 0
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ray_merge.methods import cost
+from ray_merge.algebra.grid import chunk_rows
+from ray_merge.methods import cost, memory
 from ray_merge.methods.catalogue.common import COMPAT, LAMBDA, SHARE, SPACE, WEIGHT
 from ray_merge.methods.declare import Method, choice, number
 
@@ -27,6 +29,17 @@ class Pcb:
     compat: str = choice("paper", ("paper", "authors"), COMPAT)
 
 
+SCORE_COPIES = 16
+"""Chunks that scores take beyond an election's: every adapter's, their products, and one pass's exponentials."""
+
+
+def sizes(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> memory.SiteBytes:
+    """An election's bytes and those of the scores."""
+    plain = memory.entrywise(space, shape, ranks)
+    chunk = memory.FLOAT64 * min(shape[0], chunk_rows(shape[1])) * shape[1]
+    return memory.SiteBytes(plain.shared, plain.held, plain.passing + SCORE_COPIES * chunk)
+
+
 METHODS: tuple[Method, ...] = (
     Method(
         name="pcb",
@@ -37,6 +50,7 @@ METHODS: tuple[Method, ...] = (
         low_rank_spaces=("core", "knots"),
         parameters=Pcb,
         work=cost.entries(cost.SCORED, cost.SCORED_PAIR),
+        sizes=sizes,
         kernel="ray_merge.methods.pcb:pcb",
     ),
 )
