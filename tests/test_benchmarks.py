@@ -27,6 +27,12 @@ def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
+FULL = pytest.mark.skipif(
+    "RAY_MERGE_BENCHMARKS" not in os.environ,
+    reason="RAY_MERGE_BENCHMARKS is not set: whole benchmarks at tiny size take half a minute",
+)
+
+
 def run(script: str, *arguments: object) -> str:
     command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
@@ -167,6 +173,7 @@ def test_every_method_agrees_with_its_formula_on_dense_matrices(tmp_path):
             assert row["error"] < 1e-5, row
 
 
+@FULL
 @pytest.mark.slow
 def test_merge_speed_measures_ours_against_cp_and_peft(tmp_path):
     options = ["--pairs", 1, "--rows", "task_arithmetic_local", "--json", tmp_path / "j"]
@@ -187,6 +194,7 @@ def test_merge_speed_measures_ours_against_cp_and_peft(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@FULL
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.s3
