@@ -7,7 +7,7 @@ import pytest
 
 from pool_workers import Echo, Raise, StepWorker, Write
 from ray_merge.errors import AdapterShapeError, NotFinite, UnitFailed
-from ray_merge.pool import UNITS_PER_WORKER, LocalPool, Task, worker_label
+from ray_merge.pool import UNITS_PER_WORKER, Dropped, LocalPool, Task, worker_label
 
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
@@ -145,3 +145,25 @@ def test_a_failure_drops_the_units_whose_turn_has_not_come():
     with pytest.raises(UnitFailed, match="ValueError: no"):
         list(LocalPool(Failing()).run([Task(str(i), i) for i in range(10)]))
     assert len(begun) <= UNITS_PER_WORKER
+
+
+def test_a_unit_under_way_stops_at_its_next_check_when_the_pool_does():
+    begun, stopped = threading.Event(), threading.Event()
+
+    class Checking:
+        def run(self, unit, turn):
+            if unit == "fails":
+                assert begun.wait(10)
+                raise ValueError("no")
+            begun.set()
+            try:
+                while True:
+                    turn.check()
+                    time.sleep(0.001)
+            except Dropped:
+                stopped.set()
+                raise
+
+    with pytest.raises(UnitFailed, match="ValueError: no"):
+        list(LocalPool(Checking(), 2).run([Task("endless", "endless"), Task("fails", "fails")]))
+    assert stopped.is_set()
