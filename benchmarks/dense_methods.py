@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ray_merge import Moments
 from ray_merge.spec import Factor
 
 DENSITY, GAMMA, CONSENSUS_LAMBDA, PCB_DENSITY = 0.2, 0.01, 0.4, 0.1
@@ -23,6 +25,7 @@ CRUMBS_DENSITY, DARE_DENSITY, DELLA_DENSITY, DELLA_EPSILON = 0.9, 0.5, 0.7, 0.07
 ISO_COMMON, CART_SHARE, FREE_CUTOFF, ROBUST_DENSITY, ROBUST_LAMBDA = 0.8, 0.04, 0.1, 0.8, 2.0
 SVD_RANK, LEGO_ITERATIONS = 16, 10
 WUDI_STEPS, WUDI_TIMED_STEPS = 300, 3
+REGMEAN_OFF_DIAGONAL, REGMEAN_RIDGE, FISHER_FLOOR = 0.9, 1e-6, 1e-6
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Dense:
         method: its name in the registry, where the key in DENSE is another.
         dtype: that the published code works in.
         random: draws or starts at random, so that only norms can be compared.
+        inputs: of the factors, arguments that ours is given beside them (moments).
         timed: a cheaper piece of the published algorithm that is timed instead of `make`.
         times: how often that piece runs.
     """
@@ -44,6 +48,7 @@ class Dense:
     method: str = ""
     dtype: torch.dtype = torch.float32
     random: bool = False
+    inputs: Callable[[Sequence[Factor]], Mapping[str, Any]] = lambda _: {}
     timed: Callable[[Tensor, Sequence[Factor]], Tensor] | None = None
     times: int = 1
 
@@ -263,6 +268,52 @@ def ties(tau: Tensor) -> Tensor:
     return elect(trim(tau, DENSITY))
 
 
+@cache
+def _inputs_like(count: int, rows: int, columns: int) -> tuple[Tensor, ...]:
+    """Seeded inputs with a mean for each task, (rows, columns) float64; cached, so that no timing holds them."""
+    generator = torch.Generator().manual_seed(1)
+    return tuple(
+        torch.randn(rows, columns, generator=generator, dtype=torch.float64) + 0.3 for _ in range(count)
+    )
+
+
+@cache
+def _grams(count: int, columns: int) -> tuple[Moments, ...]:
+    """Of fewer token rows than inputs, as short calibration data have."""
+    samples = _inputs_like(count, columns // 2, columns)
+    return tuple(Moments(X.T @ X, X.mean(0), len(X)) for X in samples)
+
+
+def moments(factors: Sequence[Factor]) -> dict[str, Any]:
+    """Seeded moments of the inputs of a weight."""
+    return {"moments": _grams(len(factors), factors[0].A.shape[1])}
+
+
+def fishers(factors: Sequence[Factor]) -> dict[str, Any]:
+    """Seeded squares, (O, I)."""
+    shape = (factors[0].B.shape[0], factors[0].A.shape[1])
+    return {"moments": [X.square() for X in _inputs_like(len(factors), *shape)]}
+
+
+def regmean(tau: Tensor, grams: Sequence[Moments]) -> Tensor:
+    """The authors' sums and inverse, on deltas; the ridge is ours."""
+    eye = torch.eye(tau.shape[2], dtype=tau.dtype)
+    made = [one.gram.to(tau.dtype) / one.count for one in grams]
+    made = [REGMEAN_OFF_DIAGONAL * G + (1 - REGMEAN_OFF_DIAGONAL) * torch.diag(G.diagonal()) for G in made]
+    ridge = REGMEAN_RIDGE * torch.stack([G.diagonal() for G in made]).mean()
+    made = [G + ridge * eye for G in made]
+    right = sum(G @ delta.T for G, delta in zip(made, tau, strict=True))
+    return (torch.inverse(sum(made)) @ right).T
+
+
+def fisher(tau: Tensor, diagonals: Sequence[Tensor]) -> Tensor:
+    """fusion_bench's formula, for a model of one weight."""
+    F = torch.stack(list(diagonals)).to(tau.dtype)
+    shares = 1 / (F.flatten(1).norm(dim=1) + FISHER_FLOOR)
+    weighted = (shares / shares.sum()).view(-1, 1, 1) * (F + FISHER_FLOOR)
+    return (weighted * tau).sum(0) / weighted.sum(0)
+
+
 F64 = torch.float64
 CRUMBS = {"density": CRUMBS_DENSITY, "gamma": GAMMA, "scope": "tensor"}
 TRIMMED = {"density": DENSITY, "scope": "tensor"}
@@ -309,6 +360,17 @@ DENSE: Mapping[str, Dense] = {
         lambda tau, _: wudi(tau.double()),
         timed=lambda tau, _: wudi_steps(tau),
         times=WUDI_STEPS // WUDI_TIMED_STEPS,
+    ),
+    "regmean": Dense(
+        lambda tau, f: regmean(tau, moments(f)["moments"]),
+        {"off_diagonal": REGMEAN_OFF_DIAGONAL, "ridge": REGMEAN_RIDGE},
+        dtype=F64,
+        inputs=moments,
+    ),
+    "fisher": Dense(
+        lambda tau, f: fisher(tau, fishers(f)["moments"]),
+        {"floor": "absolute", "epsilon": FISHER_FLOOR},
+        inputs=fishers,
     ),
 }
 """Row of site_kernels.py -> its dense form."""

@@ -69,7 +69,8 @@ def ours(
 ) -> tuple[Tensor, float, float | None]:
     """Our update, its seconds, and its seconds as factors."""
     method = form.method or name
-    call = lambda: merge_factors(method, factors, **form.parameters)  # noqa: E731 - timed twice
+    inputs = form.inputs(factors)
+    call = lambda: merge_factors(method, factors, **form.parameters, **inputs)  # noqa: E731 - timed twice
     update, seconds = best(lambda: call().dense(), repeats)
     made, as_factors = best(call, repeats)
     return update, seconds, as_factors if made.factors() is not None else None

@@ -59,6 +59,7 @@ class Cost:
         cpu_seconds: user + system of all its processes, Ray's daemons included.
         daemon_cpu_seconds: the daemons' part of it.
         peak_bytes: resident, at the moment of the peak: driver, worker, idle, and their sum as total.
+        largest_worker_bytes: the highest resident memory of any one worker process.
         pss_bytes: the highest PSS, 0 if it was not asked for.
         moved: bytes by rchar and wchar, daemons left out.
     """
@@ -67,6 +68,7 @@ class Cost:
     cpu_seconds: float
     daemon_cpu_seconds: float
     peak_bytes: Mapping[str, int]
+    largest_worker_bytes: int
     pss_bytes: int
     moved: Bytes
 
@@ -81,6 +83,7 @@ class _Seen:
     daemons: set[tuple[int, int]] = field(default_factory=set)
     peak: dict[str, int] = field(default_factory=lambda: {"total": 0})
     pss_bytes: int = 0
+    largest_worker: int = 0
 
 
 def processes() -> dict[int, Stat]:
@@ -163,6 +166,7 @@ def _look(root: int, seen: _Seen, *, with_pss: bool) -> None:
             continue
         seen.daemons.discard(key)  # Ray names a worker only after it has started
         sizes[of] += stat.rss_bytes
+        seen.largest_worker = max(seen.largest_worker, stat.rss_bytes if of == "worker" else 0)
         sizes["total"] += stat.rss_bytes
         bytes_ = moved(pid)
         if bytes_ is not None:
@@ -239,6 +243,7 @@ def watch(
         cpu_seconds=max(sum(seen.cpu.values()), waited),
         daemon_cpu_seconds=daemon_cpu,
         peak_bytes=seen.peak,
+        largest_worker_bytes=seen.largest_worker,
         pss_bytes=seen.pss_bytes,
         moved=Bytes(sum(b.read for b in seen.moved.values()), sum(b.written for b in seen.moved.values())),
     )

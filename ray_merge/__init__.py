@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ray_merge.algebra.delta import Delta
+    from ray_merge.algebra.moments import Moments
     from ray_merge.api import methods, plan, run
     from ray_merge.emr import load_emr
     from ray_merge.errors import RayMergeError, Refusal, RunFailed
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Delta": "ray_merge.algebra.delta",
     "Factor": "ray_merge.spec",
+    "Moments": "ray_merge.algebra.moments",
     "RayMergeError": "ray_merge.errors",
     "Refusal": "ray_merge.errors",
     "RunFailed": "ray_merge.errors",
@@ -62,6 +64,7 @@ sys.modules[__name__].__class__ = _Package
 __all__ = [
     "Delta",
     "Factor",
+    "Moments",
     "RayMergeError",
     "Refusal",
     "RunFailed",

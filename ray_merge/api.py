@@ -6,44 +6,22 @@ file are what a user sees.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ray_merge.drive.run import Event, PoolFactory, RunResult, Settings
+from ray_merge.drive.events import Event
+from ray_merge.drive.run import RunResult, Settings
 from ray_merge.drive.run import run as drive_run
-from ray_merge.errors import RecipeError, Refusal
+from ray_merge.engines import Engine, memory_ceiling, unit_pools
+from ray_merge.errors import Refusal
 from ray_merge.methods.registry import METHODS, describe
+from ray_merge.moments import Engines, statistics_of
 from ray_merge.plan import DEFAULT_MEMORY_BYTES, Plan, make_plan, read_inputs
-from ray_merge.pool import LocalPool, Pool
-from ray_merge.recipe import Recipe, Source, expand, load_recipe, parse_size, select
-from ray_merge.storage.store import open_store
-from ray_merge.work.factory import WorkerFactory
-from ray_merge.work.job import Job
+from ray_merge.recipe import expand, require_merges, select
+from ray_merge.recipe.read import read_recipe
+from ray_merge.storage.cache import cache_folder
 from ray_merge.work.pickles import unpickler
-
-Engine = Literal["ray", "local"]
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/ray-merge`, else `~/.cache/ray-merge`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray-merge"
-
-
-def _cache(cache_dir: str | Path | None) -> Path:
-    return Path(default_cache_dir() if cache_dir is None else cache_dir).expanduser().absolute()
-
-
-def read_recipe(recipe: str | Path | dict[str, Any]) -> tuple[Recipe, Source]:
-    """A recipe from a local path, a URL or a mapping."""
-    if isinstance(recipe, str) and "://" in recipe:
-        folder, _, name = recipe.rpartition("/")
-        store = open_store(folder)
-        if store.info(name) is None:
-            raise RecipeError(f"recipe {recipe} does not exist")
-        return load_recipe(recipe, store.read(name).decode("utf-8", "replace"))
-    return load_recipe(recipe)
 
 
 def plan(
@@ -66,12 +44,11 @@ def plan(
     Raises:
         Refusal: the recipe cannot be run; the message says where and what to do.
     """
-    parsed, source = read_recipe(recipe)
-    if output is not None:
-        parsed = parsed.model_copy(update={"output": output})
+    parsed, source = read_recipe(recipe, output)
+    require_merges(parsed, source)
     merges = select(expand(parsed, source), only)
-    base, adapters = read_inputs(parsed, merges, unpickler(_cache(cache_dir) / "adapters"))
-    ceiling = _memory(memory)
+    base, adapters = read_inputs(parsed, merges, unpickler(cache_folder(cache_dir) / "adapters"))
+    ceiling = memory_ceiling(memory, DEFAULT_MEMORY_BYTES)
     planned = make_plan(parsed, merges, base, adapters, memory_bytes=ceiling)
     if memory is not None and planned.peak_bytes > ceiling:
         raise Refusal(
@@ -79,13 +56,6 @@ def plan(
             f"a time, the ceiling is {ceiling / 1e6:.0f} MB; raise it, or merge fewer adapters at once"
         )
     return planned
-
-
-def _memory(memory: str | int | None) -> int:
-    try:
-        return DEFAULT_MEMORY_BYTES if memory is None else parse_size(memory)
-    except ValueError as error:
-        raise Refusal(f"--memory: {error}") from error
 
 
 def run(
@@ -122,27 +92,12 @@ def run(
         RunFailed: the run stopped later; run again to finish it.
     """
     planned = plan(recipe, output=output, only=only, memory=memory, cache_dir=cache_dir)
-    settings = Settings(cache=_cache(cache_dir), device=device, date=date)
-    make_pool = _local_pools(workers) if engine == "local" else _ray_pools(address, workers)
-    return drive_run(planned, settings, make_pool, progress)
-
-
-def _local_pools(workers: int | None) -> PoolFactory:
-    def make(job: Job, n_units: int) -> Pool:
-        # One GPU is one place to work: threads would only share its memory.
-        room = workers or (1 if job.device != "cpu" else len(os.sched_getaffinity(0)))
-        return LocalPool(WorkerFactory(job)(), max(1, min(n_units, room)))
-
-    return make
-
-
-def _ray_pools(address: str, workers: int | None) -> PoolFactory:
-    def make(job: Job, n_units: int) -> Pool:
-        from ray_merge.runtime.merge_pool import MergePool  # Ray is loaded only when there is work
-
-        return MergePool(job, n_units, address=address, workers=workers)
-
-    return make
+    settings = Settings(cache=cache_folder(cache_dir), device=device, date=date)
+    engines = Engines(
+        engine=engine, address=address, workers=workers, memory=None, device=device, cache=settings.cache
+    )
+    statistics = statistics_of(planned.recipe, engines, progress)
+    return drive_run(planned, settings, unit_pools(engine, address, workers), progress, statistics)
 
 
 def methods() -> list[dict[str, Any]]:

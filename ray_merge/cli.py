@@ -17,7 +17,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from ray_merge import show, show_inspect
+from ray_merge import show, show_inspect, show_moments
 from ray_merge.errors import RayMergeError, Refusal, RunFailed
 
 app = typer.Typer(
@@ -36,6 +36,9 @@ OutputOption = Annotated[str | None, typer.Option(help="Where results go, in pla
 OnlyOption = Annotated[list[str] | None, typer.Option(help="Name or glob of merges; may be repeated.")]
 MemoryOption = Annotated[str | None, typer.Option(metavar="SIZE", help="Ceiling per worker, such as 640MB.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AddressOption = Annotated[str, typer.Option(help="local (embedded Ray), auto, or HOST:PORT.")]
+EngineOption = Annotated[Literal["ray", "local"], typer.Option(help="local: everything in this process.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 CacheOption = Annotated[Path | None, typer.Option(help="Node-local folder for adapters and digests.")]
 
 
@@ -66,14 +69,12 @@ def plan(
 def run(
     recipe: RecipeArgument,
     output: OutputOption = None,
-    address: Annotated[str, typer.Option(help="local (embedded Ray), auto, or HOST:PORT.")] = "local",
+    address: AddressOption = "local",
     only: OnlyOption = None,
-    engine: Annotated[
-        Literal["ray", "local"], typer.Option(help="local: everything in this process.")
-    ] = "ray",
+    engine: EngineOption = "ray",
     workers: Annotated[int | None, typer.Option(min=1, help="How many; default: one per CPU.")] = None,
     memory: MemoryOption = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: DeviceOption = "cpu",
     cache_dir: CacheOption = None,
     date: Annotated[str | None, typer.Option(help="Day for {date} in output; default: today (UTC).")] = None,
     as_json: JsonOption = False,
@@ -96,6 +97,40 @@ def run(
             progress=progress,
         )
     show.run_result(result, as_json=as_json)
+
+
+@app.command()
+def calibrate(
+    recipe: RecipeArgument,
+    output: OutputOption = None,
+    address: AddressOption = "local",
+    engine: EngineOption = "ray",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Stages held at once; default: one per CPU.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Ceiling per stage, such as 1200MB.")
+    ] = None,
+    device: DeviceOption = "cpu",
+    cache_dir: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Moments of every task's inputs into the store; every later run reuses them."""
+    from ray_merge import moments
+
+    with show.Progress() as progress:
+        result = moments.calibrate(
+            recipe,
+            output=output,
+            engine=engine,
+            address=address,
+            workers=workers,
+            memory=memory,
+            device=device,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    show_moments.calibrated(result, as_json=as_json)
 
 
 @app.command()
@@ -153,9 +188,7 @@ def demo(
         Path | None, typer.Option(help="Folder for the results; default: in the cache.")
     ] = None,
     cache_dir: CacheOption = None,
-    engine: Annotated[
-        Literal["ray", "local"], typer.Option(help="local: everything in this process.")
-    ] = "ray",
+    engine: EngineOption = "ray",
 ) -> None:
     """Everything offline: a real small model, real adapters, several merges, scores."""
     from ray_merge.demo.command import run_demo

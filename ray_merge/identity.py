@@ -13,6 +13,9 @@ from typing import Any
 ALGORITHM_VERSION = 3
 """Raised whenever the same inputs would give other output bytes; it is part of every merge id."""
 
+MOMENTS_VERSION = 1
+"""Raised whenever the same inputs would give other moments; it is part of their ids."""
+
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces; floats by their shortest repr; NaN and Inf are a ValueError."""

@@ -21,7 +21,8 @@ from ray_merge.plan.estimate import Cluster, estimate
 from ray_merge.spec import Adapter, FactorEntry, SavedEntry, Update
 
 if TYPE_CHECKING:
-    from ray_merge.drive.run import Event, RunResult
+    from ray_merge.drive.events import Event
+    from ray_merge.drive.run import RunResult
     from ray_merge.plan import Plan
     from ray_merge.verify import Verified
 
@@ -107,6 +108,8 @@ class Progress:
 
     def _unit_line(self, event: Event, now: float) -> str:
         done, total = event.n_bytes
+        if not total:
+            return f"{event.units[0]}/{event.units[1]} units, last {event.text}"
         line = f"{event.units[0]}/{event.units[1]} units, {human_bytes(done)} of {human_bytes(total)}"
         since, before = self._first or (now, done)
         rate = (done - before) / (now - since) if now > since else 0.0

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Echo:
@@ -117,3 +119,88 @@ class SleepAfterFirst:
         if Path(self.marker).exists():
             time.sleep(self.seconds)
         Path(self.marker).touch()
+
+
+class PlaceWorker:
+    """The worker of one place: does what the unit says with the place and with what it is given."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def run(self, unit: Callable[[int, Any], tuple[Any, Any]], given: Any, turn: Any) -> tuple[Any, Any]:
+        return unit(self.place, given)
+
+
+@dataclass(frozen=True)
+class PlaceFactory:
+    """Runs `before`, at one place only, and then makes a PlaceWorker."""
+
+    before: Callable[[], Any]
+    at: int
+
+    def __call__(self, place: int) -> PlaceWorker:
+        if place == self.at:
+            self.before()
+        return PlaceWorker(place)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Hand on an array made of all that is given, of the place and of a seed; the result is its sum and the pid.
+
+    `before` runs first, so that a unit can also sleep, die or raise on its way.
+    """
+
+    seed: int
+    before: Callable[[], Any] = Echo(None)
+    length: int = 20_000
+
+    def __call__(self, place: int, given: Any) -> tuple[tuple[float, int], Any]:
+        self.before()
+        row = np.arange(self.length, dtype=np.float64) % (self.seed + 2)
+        for index, other in enumerate(given):
+            row = row + (index + 2) * np.asarray(other)
+        row = np.sin(row + place)
+        return (float(row.sum()), os.getpid()), row
+
+
+def rebuilt(owner: int, payload: bytes) -> "Sealed":
+    if os.getpid() == owner:
+        raise RuntimeError("what a step handed on was unpickled by the driver")
+    return Sealed(owner, payload)
+
+
+class Sealed:
+    """Refuses to be unpickled in the process `owner`."""
+
+    def __init__(self, owner: int, payload: bytes) -> None:
+        self.owner, self.payload = owner, payload
+
+    def __reduce__(self) -> Any:
+        return rebuilt, (self.owner, self.payload)
+
+
+@dataclass(frozen=True)
+class Seal:
+    """Hand on what the driver must not unpickle; the result is how much was given."""
+
+    driver: int
+    n_bytes: int
+
+    def __call__(self, place: int, given: Any) -> tuple[int, Sealed]:
+        return sum(len(other.payload) for other in given), Sealed(self.driver, bytes(self.n_bytes))
+
+
+@dataclass(frozen=True)
+class RaiseAtFirst:
+    """Raise, the first `times` times."""
+
+    marker: str
+    error: BaseException
+    times: int = 1
+
+    def __call__(self) -> None:
+        with Path(self.marker).open("a") as file:
+            file.write("x")
+        if len(Path(self.marker).read_text()) <= self.times:
+            raise self.error

@@ -18,7 +18,9 @@ from rich.table import Table
 from ray_merge import api
 from ray_merge.demo.score import load_backbone, normalised_mean, score
 from ray_merge.demo.suite import DemoSuite, prepare
-from ray_merge.drive.run import Event
+from ray_merge.drive.events import Event
+from ray_merge.engines import Engine
+from ray_merge.storage.cache import cache_folder
 from ray_merge.verify import verify
 
 LAMBDAS = (0.2, 0.3, 0.4, 0.6, 1.0)
@@ -57,7 +59,7 @@ def demo_recipe(suite: DemoSuite, output: Path) -> dict[str, Any]:
     }
 
 
-def run_demo(*, output: Path | None, cache_dir: Path | None, engine: api.Engine) -> None:
+def run_demo(*, output: Path | None, cache_dir: Path | None, engine: Engine) -> None:
     """Everything that `ray-merge demo` does.
 
     Args:
@@ -66,7 +68,7 @@ def run_demo(*, output: Path | None, cache_dir: Path | None, engine: api.Engine)
         engine: "ray" for an embedded Ray, "local" for this process.
     """
     started = time.monotonic()
-    cache = (cache_dir or api.default_cache_dir()).expanduser().absolute()
+    cache = cache_folder(cache_dir)
     suite = prepare(cache / "demo", _say)
     # The folder of results is named after the adapters: other adapters may not land on an older demo's merges.
     results = (output or suite.folder / "results").expanduser().absolute()

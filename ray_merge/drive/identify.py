@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from ray_merge.calibration import data_identity
 from ray_merge.errors import AdapterError, CheckpointError, StoreDenied
-from ray_merge.identity import ALGORITHM_VERSION, digest
+from ray_merge.identity import ALGORITHM_VERSION, MOMENTS_VERSION, digest
+from ray_merge.methods.registry import get
 from ray_merge.plan import Plan
+from ray_merge.recipe import Calibration
 from ray_merge.spec import Adapter, Merge
 from ray_merge.storage.adapter import CONFIG_FILE as ADAPTER_CONFIG
-from ray_merge.storage.checkpoint import CONFIG_FILE, read_checkpoint
+from ray_merge.storage.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.ordered import in_order
 from ray_merge.storage.store import Store, Stores, open_store
@@ -28,34 +31,57 @@ Versions = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Content versions of the base's files and of each adapter's files."""
+    """Content versions of the base's files and of each adapter's files, and what the moments of a task come from."""
 
     base: Versions
     adapters: Mapping[str, Versions]
+    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def read_inputs_identity(plan: Plan, digests: DigestCache, stores: Stores) -> Inputs:
     """Versions of everything that the plan's merges are made of; hashes local files."""
-    base_store = stores.open(plan.base.url)
-    names = [info.path for info in (*plan.base.weight_files, *plan.base.side_files)]
-    base = _versions(base_store, [*names, CONFIG_FILE], digests)
+    base = base_versions(plan.base, digests, stores)
     found = in_order(lambda one: _adapter_versions(plan, one, digests, stores), plan.adapters.values())
     adapters = dict(zip(plan.adapters, found, strict=True))
     _check_training_base(plan, base, digests)
-    return Inputs(base, adapters)
+    return Inputs(base, adapters, dict(_data(plan, stores, digests)))
+
+
+def _data(plan: Plan, stores: Stores, digests: DigestCache) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What the moments of each task come from, where a merge needs them."""
+    merging = [merge for merge in plan.merges if get(merge.method).statistics]
+    for name in dict.fromkeys(name for merge in merging for name in merge.adapters):
+        source = plan.recipe.adapters[name]
+        assert source.data is not None, "plan refuses a merge by moments whose tasks have no data"
+        found: dict[str, Any] = {"data": dict(data_identity(source.data, stores, digests))}
+        if source.eval is not None:
+            found["eval"] = source.eval.model_dump()
+        yield name, found
+
+
+def base_versions(base: Checkpoint, digests: DigestCache, stores: Stores) -> Versions:
+    """Content versions of every file of a base."""
+    names = [info.path for info in (*base.weight_files, *base.side_files)]
+    return file_versions(stores.open(base.url), [*names, CONFIG_FILE], digests)
 
 
 def _adapter_versions(plan: Plan, adapter: Adapter, digests: DigestCache, stores: Stores) -> Versions:
     """Versions of an adapter's files; those of the adapter that it started from are called `initial/...`."""
     resized = adapter.side_files if plan.resized(adapter) else ()  # they matter to a grown vocabulary only
-    versions = dict(_versions(stores.open(adapter.url), [ADAPTER_CONFIG, adapter.file, *resized], digests))
+    versions = dict(
+        file_versions(stores.open(adapter.url), [ADAPTER_CONFIG, adapter.file, *resized], digests)
+    )
     if adapter.initial is not None:
-        before = _versions(stores.open(adapter.initial.url), [ADAPTER_CONFIG, adapter.initial.file], digests)
+        before = file_versions(
+            stores.open(adapter.initial.url), [ADAPTER_CONFIG, adapter.initial.file], digests
+        )
         versions |= {f"initial/{name}": version for name, version in before.items()}
     return versions
 
 
-def _versions(store: Store, names: list[str], digests: DigestCache) -> Versions:
+def file_versions(store: Store, names: list[str], digests: DigestCache) -> Versions:
+    """Content versions of some files: sha256 of local ones, the store's entity tags of others."""
+
     def version(name: str) -> str:
         if store.local_root is not None:
             return f"sha256:{digests.sha256(store.local_root / name)}"
@@ -89,7 +115,7 @@ def _check_training_base(plan: Plan, base: Versions, digests: DigestCache) -> No
             theirs = read_checkpoint(store)
         except (CheckpointError, StoreDenied):
             continue  # whatever lies there now is no base; the recipe's base has matching names and shapes
-        found = _versions(store, [info.path for info in theirs.weight_files], digests)
+        found = file_versions(store, [info.path for info in theirs.weight_files], digests)
         if sorted(found.values()) != sorted(weights.values()) and len(found) == len(weights):
             raise AdapterError(
                 f"adapter {adapter.name} was trained on {name}, whose weights differ from those of {plan.base.url}; "
@@ -117,6 +143,13 @@ def merge_inputs(plan: Plan, merge: Merge, inputs: Inputs) -> dict[str, Any]:
     }
     if merge.export != "checkpoint":
         document |= {"export_rank": merge.export_rank, "export_tolerance": merge.export_tolerance}
+    if get(merge.method).statistics:
+        calibration = recipe.calibration or Calibration()
+        document |= {
+            "moments": MOMENTS_VERSION,
+            "calibration": calibration.model_dump(),
+            "data": {name: dict(inputs.data[name]) for name in merge.adapters},
+        }
     result: dict[str, Any] = json.loads(json.dumps(document))
     return result
 

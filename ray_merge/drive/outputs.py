@@ -10,6 +10,7 @@ from typing import Any
 
 from ray_merge.errors import OutputConflict, RecipeError
 from ray_merge.identity import difference
+from ray_merge.recipe import Recipe
 from ray_merge.spec import Receipt
 from ray_merge.storage.commit import RECIPE, STATE_FOLDER, read_manifest, read_receipts, recorded_id
 from ray_merge.storage.store import Store, Stores, join
@@ -51,6 +52,15 @@ def output_root(template: str, merge_id: str, date: str | None = None) -> str:
     if "{" in root or "}" in root:
         raise RecipeError(f"output {template!r}: only {{date}} and {{id}} may stand in braces")
     return root
+
+
+def store_url(recipe: Recipe) -> str:
+    """The store of a recipe: `store`, or `.ray_merge` in the part of `output` that has no date and no id."""
+    if recipe.store is not None:
+        return recipe.store
+    parts = recipe.output.split("/")
+    fixed = next((index for index, part in enumerate(parts) if "{" in part), len(parts))
+    return join("/".join(parts[:fixed]) or ("/" if recipe.output.startswith("/") else "."), STATE_FOLDER)
 
 
 def look(

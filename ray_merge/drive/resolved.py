@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
 
+from ray_merge.drive.outputs import store_url
+from ray_merge.methods.registry import get
 from ray_merge.plan import Plan
+from ray_merge.recipe import Calibration
 from ray_merge.spec import Merge
 from ray_merge.storage.commit import id_line
 from ray_merge.storage.store import open_store
@@ -38,13 +42,18 @@ def resolved_recipe(plan: Plan, merge: Merge, merge_id: str) -> bytes:
         document["base_model_names"] = list(recipe.base_model_names)
     if recipe.out_dtype is not None:
         document["out_dtype"] = recipe.out_dtype
+    if get(merge.method).statistics:
+        document["store"] = open_store(store_url(recipe)).url
+        document["calibration"] = (recipe.calibration or Calibration()).model_dump()
     return (id_line(merge_id) + yaml.safe_dump(document, sort_keys=False, allow_unicode=True)).encode()
 
 
 def _adapters(plan: Plan, merge: Merge) -> list[str]:
     # A combination takes its part of a mapping that the sweep has for all adapters; the others must stay known.
     named = set(_keys([value for _, value in merge.sweep])) if merge.combined else set()
-    return [name for name in plan.recipe.adapters if name in merge.adapters or name in named]
+    # Moments are stored by the sites of all adapters of a recipe, so all of them are needed to find them again.
+    every = bool(get(merge.method).statistics)
+    return [name for name in plan.recipe.adapters if every or name in merge.adapters or name in named]
 
 
 def _keys(value: Any) -> Iterator[str]:
@@ -54,10 +63,17 @@ def _keys(value: Any) -> Iterator[str]:
         yield from value
 
 
-def _url(plan: Plan, name: str) -> dict[str, str]:
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _url(plan: Plan, name: str) -> dict[str, Any]:
     path = plan.recipe.adapters[name].path
     initial = plan.recipe.adapters[name].initial
-    urls = {} if path is None else {"path": open_store(path).url}
+    urls: dict[str, Any] = {} if path is None else {"path": open_store(path).url}
+    data = plan.recipe.adapters[name].data
+    if data is not None:
+        urls["data"] = {**data.model_dump(exclude_none=True), "path": _absolute(data.path)}
     return urls | ({} if initial is None else {"initial": open_store(initial).url})
 
 

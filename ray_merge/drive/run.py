@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray_merge.drive.events import Event
 from ray_merge.drive.identify import Inputs, merge_id, merge_inputs, read_inputs_identity
 from ray_merge.drive.outputs import Target, look, today
 from ray_merge.drive.preflight import preflight
@@ -34,28 +35,17 @@ from ray_merge.spec import Merge, Receipt
 from ray_merge.storage.commit import STATE_FOLDER, commit_bytes, probe
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.store import Stores, open_store
-from ray_merge.work.job import AdapterUnit, EmrUnit, Job, ShardUnit, Unit
+from ray_merge.work.job import AdapterUnit, EmrUnit, Job, MomentsIndex, ShardUnit, Unit
 
 PoolFactory = Callable[[Job, int], Pool]
 """Makes the pool for a job of so many units; called only when there is something to do."""
 
+StatisticsMaker = Callable[[Sequence[Merge]], Mapping[str, MomentsIndex]]
+"""Finds or computes the moments that merges need, by kind of statistics; called only when there is something to do."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """Progress, for whoever shows it.
 
-    Args:
-        kind: "start" (totals are known), "select" (thresholds are looked for), "unit" (one more done), "merge" (one
-            more published).
-        text: what happened, for a person.
-        units: done and all.
-        n_bytes: written and all.
-    """
-
-    kind: str
-    text: str
-    units: tuple[int, int] = (0, 0)
-    n_bytes: tuple[int, int] = (0, 0)
+def _no_statistics(_: Sequence[Merge]) -> Mapping[str, MomentsIndex]:
+    return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +118,15 @@ class _Context:
     progress: Callable[[Event], None]
     warnings: list[str]
     base_bytes: Counter[str]
+    statistics: StatisticsMaker
 
 
 def run(
-    plan: Plan, settings: Settings, make_pool: PoolFactory, progress: Callable[[Event], None] = lambda _: None
+    plan: Plan,
+    settings: Settings,
+    make_pool: PoolFactory,
+    progress: Callable[[Event], None] = lambda _: None,
+    statistics: StatisticsMaker = _no_statistics,
 ) -> RunResult:
     """Complete every merge of the plan.
 
@@ -142,7 +137,7 @@ def run(
     started = time.monotonic()
     stores = Stores()
     inputs = read_inputs_identity(plan, DigestCache(settings.cache / "digests"), stores)
-    context = _Context(plan, settings, inputs, stores, progress, list(plan.warnings), Counter())
+    context = _Context(plan, settings, inputs, stores, progress, list(plan.warnings), Counter(), statistics)
     targets = _targets(context)
     unfinished = [
         _Open(merge, target, set(object_names(plan, merge)) - set(target.receipts), dict(target.receipts))
@@ -198,6 +193,7 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
         cache=str(settings.cache / "adapters"),
         attempt=uuid.uuid4().hex[:12],
         device=settings.device,
+        moments=context.statistics([item.merge for item in unfinished if item.missing]),
     )
     lacking = {item.merge.name: item.missing for item in unfinished}
     units = missing_units(plan, lacking)

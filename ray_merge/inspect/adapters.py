@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from ray_merge.api import default_cache_dir
 from ray_merge.errors import Refusal
 from ray_merge.fit import check_bases, check_owners, fit_adapters
 from ray_merge.fit.alone import stand_alone
@@ -21,6 +20,7 @@ from ray_merge.inspect.report import Found, InspectedPair, Inspection, report
 from ray_merge.recipe import Recipe
 from ray_merge.spec import Adapter, Merge
 from ray_merge.storage.adapter import CONFIG_FILE, Pickles, read_adapter
+from ray_merge.storage.cache import cache_folder
 from ray_merge.storage.checkpoint import Checkpoint, read_checkpoint, read_json
 from ray_merge.storage.store import Stores
 from ray_merge.work.factors import AdapterFiles
@@ -51,7 +51,7 @@ def inspect(
     urls = [str(adapter) for adapter in adapters]
     if not urls:
         raise Refusal("give the folder of at least one adapter")
-    cache = Path(default_cache_dir() if cache_dir is None else cache_dir).expanduser().absolute() / "adapters"
+    cache = cache_folder(cache_dir) / "adapters"
     stores = Stores()
     known = None if base is None else read_checkpoint(stores.open(str(base)), dequantise=True)
     found = [Found(name, url) for name, url in zip(unique_names(urls), urls, strict=True)]

@@ -42,6 +42,13 @@ FILTERED, FILTERED_SIDE = 800, 1 / 8
 """Of one entry in free: its Fourier transform back, and for each row or column, of which there are fewer, the product
 with the frequencies that the default cutoff removes."""
 
+WEIGHED = 110
+"""Of one entry and adapter in fisher: its Fisher information read twice, a share, and two running sums."""
+
+GATHERED, REGRESSED = 60, 3
+"""regmean: of one entry of a Gram matrix and each adapter, to read it and add it up; and how much longer its float64
+Cholesky factor, thin products and triangular solves take (15 to 25 GFLOP/s for 1024 to 4096 inputs)."""
+
 SPECTRAL_SVDS = 4
 """Of (R, R) matrices in tsv_m and iso_*: directions and two polar factors."""
 
@@ -88,6 +95,13 @@ def solved(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> float:
     total = sum(ranks)
     pseudo_inverse = SVD_FLOPS * float(total) * min(total, shape[1]) ** 2
     return _qr(shape[1], total) + pseudo_inverse + _product(shape, total)
+
+
+def regressed(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> float:
+    """A Gram matrix of each adapter added and multiplied, a Cholesky factor, and two triangular solves."""
+    total, squared = sum(ranks), float(shape[1]) ** 2
+    solved = REGRESSED * squared * (2 * PRODUCT_FLOPS * total + shape[1] / 3)
+    return solved + GATHERED * len(ranks) * squared + _product(shape, total)
 
 
 def clustered(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> float:

@@ -16,6 +16,7 @@ from ray_merge.methods.memory import Sizes, entrywise
 
 Kind = Literal["number", "integer", "flag", "choice"]
 Space = Literal["dense", "core", "knots"]
+Statistics = Literal["", "gram", "fisher"]
 Rule = Callable[[dict[str, Any]], None]
 """Checks and completes resolved parameters that depend on each other, in place; raises MethodError."""
 
@@ -117,6 +118,8 @@ class Method:
         low_rank_spaces: those in which its result has factors, so that it can be exported as an adapter.
         factors_only: cannot take a delta that is no product of factors (DoRA), whatever the space.
         needs: inputs beyond the factors: "moments", "phi", "base".
+        statistics: what its moments are: "gram", the Gram matrix of a site's inputs, or "fisher", the squared gradients
+            of its weight; "" where it needs none.
         rule: completes and checks parameters that depend on each other.
         counts: for methods that keep entries by magnitude and know `scope`: which magnitudes they need, so that
             `scope: model` can select them over all sites.
@@ -136,6 +139,7 @@ class Method:
     low_rank_spaces: tuple[Space, ...] = ()
     factors_only: bool = False
     needs: tuple[str, ...] = ()
+    statistics: Statistics = ""
     rule: Rule | None = None
     counts: Counts | None = None
     sizes: Sizes = entrywise

@@ -16,9 +16,11 @@ from ray_merge.algebra.delta import Delta
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.errors import MethodError
 from ray_merge.methods.declare import Method
+from ray_merge.methods.given_statistics import given_statistics
 from ray_merge.methods.kernels import merge_site
 from ray_merge.methods.registry import get, takes_dense
 from ray_merge.methods.resolve import at_site, resolve_parameters
+from ray_merge.methods.statistics import InputSide
 from ray_merge.spec import Factor
 
 
@@ -30,6 +32,7 @@ def merge_factors(
     moments: Any = None,
     phi: Any = None,
     seed: int = 0,
+    input_side: InputSide = "columns",
     **parameters: Any,
 ) -> Delta:
     """Merge the factors of one weight.
@@ -38,9 +41,11 @@ def merge_factors(
         method: a merge method's name.
         factors: one per adapter: B (O, R_i), A (R_i, I) of any floating dtype, and its scale.
         base: the base weight (O, I), only for methods that need it and for factors with a DoRA magnitude.
-        moments: statistics of inputs, only for methods that need them.
+        moments: only for methods that need them, one for each factor: `Moments` of the weight's inputs for regmean,
+            the Fisher diagonal (O, I) for fisher.
         phi: learned coefficients, only for methods that need them.
         seed: of random masks; adapter i is called "i" there.
+        input_side: "rows" for the weight of a HF Conv1D, which is stored (in, out); asked by regmean alone.
         **parameters: as in a recipe (`lambda` may be written `lambda_`); weight and density may be a
             number or a sequence in the order of `factors`.
 
@@ -59,6 +64,8 @@ def merge_factors(
     _check_factors(factors)
     if is_dora:
         _check_dora(declared, resolved, factors, base)
+    if declared.statistics:
+        inputs |= given_statistics(declared, moments, factors, input_side)
     chosen = at_site(declared, resolved, names, site="")
     site = SiteFactors(factors, base if is_dora else None)
     return merge_site(declared.name, site, chosen, names=names, site="", seed=seed, inputs=inputs)

@@ -18,11 +18,13 @@ from ray_merge.methods.catalogue import (
     dare,
     della,
     emr,
+    fisher,
     free,
     isotropic,
     lego,
     pcb,
     prune,
+    regmean,
     robust,
     sums,
     tall,
@@ -51,6 +53,8 @@ METHODS: tuple[Method, ...] = (
     *tall.METHODS,
     *pcb.METHODS,
     *emr.METHODS,
+    *regmean.METHODS,
+    *fisher.METHODS,
 )
 
 
@@ -82,6 +86,7 @@ __all__ = [
     "gives_factors",
     "resolve_parameters",
     "selects_over_model",
+    "statistics_kind",
     "takes_dense",
     "working_bytes",
 ]
@@ -117,6 +122,12 @@ def selects_over_model(method: Method, parameters: Mapping[str, Any]) -> bool:
     return method.counts is not None and parameters.get("scope") == "model"
 
 
+def statistics_kind(method: Method, parameters: Mapping[str, Any]) -> str:
+    """Which statistics a merge needs: "", "gram", or "fisher/" and whose labels."""
+    labels = f"/{parameters['labels']}" if method.statistics == "fisher" else ""
+    return method.statistics + labels
+
+
 def working_bytes(
     method: Method, space: str | None, shape: tuple[int, int], ranks: Sequence[int]
 ) -> SiteBytes:
@@ -133,6 +144,7 @@ def describe(method: Method) -> dict[str, Any]:
         "summary": method.summary,
         "reference": method.reference,
         "needs": list(method.needs),
+        "statistics": method.statistics,
         "spaces": list(method.spaces),
         "low_rank_spaces": list(method.low_rank_spaces),
         "parameters": {

@@ -49,6 +49,16 @@ def divided_sum(values: dict[str, Any]) -> None:
             )
 
 
+def some_weight(values: dict[str, Any]) -> None:
+    """Refuse weights that are all zero: nothing would be left to average."""
+    for run, place in _runs(values["weight"]):
+        for depth, weights in run:
+            if not any(weights.values()):
+                raise MethodError(
+                    f"the weights{place}{_at(depth)} are all 0, so that nothing is averaged; give one adapter a weight"
+                )
+
+
 def ties(values: dict[str, Any]) -> None:
     """Rules of the methods that trim and elect signs."""
     one_density(values)

@@ -2,7 +2,7 @@
 
 from ray_merge.plan.layout import ADAPTER_OBJECT, SHARD_METADATA, OutTensor, Shard, file_bytes, shard_layout
 from ray_merge.plan.memory import DEFAULT_MEMORY_BYTES, QUESTIONS_AT_ONCE
-from ray_merge.plan.plan import Plan, make_plan, read_inputs
+from ray_merge.plan.plan import Plan, make_plan, read_inputs, read_named
 from ray_merge.plan.vocabulary import with_vocabulary
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "file_bytes",
     "make_plan",
     "read_inputs",
+    "read_named",
     "shard_layout",
     "with_vocabulary",
 ]

@@ -7,7 +7,7 @@ configs); `make_plan` is arithmetic on what it found.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -24,6 +24,7 @@ from ray_merge.plan.emr import check_emr, emr_bytes
 from ray_merge.plan.export import check_export
 from ray_merge.plan.layout import OutTensor, Shard, file_bytes, plan_shards, with_replaced
 from ray_merge.plan.memory import DEFAULT_MEMORY_BYTES, fit_group
+from ray_merge.plan.statistics import check_data
 from ray_merge.plan.vocabulary import with_vocabulary
 from ray_merge.recipe import Recipe
 from ray_merge.spec import Adapter, Layout, Merge, Site, TensorEntry
@@ -141,13 +142,21 @@ def read_inputs(
         merges: to be planned.
         unpickle: converts adapter_model.bin, for adapters whose recipe allows it.
     """
+    return read_named(recipe, {name for merge in merges for name in merge.adapters}, unpickle)
+
+
+def read_named(
+    recipe: Recipe, names: Collection[str], unpickle: Pickles = None
+) -> tuple[Checkpoint, dict[str, StoredAdapter]]:
+    """Headers and configs of the base and of the adapters called `names`, in the recipe's order."""
     stores, families = Stores(), Families()
     base = read_checkpoint(stores.open(recipe.base_model), dequantise=recipe.base_numerics == "dequantise")
-    used = {name for merge in merges for name in merge.adapters}
-    chosen = {name: source for name, source in recipe.adapters.items() if name in used}
+    chosen = {name: source for name, source in recipe.adapters.items() if name in names}
     missing = next((name for name, source in chosen.items() if source.path is None), None)
     if missing is not None:
-        raise RecipeError(f"adapter {missing} has no path, which a merge needs")
+        raise RecipeError(
+            f"adapter {missing} has no path, which is needed here; give the folder of the adapter as path"
+        )
 
     one_by_one = Lock()
 
@@ -205,6 +214,7 @@ def make_plan(
         check_biases(merge, adapters)
         check_export(merge, adapters)
         check_emr(merge, adapters)
+        check_data(recipe, merge)
         warnings += _filter_warnings(merge, sites)
         warnings += check_gradients(merge, sites, base.url)
     check_ranks(merges, adapters, sites, base.tensors)

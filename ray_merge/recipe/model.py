@@ -10,7 +10,7 @@ import json
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from ray_merge.errors import RecipeError, shown
+from ray_merge.recipe.problems import describe
 from ray_merge.recipe.source import MAX_RECIPE_BYTES, Source, nearest, parse_yaml, plain_data
 from ray_merge.spec import FLOAT_DTYPES, Export
 
@@ -72,8 +73,16 @@ def _only_path(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+def _one_text(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 def _none_is_empty(value: Any) -> Any:
     return {} if value is None else value  # `parameters:` with nothing behind it
+
+
+def _none_is_no_entry(value: Any) -> Any:
+    return [] if value is None else value  # `merges:` likewise
 
 
 def _check_mapping(value: Any) -> Any:
@@ -94,6 +103,8 @@ Size = Annotated[int, BeforeValidator(parse_size)]
 Name = Annotated[str, BeforeValidator(check_name)]
 KeyMapping = Annotated[dict[str, str], BeforeValidator(_check_mapping)]
 """Regular expressions on runtime names -> what takes their place, in order."""
+Word = Annotated[str, Field(min_length=1)]
+Columns = Annotated[list[Word], Field(min_length=1, max_length=2)]
 
 
 class _Model(BaseModel):
@@ -101,10 +112,13 @@ class _Model(BaseModel):
 
 
 class DataSource(_Model):
-    """Where a task's texts are."""
+    """Where a task's unlabelled inputs are: a file, a folder of files or a glob.
+
+    `text` names one text column or the two of a pair; `limit` looks at the first rows only.
+    """
 
     path: str
-    text: list[str] | None = None
+    text: Annotated[Columns | None, BeforeValidator(_one_text)] = None
     limit: int | None = Field(default=None, ge=1)
 
 
@@ -141,12 +155,37 @@ class AdapterSource(_Model):
 
 
 class Calibration(_Model):
-    """How many inputs the moments are taken from."""
+    """Which inputs the moments are taken from, and how.
+
+    `samples` rows a task, texts cut at `max_length` tokens; `features` says whether a task's own adapter is active.
+    A sketch keeps `sketch_rows` rows of a site's Gram.
+    """
 
     samples: int = Field(default=128, ge=1)
     max_length: int = Field(default=256, ge=1)
     batch_size: int = Field(default=16, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    features: Literal["base", "adapter"] = "base"
+    precision: Literal["full", "sketch"] = "full"
+    sketch_rows: int = Field(default=256, ge=2)
+
+
+class Init(_Model):
+    """Adapters to fine-tune from: where they go, and how their A is found from the other tasks' moments.
+
+    `others` are the tasks to stay clear of (default: all but the adapter's own); `project` takes adapters that are
+    trained already.
+    """
+
+    method: Literal["osrm"]
+    r: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
+    target_modules: list[Word] = Field(min_length=1)
+    mode: Literal["covariance", "means"] = "covariance"
+    row_scale: Literal["orthonormal", "peft"] = "orthonormal"
+    others: Annotated[list[Name], Field(min_length=1)] | None = None
+    output: Word
+    project: bool = False
 
 
 class Combinations(_Model):
@@ -183,11 +222,14 @@ class Recipe(_Model):
     max_merges: int = Field(default=1000, ge=1)
     adapters: dict[Name, AdapterSource]
     calibration: Calibration | None = None
+    stages: int | None = Field(default=None, ge=1)
+    init: Init | None = None
+    diagnostics: bool = False
     placement: Literal["spread", "one_per_node"] = "spread"
     tied: Literal["refuse", "untie"] = "refuse"
     base_numerics: Literal["reject", "dequantise"] = "reject"
     key_mapping: KeyMapping = Field(default_factory=dict)
-    merges: list[MergeSource]
+    merges: Annotated[list[MergeSource], BeforeValidator(_none_is_no_entry)] = Field(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
@@ -197,12 +239,6 @@ class Recipe(_Model):
             long = {k: {"path": v} if isinstance(v, str) else v for k, v in value["adapters"].items()}
             return {**value, "adapters": long}
         return value
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> Self:
-        if not self.merges:
-            raise ValueError("merges is empty: nothing to do")
-        return self
 
 
 def load_recipe(recipe: str | Path | dict[str, Any], text: str | None = None) -> tuple[Recipe, Source]:
@@ -240,9 +276,31 @@ def load_recipe(recipe: str | Path | dict[str, Any], text: str | None = None) ->
         )
     _check_text(source)
     try:
-        return Recipe.model_validate(source.value), source
+        parsed = Recipe.model_validate(source.value)
     except ValidationError as error:
-        raise RecipeError(_describe(error, source)) from error
+        raise RecipeError(describe(error, source, _known_keys)) from error
+    _check_others(parsed, source)
+    return parsed, source
+
+
+def require_merges(recipe: Recipe, source: Source) -> None:
+    """Refuse a recipe without merges, which `calibrate` and `init` take and `plan` and `run` do not.
+
+    Raises:
+        RecipeError: there is no merge.
+    """
+    if not recipe.merges:
+        raise RecipeError(f"{source.where(('merges',))}: merges is empty: nothing to do")
+
+
+def _check_others(recipe: Recipe, source: Source) -> None:
+    others = (recipe.init.others if recipe.init else None) or []
+    for index, name in enumerate(others):
+        where = f"{source.where(('init', 'others', index))}: init.others"
+        if name not in recipe.adapters:
+            raise RecipeError(f"{where}: unknown adapter {name!r}{nearest(name, list(recipe.adapters))}")
+        if name in others[:index]:
+            raise RecipeError(f"{where}: adapter {name!r} stands twice")
 
 
 def _check_text(source: Source) -> None:
@@ -256,49 +314,9 @@ def _check_text(source: Source) -> None:
         ) from error
 
 
-def _describe(error: ValidationError, source: Source) -> str:
-    """One sentence for the first problem, in file order, and how many more there are."""
-    # A misspelt key is also a missing one, and only the former knows its line and what it should have been.
-    problems = sorted(
-        error.errors(include_url=False),
-        key=lambda p: (p["type"] == "missing", source.lines.get(_plain(p["loc"], source), 0)),
-    )
-    first = problems[0]
-    path = _plain(first["loc"], source)
-    place = f"{source.where(path)}: {_dotted(path)}" if path else source.name
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = sorted(_known_keys(path[:-1]))
-        return f"{source.where(path)}: unknown key {shown(path[-1])}{nearest(str(path[-1]), known)}{more}"
-    if first["type"] == "missing":
-        return f"{source.where(path[:-1])}: {_dotted(path)} is missing{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    message = re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping", message)
-    given = "" if first["type"] == "value_error" else f", got {repr(first['input'])[:80]}"
-    return f"{place}: {message[0].lower()}{message[1:]}{given}{more}"
-
-
-def _plain(location: tuple[str | int, ...], source: Source) -> tuple[str | int, ...]:
-    # pydantic puts names of union members and "[key]" into the location; keep what stands in the document.
-    path: list[str | int] = []
-    value: Any = source.value
-    for index, part in enumerate(location):
-        in_list = isinstance(value, list) and isinstance(part, int) and part < len(value)
-        if in_list or (isinstance(value, dict) and part in value):
-            value = value[part]
-        elif index < len(location) - 1 or part == "[key]" or not isinstance(value, dict):
-            continue
-        path.append(part)
-    return tuple(path)
-
-
-def _dotted(path: tuple[str | int, ...]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-
-
 def _known_keys(path: tuple[str | int, ...]) -> set[str]:
     models: dict[tuple[str | int, ...], type[BaseModel]] = {
-        (): Recipe, ("calibration",): Calibration,
+        (): Recipe, ("calibration",): Calibration, ("init",): Init,
         ("merges",): MergeSource, ("merges", "combinations"): Combinations,
         ("adapters",): AdapterSource, ("adapters", "data"): DataSource, ("adapters", "eval"): Evaluation,
     }  # fmt: skip

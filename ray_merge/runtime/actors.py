@@ -1,6 +1,6 @@
-"""The one actor class: it holds the worker that its factory made, and nothing that a call leaves behind.
+"""The actors: each holds the worker that its factory made, and nothing that a call leaves behind.
 
-Owns: the actor class, declared once at import, and the greeting by which the driver learns who answers.
+Owns: the actor of units, declared once at import, and the greeting by which the driver learns who answers.
 Never: keeps a result, a sum or a reference between calls, so that any call may be repeated on any actor.
 
 A constructor that raises would arrive as the text of an `ActorDiedError`. The error is kept instead and
@@ -16,8 +16,9 @@ from typing import Any
 import ray
 from ray import cloudpickle
 
-from ray_merge.errors import RayMergeError, RunFailed
-from ray_merge.pool import UNITS_PER_WORKER, Turns, Worker, worker_label
+from ray_merge.errors import RayMergeError
+from ray_merge.pool import UNITS_PER_WORKER, Turns, worker_label
+from ray_merge.pool_steps import made
 
 
 @dataclass(frozen=True)
@@ -37,44 +38,45 @@ class Greeting:
     error: RayMergeError | None
 
 
-class UnitActor:
+class WorkerActor:
     """A process of the cluster that computes one unit at a time, while it may still upload the one before.
 
     Args:
         pickled_factory: cloudpickle of a callable that makes the worker; bytes, because an argument that
             cannot be unpickled kills an actor before its constructor could say why.
+        arguments: of the factory.
     """
 
-    def __init__(self, pickled_factory: bytes) -> None:
-        self._worker: Worker | None = None
+    def __init__(self, pickled_factory: bytes, *arguments: Any) -> None:
+        self._worker: Any = None
         self._error: RayMergeError | None = None
         self._turns = Turns(1)
         try:
-            self._worker = cloudpickle.loads(pickled_factory)()
+            self._worker = made(lambda: cloudpickle.loads(pickled_factory)(*arguments))
         except RayMergeError as error:
             self._error = error
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is reported with the greeting
-            self._error = RunFailed(
-                f"{worker_label()} could not make its worker: {type(error).__name__}: {error}"
-            )
 
     def greet(self) -> Greeting:
-        """Say who is there."""
+        """Say who is there; it comes before any unit, and a driver that hears of an error sends none."""
         return Greeting(worker_label(), ray.__version__, platform.python_version(), self._error)
+
+
+class UnitActor(WorkerActor):
+    """Runs the units of a `RayPool`."""
 
     def run(self, unit: Any) -> Any:
         """Run one unit; its exception travels to the driver."""
-        if self._worker is None:
-            raise self._error or RunFailed(f"{worker_label()} has no worker")
         with self._turns.queue() as turn:
             return self._worker.run(unit, turn)
 
 
 # Ray must not restart the actor or repeat a call by itself: with restarts on, every death arrives as
 # ActorUnavailableError without its cause (an OOM kill looks like a broken line), and repeated calls run out of order.
-RemoteUnitActor = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(UnitActor)
+ONCE: Any = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
+
+RemoteUnitActor = ray.remote(**ONCE)(UnitActor)
 
 CALLS_AT_ONCE = UNITS_PER_WORKER + 1
 """Of one actor: its units, and a greeting."""
 
-__all__ = ["CALLS_AT_ONCE", "Greeting", "RemoteUnitActor", "UnitActor"]
+__all__ = ["CALLS_AT_ONCE", "ONCE", "Greeting", "RemoteUnitActor", "UnitActor", "WorkerActor"]

@@ -1,7 +1,7 @@
 """The actors of a pool: start them, hear who answers, replace who died.
 
 Owns: one slot per worker, the greeting that proves a worker stands, and the count of deaths that a unit may cause.
-Never: lets Ray restart an actor, and never fetches a result; `ray_pool.py` does that and says here what it found.
+Never: lets Ray restart an actor, and never fetches a result; `crew_pool.py` does that and says here what it found.
 """
 
 from __future__ import annotations
@@ -9,30 +9,20 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    GetTimeoutError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayError,
-    WorkerCrashedError,
-)
+from ray.exceptions import OutOfMemoryError, RayError
 
 from ray_merge.errors import RayMergeError, RunFailed, UnitFailed
-from ray_merge.pool import Task
-from ray_merge.runtime.actors import CALLS_AT_ONCE, Greeting, RemoteUnitActor
+from ray_merge.runtime.actors import CALLS_AT_ONCE, Greeting
+from ray_merge.runtime.fetch import DEAD
 from ray_merge.runtime.placement import Demand, Placement, refuse_unmeetable, reserve_nodes, strategy, unmet
 
-DEAD = (ActorDiedError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
-AWAY = (ActorUnavailableError, ObjectLostError, GetTimeoutError)
 GREET_AGAIN_SECONDS = 1.0
 
 logger = logging.getLogger("ray_merge.pool")
@@ -40,27 +30,36 @@ logger = logging.getLogger("ray_merge.pool")
 
 @dataclass(eq=False)
 class Job:
-    """A task on its way.
+    """A unit on its way.
 
     Attributes:
+        id: names the unit in errors.
         lost: workers lost under it, for whatever reason.
         deaths: of those, the ones that died of themselves.
     """
 
-    task: Task
+    id: str
+    unit: Any
     lost: int = 0
     deaths: int = 0
     done: bool = False
 
 
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+Hire = Callable[[int, dict[str, Any]], Any]
+"""Create the actor of a slot with Ray's options."""
+
+
 @dataclass(eq=False)
-class Slot:
+class Slot(Generic[AnyJob]):
     """The place of one worker; the actor in it changes when it dies.
 
     Attributes:
         greeting: the call that waits for the actor to answer, if one is out.
         greet_after: when an actor that is away is called again, in monotonic seconds.
         worker: `host:pid` while the actor is known to answer, else None.
+        answered: when it was last known to, in monotonic seconds.
         flying: the calls in flight in order of submission, which is the order in which the actor begins them.
         suspect: what ran when the actor was lost.
         failed_starts: actors in a row that died before they answered.
@@ -71,31 +70,39 @@ class Slot:
     greeting: ObjectRef[Any] | None
     greet_after: float = 0.0
     worker: str | None = None
-    flying: dict[ObjectRef[Any], Job] = field(default_factory=dict)
-    suspect: Job | None = None
+    answered: float = field(default_factory=time.monotonic)
+    flying: dict[ObjectRef[Any], AnyJob] = field(default_factory=dict)
+    suspect: AnyJob | None = None
     failed_starts: int = 0
 
 
-class Crew:
+class Crew(Generic[AnyJob]):
     """All slots of one pool.
 
     Args:
-        pickled_factory: what each actor makes its worker from.
+        hire: creates an actor.
         demand: what each worker asks of its node.
         size: how many slots.
         placement: `spread` or `one_per_node`.
         attempts: how many deaths one unit, or one slot as it starts, may see.
+        needs_all: a run cannot go on without any one of the workers; else one is enough.
     """
 
     def __init__(
-        self, pickled_factory: bytes, demand: Demand, size: int, placement: Placement, attempts: int
+        self,
+        hire: Hire,
+        demand: Demand,
+        size: int,
+        placement: Placement,
+        attempts: int,
+        *,
+        needs_all: bool = False,
     ) -> None:
-        self._factory, self._demand, self._size = pickled_factory, demand, size
-        self._placement, self._attempts = placement, attempts
+        self._hire, self._demand, self._size = hire, demand, size
+        self._placement, self._attempts, self._needs_all = placement, attempts, needs_all
         self._group: Any = None
-        self._answered = time.monotonic()
         self.last_loss = "none has answered yet"
-        self.slots: list[Slot] = []
+        self.slots: list[Slot[AnyJob]] = []
 
     def start(self, may_grow: bool, start_seconds: float) -> None:
         """Place and create the actors; their greetings are out afterwards.
@@ -114,30 +121,39 @@ class Crew:
     def _spawn(self, index: int) -> tuple[ActorHandle[Any], ObjectRef[Any]]:
         options = {**self._demand.options(), "scheduling_strategy": strategy(self._group, index)}
         options["max_concurrency"] = CALLS_AT_ONCE
-        actor: Any = RemoteUnitActor.options(**options).remote(self._factory)
+        actor: Any = self._hire(index, options)
         return actor, actor.greet.remote()
 
     def unmet(self, found: str) -> str:
         """The demand against the cluster, in one sentence."""
         return unmet(self._demand, self._size, self._placement, found)
 
+    def begin_run(self) -> None:
+        """The time for which workers may be away begins now."""
+        for slot in self.slots:
+            slot.answered = time.monotonic()
+
     def greet_the_absent(self, deadline_seconds: float) -> None:
-        """Call the actors that are away, and give up when none has answered for too long.
+        """Call the actors that are away, and give up when those that are needed have not answered for too long.
 
         Raises:
-            RunFailed: nobody answered for `deadline_seconds`; it names the last loss and the cluster's resources.
+            RunFailed: too few answered for `deadline_seconds`; it names the last loss and the cluster's resources.
         """
         now = time.monotonic()
-        if any(slot.worker for slot in self.slots):
-            self._answered = now
-        elif now - self._answered > deadline_seconds:
-            found = f"has had none that answers for {deadline_seconds:g} s (last: {self.last_loss})"
+        for slot in self.slots:
+            if slot.worker:
+                slot.answered = now
+        pick = min if self._needs_all else max
+        away = pick(self.slots, key=lambda slot: slot.answered)
+        if now - away.answered > deadline_seconds:
+            who = f"no worker {away.index}" if self._needs_all else "none"
+            found = f"has had {who} that answers for {deadline_seconds:g} s (last: {self.last_loss})"
             raise RunFailed(self.unmet(found))
         for slot in self.slots:
             if slot.worker is None and slot.greeting is None and now >= slot.greet_after:
                 slot.greeting = slot.actor.greet.remote()
 
-    def hear(self, slot: Slot, answer: Greeting | RayError, failure: type[RayMergeError]) -> None:
+    def hear(self, slot: Slot[AnyJob], answer: Greeting | RayError, failure: type[RayMergeError]) -> None:
         """Take the answer to a greeting: the worker stands, is still away, or is dead.
 
         Args:
@@ -167,7 +183,7 @@ class Crew:
         self._note(slot, answer)
         self._replace(slot, answer)
 
-    def lose(self, slot: Slot, error: RayError, suspect: Job | None) -> None:
+    def lose(self, slot: Slot[AnyJob], error: RayError, suspect: AnyJob | None) -> None:
         """A worker did not give its results: find out about it, or replace it when the error is final.
 
         Raises:
@@ -181,21 +197,21 @@ class Crew:
         if isinstance(error, DEAD):
             self._replace(slot, error)
 
-    def _note(self, slot: Slot, error: RayError) -> None:
+    def _note(self, slot: Slot[AnyJob], error: RayError) -> None:
         self.last_loss = f"{slot.worker or f'worker {slot.index}'}: {cause(error)}"
-        unit = f"unit {slot.suspect.task.id} was running" if slot.suspect else "no unit was running"
+        unit = f"unit {slot.suspect.id} was running" if slot.suspect else "no unit was running"
         logger.warning("lost %s; %s", self.last_loss, unit)
 
-    def _replace(self, slot: Slot, error: RayError) -> None:
+    def _replace(self, slot: Slot[AnyJob], error: RayError) -> None:
         job, slot.suspect = slot.suspect, None
         ray.kill(slot.actor, no_restart=True)
         if job and not job.done and not getattr(error, "preempted", False):
             job.deaths += 1
             if job.deaths >= self._attempts:
-                raise UnitFailed(job.task.id, job.lost, self._reason(job, error))
+                raise UnitFailed(job.id, job.lost, self._reason(job, error))
         slot.actor, slot.greeting = self._spawn(slot.index)
 
-    def _reason(self, job: Job, error: RayError) -> str:
+    def _reason(self, job: AnyJob, error: RayError) -> str:
         if isinstance(error, OutOfMemoryError):
             planned = self._demand.memory_bytes
             plan = "no memory was planned for it" if planned is None else f"the plan gave it {planned} bytes"
@@ -233,4 +249,4 @@ def _check_versions(greeting: Greeting, failure: type[RayMergeError]) -> None:
         )
 
 
-__all__ = ["AWAY", "DEAD", "Crew", "Job", "Slot", "cause"]
+__all__ = ["AnyJob", "Crew", "Hire", "Job", "Slot", "cause"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
@@ -27,24 +27,43 @@ class Demand:
     Attributes:
         num_gpus: whole GPUs.
         memory_bytes: the plan's peak for one worker, or None to ask for no memory.
+        num_cpus: CPUs, in hundredths.
     """
 
     num_gpus: int
     memory_bytes: int | None
+    num_cpus: float = 1.0
 
     def bundle(self) -> dict[str, float]:
         """The demand in Ray's resource names; memory in bytes."""
-        wanted = {"CPU": 1.0, "GPU": float(self.num_gpus), "memory": float(self.memory_bytes or 0)}
+        wanted = {"CPU": self.num_cpus, "GPU": float(self.num_gpus), "memory": float(self.memory_bytes or 0)}
         return {name: amount for name, amount in wanted.items() if amount}
 
     def options(self) -> dict[str, Any]:
         """The demand as options of an actor."""
-        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": self.num_gpus}
+        options: dict[str, Any] = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
         return options if self.memory_bytes is None else {**options, "memory": self.memory_bytes}
 
     def workers_on(self, resources: dict[str, float]) -> int:
         """How many such workers a node with these resources holds."""
-        return min(int(resources.get(name, 0.0) // amount) for name, amount in self.bundle().items())
+        # In hundredths: 4.0 // 0.1 is 39.
+        return min(
+            round(100 * resources.get(name, 0.0)) // round(100 * amount)
+            for name, amount in self.bundle().items()
+        )
+
+
+def shared_cpus(demand: Demand, workers: int) -> Demand:
+    """The demand with as much of one CPU as leaves room for all workers on the nodes that there are now.
+
+    Unchanged where no share does: the number of CPUs is not what is missing.
+    """
+    nodes = _nodes()
+    for hundredths in range(100, 0, -1):
+        share = replace(demand, num_cpus=hundredths / 100)
+        if sum(share.workers_on(resources) for resources in nodes) >= workers:
+            return share
+    return demand
 
 
 def refuse_unmeetable(demand: Demand, workers: int, placement: Placement, wait_seconds: float) -> None:
@@ -111,4 +130,4 @@ def strategy(group: PlacementGroup | None, index: int) -> Any:
     return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
 
 
-__all__ = ["Demand", "Placement", "refuse_unmeetable", "reserve_nodes", "strategy", "unmet"]
+__all__ = ["Demand", "Placement", "refuse_unmeetable", "reserve_nodes", "shared_cpus", "strategy", "unmet"]

@@ -26,7 +26,7 @@ import ray
 
 from ray_merge.errors import Refusal, RunFailed
 
-OBJECT_STORE_BYTES = 100_000_000  # results are a few hundred bytes; no tensor enters Ray's store
+OBJECT_STORE_BYTES = 100_000_000  # of merges: results are a few hundred bytes, no tensor enters Ray's store
 CONNECT_SECONDS = 5.0
 CONNECT_TRIES = "3"
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -67,7 +67,13 @@ class Session:
         self.close()
 
 
-def open_session(address: str, *, num_cpus: int | None = None, log_level: int = logging.ERROR) -> Session:
+def open_session(
+    address: str,
+    *,
+    num_cpus: int | None = None,
+    object_store_bytes: int | None = None,
+    log_level: int = logging.ERROR,
+) -> Session:
     """Start an embedded Ray, or join a running one.
 
     A Ray that this process has initialised already (tests, notebooks) is used as it is and left running.
@@ -76,6 +82,8 @@ def open_session(address: str, *, num_cpus: int | None = None, log_level: int = 
         address: `local` starts an embedded cluster that nothing else can join; `auto` takes the cluster of this
             Ray job or machine; `HOST:PORT` names the GCS of a running cluster.
         num_cpus: logical CPUs of an embedded cluster; default: those of the machine.
+        object_store_bytes: room of an embedded cluster for what workers hand on to each other; beyond it Ray spills
+            to disk.
         log_level: of Ray's own logging; DEBUG also brings the workers' output to this process.
 
     Raises:
@@ -93,7 +101,9 @@ def open_session(address: str, *, num_cpus: int | None = None, log_level: int = 
     session = Session(address, embedded=address == "local", may_grow=address != "local")
     before = signal.getsignal(signal.SIGTERM)
     try:
-        options = _embedded(session, num_cpus) if session.embedded else {"address": resolved}
+        options = (
+            _embedded(session, num_cpus, object_store_bytes) if session.embedded else {"address": resolved}
+        )
         _init(options, log_level)
     except BaseException:
         session.close()
@@ -165,7 +175,7 @@ _NEXT_STEP = (
 )
 
 
-def _embedded(session: Session, num_cpus: int | None) -> dict[str, Any]:
+def _embedded(session: Session, num_cpus: int | None, store_bytes: int | None) -> dict[str, Any]:
     """Options of an embedded cluster; its folder is removed when the session closes."""
     parent = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="rm-", dir=parent if len(parent) <= LONGEST_FOLDER else "/tmp"))
@@ -177,7 +187,7 @@ def _embedded(session: Session, num_cpus: int | None) -> dict[str, Any]:
         "address": "local",
         "num_cpus": num_cpus or os.cpu_count(),
         "include_dashboard": False,
-        "object_store_memory": OBJECT_STORE_BYTES,
+        "object_store_memory": max(OBJECT_STORE_BYTES, store_bytes or 0),
         "_temp_dir": str(folder),
     }
 

@@ -25,6 +25,16 @@ from ray_merge.storage.digest import DigestCache, is_sha256, read_json_texts, sh
 from ray_merge.storage.store import TEMPORARY_PREFIX, ObjectInfo, Store, join, open_store
 
 
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/ray-merge`, else `~/.cache/ray-merge`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray-merge"
+
+
+def cache_folder(given: str | Path | None) -> Path:
+    """The node's cache folder as an absolute path: the given one, or the default."""
+    return Path(default_cache_dir() if given is None else given).expanduser().absolute()
+
+
 @dataclass(frozen=True, slots=True)
 class CachedFile:
     """A complete local file, and the sha256 of its bytes (64 hex digits)."""

@@ -29,8 +29,9 @@ from ray_merge.spec import (
 )
 from ray_merge.storage.cache import CachedFile, NodeCache
 from ray_merge.storage.store import ObjectInfo, Stores
-from ray_merge.work.job import AdapterCheck
+from ray_merge.work.job import AdapterCheck, MomentsIndex
 from ray_merge.work.pickles import converted
+from ray_merge.work.statistics import Statistics
 from ray_merge.work.tensors import TORCH_DTYPES, TensorFile, to_bytes
 
 Base = Callable[[], Tensor]
@@ -46,6 +47,10 @@ class AdapterFiles:
         adapters: by name.
         device: where factors are put.
         dtype: arithmetic dtype; float64 makes every later step float64.
+        moments: by kind of statistics, for methods that merge by them.
+
+    Attributes:
+        statistics: those moments, for kernels.
     """
 
     def __init__(
@@ -56,7 +61,9 @@ class AdapterFiles:
         *,
         device: str,
         dtype: torch.dtype,
+        moments: Mapping[str, MomentsIndex] | None = None,
     ) -> None:
+        self.statistics = Statistics(cache_folder, moments or {}, stores)
         self._folder = cache_folder
         self._cache = NodeCache(cache_folder)
         self._stores = stores
@@ -69,6 +76,7 @@ class AdapterFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.statistics.close()
         for file in self._open.values():
             file.close()
         self._open.clear()

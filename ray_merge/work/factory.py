@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ray_merge.pool import Worker
+from ray_merge.pool_steps import StepWorker
 from ray_merge.work.job import Job
+from ray_merge.work.stage_job import StageJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,3 +21,16 @@ class WorkerFactory:
         from ray_merge.work.worker import MergeWorker
 
         return MergeWorker(self.job)
+
+
+@dataclass(frozen=True, slots=True)
+class StageWorkerFactory:
+    """Makes the worker of one stage in the process where it will run; picklable, as above."""
+
+    job: StageJob
+
+    def __call__(self, place: int) -> StepWorker:
+        """The worker of stage `place`."""
+        from ray_merge.work.stage_worker import StageWorker
+
+        return StageWorker(self.job, place)

@@ -8,6 +8,26 @@ from dataclasses import dataclass, field
 from ray_merge.algebra.radix import Prefix
 from ray_merge.methods.context import Thresholds
 from ray_merge.plan import Plan
+from ray_merge.storage.store import ObjectInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MomentsIndex:
+    """Where the moments of a run lie, for its workers.
+
+    Args:
+        store: URL.
+        objects: task -> site -> the object that holds it.
+        conv1d: sites whose weight is stored (in, out).
+        unwatched: site -> why it has none.
+        norms: of Fisher diagonals: task -> Frobenius norm over all sites.
+    """
+
+    store: str
+    objects: Mapping[str, Mapping[str, ObjectInfo]]
+    conv1d: frozenset[str]
+    unwatched: Mapping[str, str]
+    norms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +43,7 @@ class Job:
         cache: node-local folder for adapters.
         attempt: names this run among others on the same output.
         device: torch device for the arithmetic.
+        moments: by kind of statistics ("gram", "fisher/sampled" ...), for the methods that need them.
     """
 
     plan: Plan
@@ -33,6 +54,7 @@ class Job:
     cache: str
     attempt: str
     device: str = "cpu"
+    moments: Mapping[str, MomentsIndex] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

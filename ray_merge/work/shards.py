@@ -282,7 +282,8 @@ def site_deltas(
     for merge in merges:
         if merge.adapters not in shared:
             shared[merge.adapters] = files.site(merge.adapters, site, base)
-        parameters = at_site(get(merge.method), merge.parameters, merge.adapters, site.name, site.depth)
+        method = get(merge.method)
+        parameters = at_site(method, merge.parameters, merge.adapters, site.name, site.depth)
         deltas.append(
             merge_site(
                 merge.method,
@@ -291,6 +292,7 @@ def site_deltas(
                 names=merge.adapters,
                 site=site.name,
                 seed=merge.seed,
+                inputs=files.statistics.inputs(method, merge.parameters, merge.adapters, site),
                 thresholds=thresholds.get(merge.name),
                 made=made,
             )

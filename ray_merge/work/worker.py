@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import sys
 from pathlib import Path
-from threading import Lock
 
 import torch
 
-from ray_merge.errors import Refusal
 from ray_merge.pool import Turn
 from ray_merge.spec import Receipt
 from ray_merge.storage.store import Stores
 from ray_merge.work.adapter_export import run_adapter
+from ray_merge.work.device import ONE_THREAD, check_device
 from ray_merge.work.emr import run_emr
 from ray_merge.work.factors import AdapterFiles
 from ray_merge.work.job import AdapterCheck, EmrUnit, Job, PreflightUnit, SelectUnit, ShardUnit, Unit
@@ -38,7 +36,7 @@ class MergeWorker:
     def __init__(self, job: Job) -> None:
         _keep_blocks()
         torch.backends.cuda.matmul.allow_tf32 = False
-        _check_device(job.device)
+        check_device(job.device)
         self._job = job
         self._stores = Stores()
 
@@ -50,9 +48,14 @@ class MergeWorker:
         job = self._job
         dtype = torch.float64 if job.plan.recipe.dtype == "float64" else torch.float32
         opened = AdapterFiles(
-            Path(job.cache), job.plan.adapters, self._stores, device=job.device, dtype=dtype
+            Path(job.cache),
+            job.plan.adapters,
+            self._stores,
+            device=job.device,
+            dtype=dtype,
+            moments=job.moments,
         )
-        with torch.inference_mode(), _ONE_THREAD, opened as files:
+        with torch.inference_mode(), ONE_THREAD, opened as files:
             if isinstance(unit, PreflightUnit):
                 return files.check(unit.adapter)
             if isinstance(unit, SelectUnit):
@@ -62,45 +65,6 @@ class MergeWorker:
             if isinstance(unit, EmrUnit):
                 return run_emr(job, unit, files, self._stores, turn)
             return run_adapter(job, unit, files, self._stores, turn)
-
-
-def _check_device(device: str) -> None:
-    found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", device)
-    if found is None:
-        raise Refusal(f"device {device!r} is unknown; use cpu, cuda or cuda:N")
-    if device != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
-        there = f"{torch.cuda.device_count()} GPU(s)" if torch.cuda.is_available() else "no GPU"
-        raise Refusal(f"device {device} was asked for, but this worker has {there}; use --device cpu")
-
-
-class _OneThread:
-    """One torch thread while units run, and what was set before afterwards: a worker may live in a user's process.
-
-    Results must not depend on how many cores a node has, and W workers with C threads each on C cores were
-    measured 9 times slower than one thread each on small matrices. torch's setting belongs to the process and to
-    the thread that makes it, so each unit sets it and the last one that ends restores it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._running = 0
-        self._before = 1
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._running:
-                self._before = torch.get_num_threads()
-            self._running += 1
-            torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._running -= 1
-            if not self._running:
-                torch.set_num_threads(self._before)
-
-
-_ONE_THREAD = _OneThread()
 
 
 def _keep_blocks() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ray_merge.algebra.moments import Moments
+from ray_merge.methods.given_statistics import FisherTensor
 from ray_merge.spec import Factor
 
 
@@ -21,6 +24,22 @@ def random_factors(shape, ranks: Sequence[int], seed: int = 0, dtype=torch.float
         Factor(normal(shape[0], rank).to(dtype), normal(rank, shape[1]).to(dtype), 0.5 + index)
         for index, rank in enumerate(ranks)
     ]
+
+
+def random_statistics(kind: str, factors: Sequence[Factor]) -> dict[str, list[Any]]:
+    """What `merge_site` takes as inputs for methods that need the statistics called `kind`."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (factors[0].B.shape[0], factors[0].A.shape[1])
+
+    def rows(count: int) -> Tensor:
+        return torch.randn(count, shape[1], generator=generator, dtype=torch.float64) + 0.3
+
+    if kind == "gram":
+        samples = [rows(2 * shape[1]) for _ in factors]
+        return {"moments": [Moments(X.T @ X, X.mean(0), len(X)) for X in samples]}
+    if kind == "fisher":
+        return {"moments": [FisherTensor(rows(shape[0]).square()) for _ in factors]}
+    return {}
 
 
 def deltas(factors: Sequence[Factor]) -> Tensor:

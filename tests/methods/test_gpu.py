@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from method_cases import random_factors, relative
+from method_cases import random_factors, random_statistics, relative
 
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.methods.kernels import merge_site
@@ -31,8 +31,9 @@ def test_cuda_and_cpu_agree(name, space, dtype):
     given |= {"scope": "tensor"} if "scope" in method.declared() else {}
     parameters = at_site(method, resolve_parameters(method, given, NAMES), NAMES, "site")
     factors = random_factors((300, 200), (8, 4, 6), dtype=dtype)
+    inputs = random_statistics(method.statistics, factors)
     made = [
-        merge_site(name, on(device, factors), parameters, names=NAMES, site="site", seed=0)
+        merge_site(name, on(device, factors), parameters, names=NAMES, site="site", seed=0, inputs=inputs)
         for device in ("cpu", "cuda")
     ]
     assert made[1].dense().device.type == "cuda"

@@ -11,6 +11,7 @@ MEASURE = """
 import ctypes, json, re, sys, torch
 from ray_merge.methods.kernels import merge_site
 from ray_merge.methods.registry import at_site, get, resolve_parameters, working_bytes
+from ray_merge.algebra.moments import Moments, unpack
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.spec import Factor
 torch.set_num_threads(1)
@@ -18,14 +19,34 @@ torch.set_num_threads(1)
 def status(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
+class Made:  # moments that are made when they are asked for, as files are read
+    def __init__(self, kind, shape, count):
+        self.kind, self.shape, self.count, self.norm = kind, shape, count, 1.0
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, place):
+        columns = self.shape[1]
+        if self.kind == "fisher":
+            return self
+        packed = torch.full((columns * (columns + 1) // 2,), 1e-9, dtype=torch.float64)
+        gram = unpack(packed, columns)
+        gram.diagonal().add_(1.0)
+        return Moments(gram, gram[0], 64)
+
+    def rows(self, start, stop):
+        return torch.ones(stop - start, self.shape[1])
+
 def run(name, given, shape, ranks):
     method, names = get(name), [str(i) for i in range(len(ranks))]
     factors = [Factor(torch.randn(shape[0], r), torch.randn(r, shape[1]), 0.5) for r in ranks]
     parameters = at_site(method, resolve_parameters(method, given, names), names, "s")
+    inputs = {"moments": Made(method.statistics, shape, len(ranks))}
     ctypes.CDLL(None).malloc_trim(0)  # or the next case would reuse what the last one freed
     open("/proc/self/clear_refs", "w").write("5")
     before = status("VmRSS")
-    delta = merge_site(name, SiteFactors(factors), parameters, names=names, site="s", seed=0)
+    delta = merge_site(name, SiteFactors(factors), parameters, names=names, site="s", seed=0, inputs=inputs)
     for start in range(0, shape[0], delta.chunk_rows):
         delta.rows(start, min(start + delta.chunk_rows, shape[0]))
     return status("VmHWM") - before, working_bytes(method, given.get("space"), shape, ranks).total
@@ -59,6 +80,9 @@ CASES = [
     ("pcb", {"space": "core"}, (2048, 2048), [64] * 4),
     ("emr", {}, (2048, 2048), [16] * 4),
     ("emr", {"space": "knots"}, (2048, 2048), [64] * 4),
+    ("regmean", {}, (2048, 2048), [64] * 4),
+    ("regmean", {}, (1024, 4096), [16] * 4),
+    ("fisher", {}, (2048, 2048), [16] * 4),
 ]
 
 

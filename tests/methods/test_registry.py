@@ -41,6 +41,20 @@ def test_every_declaration_is_complete(name):
     assert space is None or (space.choices == method.spaces and space.default == method.spaces[0])
 
 
+def test_a_method_that_needs_moments_says_which():
+    assert {method.name: method.statistics for method in registry.METHODS if "moments" in method.needs} == {
+        "regmean": "gram",
+        "fisher": "fisher",
+    }
+    for method in registry.METHODS:
+        assert bool(method.statistics) is ("moments" in method.needs)
+        assert ("without_moments" in method.declared()) is ("moments" in method.needs)
+        assert registry.describe(method)["statistics"] == method.statistics
+    assert registry.statistics_kind(registry.get("ties"), {}) == ""
+    assert registry.statistics_kind(registry.get("regmean"), {}) == "gram"
+    assert registry.statistics_kind(registry.get("fisher"), {"labels": "sampled"}) == "fisher/sampled"
+
+
 def test_two_methods_of_one_name_are_an_error():
     method = registry.get("ties")
     alias = dataclasses.replace(registry.get("svd"), name="other", aliases=("ties",))
@@ -103,6 +117,8 @@ DENSE = {
     "consensus_ties": {(): True, ("space", "knots"): False},
     "pcb": {(): True, ("space", "core"): False},
     "emr": {(): True, ("space", "core"): False},
+    "regmean": {(): True},
+    "fisher": {(): True},
 }
 
 

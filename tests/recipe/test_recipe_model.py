@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ray_merge.errors import RecipeError
-from ray_merge.recipe import load_recipe, parse_size
+from ray_merge.recipe import load_recipe, parse_size, require_merges
 
 RECIPE = """\
 base_model: /models/base
@@ -85,6 +85,15 @@ def test_an_optional_key_with_nothing_behind_it_counts_as_not_given(empty):
         ("task_arithmetic\n", "cat\nkey_mapping: {'(': x}\n", 11, "'(': 'x' is no rule for names"),
         ("task_arithmetic\n", "cat\nkey_mapping: {'a(b)': '\\2'}\n", 11, "is no rule for names"),
         ("task_arithmetic\n", "cat\nkey_mapping: [a]\n", 11, "key_mapping: input should be a mapping"),
+        ("task_arithmetic\n", "cat\ncalibration: {features: both}\n", 11, "input should be 'base' or 'adapter'"),
+        ("task_arithmetic\n", "cat\ncalibration: {precision: half}\n", 11, "input should be 'full' or 'sketch'"),
+        ("task_arithmetic\n", "cat\ncalibration: {sketch_rows: 1}\n", 11, "sketch_rows: input should be greater"),
+        ("task_arithmetic\n", "cat\ncalibration: {seed: -1}\n", 11, "calibration.seed"),
+        ("task_arithmetic\n", "cat\nstages: 0\n", 11, "stages: input should be greater than or equal to 1, got 0"),
+        ("task_arithmetic\n", "cat\nstage: 2\n", 11, "unknown key 'stage'; did you mean 'stages'?"),
+        ("task_arithmetic\n", "cat\ndiagnostic: true\n", 11, "'diagnostic'; did you mean 'diagnostics'?"),
+        ("    data: /data/b.parquet", "    data: {path: /d, text: []}", 7, "adapters.b.data.text"),
+        ("    data: /data/b.parquet", "    data: {path: /d, text: [a, b, c]}", 7, "at most 2 items"),
         ("    data: /data/b.parquet", "    moe_lora_b_layout: other", 7, "adapters.b.moe_lora_b_layout"),
         ("    data: /data/b.parquet", "    allow_pickle: perhaps", 7, "adapters.b.allow_pickle"),
         ("    data: /data/b.parquet", "    intial: /x", 7, "'intial'; did you mean 'initial'?"),
@@ -102,7 +111,7 @@ def test_a_mistake_is_named_with_its_line(old, new, line, words):
 
 
 def test_a_missing_key_is_named_and_the_other_problems_are_counted():
-    message = refusal("output: /o\nadapters: {}\n")
+    message = refusal("dtype: float32\nadapters: {}\n")
     assert "base_model is missing" in message
     assert "(and 1 more)" in message
 
@@ -112,8 +121,16 @@ def test_what_is_no_mapping_is_no_recipe(text):
     assert "a recipe is a mapping with base_model" in refusal(text)
 
 
-def test_a_recipe_without_merges_is_refused():
-    assert "nothing to do" in refusal(RECIPE.split("merges:")[0] + "merges: []\n")
+@pytest.mark.parametrize(
+    ("merges", "place"), [("", "r.yaml:1"), ("merges:\n", "r.yaml:8"), ("merges: []\n", "r.yaml:8")]
+)
+def test_a_recipe_without_merges_is_read_for_its_moments_and_refused_where_they_are_needed(merges, place):
+    recipe, source = load_recipe("r.yaml", RECIPE.split("merges:")[0] + merges)
+    assert recipe.merges == []
+    with pytest.raises(RecipeError) as caught:
+        require_merges(recipe, source)
+    assert str(caught.value) == f"{place}: merges is empty: nothing to do"
+    require_merges(*load_recipe("r.yaml", RECIPE))
 
 
 def test_a_long_wrong_value_is_not_repeated_in_full():
@@ -216,3 +233,67 @@ def test_half_of_a_surrogate_pair_is_refused_in_a_mapping_and_in_yaml():
     with pytest.raises(RecipeError, match="holds U\\+D800, half of a surrogate pair"):
         load_recipe({"base_model": "/models/\ud800", "output": "/out", "adapters": {}, "merges": []})
     assert "holds U+D800" in refusal(RECIPE.replace("/out", '"/out\\ud800"'))
+
+
+INIT = """\
+base_model: /models/base
+output: /out
+adapters:
+  a: {data: /data/a.parquet}
+  b: {data: {path: /data/b.jsonl, text: [question, answer], limit: 9}}
+  c: {data: {path: /data/c.jsonl, text: body}}
+init:
+  method: osrm
+  target_modules: [q_proj, v_proj]
+  output: /initial
+"""
+
+
+def test_tasks_without_adapters_can_be_calibrated_and_given_initial_adapters():
+    recipe = load(INIT)
+    assert [task.path for task in recipe.adapters.values()] == [None, None, None]
+    assert [task.data.text for task in recipe.adapters.values()] == [None, ["question", "answer"], ["body"]]
+    assert recipe.adapters["b"].data.limit == 9
+    nulls = INIT.replace("body}", "body, limit: null}").replace("osrm", "osrm\n  others: null")
+    assert load(nulls) == recipe
+    assert load(INIT.replace("text: body", "text: null")).adapters["c"].data.text is None
+    assert recipe.merges == []
+
+
+def test_the_defaults_of_calibration_and_init_are_those_of_the_documentation():
+    recipe = load(f"{INIT}calibration: {{}}\n")
+    assert recipe.calibration.model_dump() == {
+        "samples": 128, "max_length": 256, "batch_size": 16, "seed": 0, "features": "base", "precision": "full",
+        "sketch_rows": 256,
+    }  # fmt: skip
+    assert recipe.init.model_dump() == {
+        "method": "osrm", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "mode": "covariance",
+        "row_scale": "orthonormal", "others": None, "output": "/initial", "project": False,
+    }  # fmt: skip
+    assert (recipe.stages, recipe.diagnostics, load(RECIPE).init, load(RECIPE).calibration) == (
+        None, False, None, None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("method: osrm", "method: orsm", 8, "init.method: input should be 'osrm', got 'orsm'"),
+        ("[q_proj, v_proj]", "[]", 9, "init.target_modules: list should have at least 1 item"),
+        ("[q_proj, v_proj]", "['']", 9, "init.target_modules"),
+        ("  target_modules: [q_proj, v_proj]\n", "", 7, "init.target_modules is missing"),
+        ("  output: /initial\n", "", 7, "init.output is missing"),
+        ("  output:", "  outptu:", 10, "unknown key 'outptu'; did you mean 'output'?"),
+        ("method: osrm", "method: osrm\n  r: 0", 9, "init.r: input should be greater"),
+        ("method: osrm", "method: osrm\n  mode: mean", 9, "'covariance' or 'means', got 'mean'"),
+        ("method: osrm", "method: osrm\n  row_scale: unit", 9, "'orthonormal' or 'peft', got 'unit'"),
+        ("method: osrm", "method: osrm\n  others: [a, d]", 9, "init.others: unknown adapter 'd'; known: a, b, c"),
+        ("method: osrm", "method: osrm\n  others: [a, b, a]", 9, "init.others: adapter 'a' stands twice"),
+        ("method: osrm", "method: osrm\n  others: []", 9, "init.others: list should have at least 1 item"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_init_is_named_with_its_line(old, new, line, words):
+    assert INIT.count(old) == 1
+    message = refusal(INIT.replace(old, new))
+    assert message.startswith(f"r.yaml:{line}:")
+    assert words in message

@@ -15,4 +15,9 @@ KEPT_AT_RANDOM = "share of entries kept, drawn at random; what is kept is divide
 SCOPE = "over what entries compete for the kept share: the whole model, or each weight for itself"
 ENTRYWISE = "each weight for itself; the rule looks at single entries, so there is nothing else to choose"
 COMPAT = "whose arithmetic, where publications and tools differ"
+COUNTED = "how much each adapter's data count; 0 leaves the adapter out"
+AVERAGED = ("refuse", "average")
+WITHOUT_MOMENTS = (
+    "what to do at weights that have no such statistics (embeddings, experts): refuse, or average deltas"
+)
 NORMALIZE_MERGEKIT = "compat mergekit only: divide by the weights of the adapters that agree"

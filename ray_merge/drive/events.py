@@ -1,0 +1,23 @@
+"""Progress of a run, for whoever shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Progress, for whoever shows it.
+
+    Args:
+        kind: "start" (totals are known), "select" (thresholds are looked for), "unit" (one more done), "merge" (one
+            more published).
+        text: what happened, for a person.
+        units: done and all.
+        n_bytes: written and all.
+    """
+
+    kind: str
+    text: str
+    units: tuple[int, int] = (0, 0)
+    n_bytes: tuple[int, int] = (0, 0)

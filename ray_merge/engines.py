@@ -1,0 +1,69 @@
+"""Which pool a command gets: Ray's, or the one of this very process.
+
+Owns: how many workers, and that Ray is loaded only when there is work.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from ray_merge.drive.moments import StepPoolFactory
+from ray_merge.drive.run import PoolFactory
+from ray_merge.errors import Refusal
+from ray_merge.pool import LocalPool, Pool
+from ray_merge.pool_steps import LocalStepPool, StepPool
+from ray_merge.recipe import parse_size
+from ray_merge.work.factory import StageWorkerFactory, WorkerFactory
+from ray_merge.work.job import Job
+from ray_merge.work.stage_job import StageJob
+
+Engine = Literal["ray", "local"]
+
+
+def unit_pools(engine: Engine, address: str, workers: int | None) -> PoolFactory:
+    """Makes the pool of a merge job."""
+
+    def local(job: Job, n_units: int) -> Pool:
+        # One GPU is one place to work: threads would only share its memory.
+        return LocalPool(WorkerFactory(job)(), max(1, min(n_units, local_room(job.device, workers))))
+
+    def ray(job: Job, n_units: int) -> Pool:
+        from ray_merge.runtime.merge_pool import MergePool
+
+        return MergePool(job, n_units, address=address, workers=workers)
+
+    return local if engine == "local" else ray
+
+
+def stage_pools(engine: Engine, address: str, workers: int | None) -> StepPoolFactory:
+    """Makes the pool of a job that runs inputs through stages: one place for each."""
+
+    def local(job: StageJob) -> StepPool:
+        n_stages = len(job.plan.stages)
+        threads = min(n_stages, local_room(job.device, workers))
+        return LocalStepPool(StageWorkerFactory(job), n_stages, threads=threads)
+
+    def ray(job: StageJob) -> StepPool:
+        from ray_merge.runtime.stage_pool import StagePool
+
+        return StagePool(job, address=address)
+
+    return local if engine == "local" else ray
+
+
+def local_room(device: str, workers: int | None) -> int:
+    """How many units run at once in this process."""
+    return workers or (1 if device != "cpu" else len(os.sched_getaffinity(0)))
+
+
+def memory_ceiling(memory: str | int | None, default: int) -> int:
+    """Bytes of a `--memory` option.
+
+    Raises:
+        Refusal: it is no size.
+    """
+    try:
+        return default if memory is None else parse_size(memory)
+    except ValueError as error:
+        raise Refusal(f"--memory: {error}") from error

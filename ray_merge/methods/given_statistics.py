@@ -1,0 +1,78 @@
+"""Statistics given to `merge_factors`, checked and brought into the form that a kernel takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ray_merge.errors import MethodError
+from ray_merge.methods.declare import Method
+from ray_merge.methods.statistics import InputSide
+from ray_merge.spec import Factor
+
+
+class FisherTensor:
+    """A Fisher diagonal in memory, as `FisherRows`.
+
+    Args:
+        F_OI: (O, I).
+    """
+
+    def __init__(self, F_OI: Tensor) -> None:
+        self._F_OI = F_OI
+        self.norm = float(F_OI.double().norm())
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop`."""
+        return self._F_OI[start:stop]
+
+
+def given_statistics(
+    method: Method, moments: Any, factors: Sequence[Factor], input_side: InputSide
+) -> dict[str, Any]:
+    """The kernel's inputs "moments" and "input_side".
+
+    Raises:
+        MethodError: not one for each factor, of another kind or shape, or numbers that cannot be such statistics.
+    """
+    if input_side not in ("columns", "rows"):
+        raise MethodError(f"input_side is {input_side!r}, expected columns or rows")
+    if not isinstance(moments, Sequence) or len(moments) != len(factors):
+        got = f"{len(moments)} of them" if isinstance(moments, Sequence) else f"a {type(moments).__name__}"
+        raise MethodError(
+            f"{method.name} takes moments as a sequence, one for each of {len(factors)} factors; got {got}"
+        )
+    shape = (factors[0].B.shape[0], factors[0].A.shape[1])
+    if method.statistics == "fisher":
+        return {"moments": [_fisher(f"moments[{place}]", one, shape) for place, one in enumerate(moments)]}
+    for place, one in enumerate(moments):
+        _check_gram(f"moments[{place}]", one, shape[0 if input_side == "rows" else 1])
+    return {"moments": moments, "input_side": input_side}
+
+
+def _fisher(place: str, one: Any, shape: tuple[int, int]) -> Any:
+    if not isinstance(one, Tensor) or not one.is_floating_point() or tuple(one.shape) != shape:
+        got = f"{one.dtype} {tuple(one.shape)}" if isinstance(one, Tensor) else f"a {type(one).__name__}"
+        raise MethodError(f"{place} is {got}, expected a floating tensor {shape}: the Fisher diagonal")
+    if not bool(torch.isfinite(one).all() and (one >= 0).all()):
+        raise MethodError(f"{place} holds NaN, Inf or negative numbers; Fisher diagonals are mean squares")
+    return FisherTensor(one.detach())
+
+
+def _check_gram(place: str, one: Any, n_inputs: int) -> None:
+    if not hasattr(one, "gram") or not hasattr(one, "count"):
+        raise MethodError(f"{place} is a {type(one).__name__}, expected ray_merge.Moments")
+    diagonal_I = one.gram.diagonal()
+    if len(diagonal_I) != n_inputs:
+        raise MethodError(
+            f"{place} is of {len(diagonal_I)} inputs, but the weight takes {n_inputs}; the inputs of a weight that is "
+            "stored (in, out) are its rows: give `input_side`"
+        )
+    if one.count < 1 or not bool(torch.isfinite(diagonal_I).all() and (diagonal_I >= 0).all()):
+        raise MethodError(
+            f"{place} is of {one.count} tokens and its diagonal goes from {float(diagonal_I.min()):g} to "
+            f"{float(diagonal_I.max()):g}; squares of at least one token are finite and not negative"
+        )

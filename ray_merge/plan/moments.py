@@ -1,0 +1,272 @@
+"""Which moments a recipe needs: tasks with data, sites to watch, and the stages that the base is cut into.
+
+Owns the parts that moments are computed, stored and named by: one block of the base, or one site outside of the
+blocks. Parts depend on the base and the sites alone, never on how many stages there are, so moments that were
+computed in three stages serve a run in thirty. Reads headers only; transformers builds the base on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray_merge.errors import RecipeError, Refusal
+from ray_merge.models.blocks import natural_key
+from ray_merge.recipe import Calibration, DataSource, Recipe
+from ray_merge.spec import Adapter, Site
+from ray_merge.storage.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from ray_merge.models.conversion import Slot
+    from ray_merge.models.skeleton import Skeleton
+
+WATCHED_LAYOUTS = ("linear", "conv1d")
+"""Layouts whose module is called with one row of inputs for each token."""
+
+HANDED_COPIES = 3
+"""Of one task's hidden states in a stage: what came in, what goes out, and Ray's copy of that."""
+
+WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
+"""What config.json calls the width of the hidden state."""
+
+STAGE_RUNTIME_BYTES = 500 * 10**6
+"""A worker with torch, transformers and this package loaded (measured: 445 MB)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskData:
+    """A task whose inputs are looked at.
+
+    Args:
+        name: the recipe's name of it.
+        data: where its inputs are.
+        adapter: its own adapter, where that is active while its inputs run through the model; else None.
+    """
+
+    name: str
+    data: DataSource
+    adapter: Adapter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What moments are stored by: the watched sites of one block, or one site outside of the blocks.
+
+    Args:
+        name: path of the block (`model.layers.3`), or the site's.
+        block: its number; None outside of the blocks.
+        modules: site -> path of its module in the model class.
+    """
+
+    name: str
+    block: int | None
+    modules: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MomentsPlan:
+    """Everything that computing moments needs to know, small enough to send to every worker.
+
+    Args:
+        base: headers of the base.
+        class_name: the transformers class that is run.
+        tasks: in recipe order.
+        parts: in order of blocks, then the sites outside.
+        stages: first block and last + 1 of each stage; one stage of (0, 0) runs a model without blocks.
+        conv1d: the sites whose weight is stored (in, out).
+        unwatched: site -> why it has no moments.
+        calibration: which inputs, and how.
+        handed_bytes: that one task's hidden states take between two stages, at most.
+        peak_bytes: estimated resident bytes of the largest stage.
+    """
+
+    base: Checkpoint
+    class_name: str
+    tasks: tuple[TaskData, ...]
+    parts: tuple[Part, ...]
+    stages: tuple[tuple[int, int], ...]
+    conv1d: frozenset[str]
+    unwatched: Mapping[str, str]
+    calibration: Calibration
+    handed_bytes: int
+    peak_bytes: int
+
+    def parts_of(self, stage: int) -> tuple[Part, ...]:
+        """The parts that a stage may make; sites outside of the blocks run in the first or in the last one."""
+        first, stop = self.stages[stage]
+        ends = stage in (0, len(self.stages) - 1)
+        return tuple(
+            part for part in self.parts if (ends if part.block is None else first <= part.block < stop)
+        )
+
+
+def tasks_with_data(recipe: Recipe, names: Sequence[str], why: str) -> list[TaskData]:
+    """The tasks called `names`, all of which must have data.
+
+    Raises:
+        RecipeError: one has none; `why` says what needs it.
+    """
+    missing = [name for name in names if recipe.adapters[name].data is None]
+    if missing:
+        raise RecipeError(
+            f"adapters.{missing[0]} has no data, which {why} needs; add `data: URL` with unlabelled inputs "
+            f"({len(missing)} of {len(names)} task(s) have none)"
+        )
+    return [TaskData(name, data) for name in names if (data := recipe.adapters[name].data) is not None]
+
+
+def plan_moments(
+    recipe: Recipe,
+    base: Checkpoint,
+    tasks: Sequence[TaskData],
+    sites: Mapping[str, Site],
+    targets: Sequence[str] = (),
+    *,
+    memory_bytes: int | None = None,
+    workers: int = 1,
+) -> MomentsPlan:
+    """Lay out the computation of moments.
+
+    Args:
+        recipe: the validated recipe; `stages` and `calibration` are read.
+        base: headers of the base.
+        tasks: that have data.
+        sites: to be watched, by name.
+        targets: names of modules to be watched besides, as PEFT's target_modules: whole names or their ends.
+        memory_bytes: ceiling for one stage, where `stages` is not given; None for no ceiling.
+        workers: that could hold a stage each.
+
+    Raises:
+        Refusal: the model cannot be cut or built, a target names no linear layer, a ceiling cannot be kept.
+    """
+    from ray_merge.models.skeleton import build_skeleton
+
+    skeleton = build_skeleton(base.config, {name: entry.shape for name, entry in base.tensors.items()})
+    layers = _layers(skeleton)
+    watched, unwatched = _modules(skeleton, layers, sites)
+    watched |= dict(_targets(skeleton, layers, base, targets))
+    calibration = recipe.calibration or Calibration()
+    handed = _handed_bytes(base.config, calibration) if skeleton.blocks else 0
+    # What comes in is held while what goes out grows; Ray's copies of both are shared with other processes.
+    held = STAGE_RUNTIME_BYTES + HANDED_COPIES * handed
+    room = None if memory_bytes is None else max(1, memory_bytes - held)
+    stages, stage_bytes = _stages(skeleton, base, recipe.stages, room, workers)
+    return MomentsPlan(
+        base=base,
+        class_name=skeleton.name,
+        tasks=tuple(tasks),
+        parts=tuple(_parts(skeleton, watched)),
+        stages=stages,
+        conv1d=frozenset(site for site, path in watched.items() if layers[path]),
+        unwatched=unwatched,
+        calibration=calibration,
+        handed_bytes=handed,
+        peak_bytes=held + stage_bytes,
+    )
+
+
+def _handed_bytes(config: Mapping[str, Any], calibration: Calibration) -> int:
+    """float32 hidden states of all tokens of one task."""
+    text = config.get("text_config") or config
+    width = next((text[key] for key in WIDTH_KEYS if isinstance(text.get(key), int)), 0)
+    return 4 * int(width) * calibration.samples * calibration.max_length
+
+
+def _layers(skeleton: Skeleton) -> dict[str, bool]:
+    """Path of every module that takes one row of inputs for each token -> whether its weight is stored (in, out)."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return {
+        path: isinstance(module, Conv1D)
+        for path, module in skeleton.model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def _modules(
+    skeleton: Skeleton, layers: Mapping[str, bool], sites: Mapping[str, Site]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Site -> module, and why a site has no module with rows of inputs."""
+    plain = {slots[0].tensor: name for name, slots in skeleton.slots.items() if _is_plain(slots)}
+    watched: dict[str, str] = {}
+    unwatched: dict[str, str] = {}
+    for name, site in sites.items():
+        path, _, leaf = plain.get(site.tensor, "").rpartition(".")
+        is_whole = leaf == "weight" and path in layers and site.layout in WATCHED_LAYOUTS and not site.start
+        if is_whole and "[" not in name:
+            watched[name] = path
+        else:
+            unwatched[name] = (
+                f"{site.tensor} is no linear layer of {skeleton.name} that is called with inputs"
+            )
+    return watched, unwatched
+
+
+def _is_plain(slots: Sequence[Slot]) -> bool:
+    return len(slots) == 1 and slots[0].rows is None and slots[0].expert is None
+
+
+def _targets(
+    skeleton: Skeleton, layers: Mapping[str, bool], base: Checkpoint, targets: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """The sites of the modules that `targets` name, as PEFT matches them."""
+    for target in targets:
+        found = [path for path in layers if path == target or path.endswith(f".{target}")]
+        if not found:
+            leaves = sorted({path.rpartition(".")[2] for path in layers})
+            raise RecipeError(
+                f"init.target_modules: {target!r} names no linear layer of {skeleton.name} in {base.url}; its linear "
+                f"layers are called {', '.join(leaves)}"
+            )
+        for path in found:
+            slots = skeleton.slots.get(f"{path}.weight", ())
+            if not _is_plain(slots):
+                raise RecipeError(
+                    f"init.target_modules: {target!r}: {path}.weight is not one tensor in {base.url}; name other "
+                    "modules"
+                )
+            yield slots[0].tensor.removesuffix(".weight"), path
+
+
+def _parts(skeleton: Skeleton, watched: Mapping[str, str]) -> Iterator[Part]:
+    by_block: dict[int, dict[str, str]] = {}
+    outside: dict[str, str] = {}
+    for site, path in sorted(watched.items(), key=lambda item: natural_key(item[0])):
+        block = skeleton.blocks.block_of(path) if skeleton.blocks else None
+        (outside if block is None else by_block.setdefault(block, {}))[site] = path
+    for block, modules in sorted(by_block.items()):
+        assert skeleton.blocks is not None
+        yield Part(f"{skeleton.blocks.path}.{block}", block, modules)
+    for site, path in outside.items():
+        yield Part(site, None, {site: path})
+
+
+def _stages(
+    skeleton: Skeleton, base: Checkpoint, asked: int | None, room: int | None, workers: int
+) -> tuple[tuple[tuple[int, int], ...], int]:
+    """The stages, and the bytes of the largest one's weights as stored."""
+    from ray_merge.models.block_list import cut_stages, fewest_stages, part_bytes
+
+    n_bytes = {name: entry.n_bytes for name, entry in base.tensors.items()}
+    sizes, rest = part_bytes(skeleton.slots, n_bytes, skeleton.blocks)
+    if asked is not None and asked > max(1, len(sizes)):
+        has = f"has {len(sizes)} blocks" if sizes else "has no single list of blocks to cut"
+        raise RecipeError(f"stages: {asked}, but {skeleton.name} {has}; use at most {max(1, len(sizes))}")
+    count = asked or max(min(workers, len(sizes)), 1 if room is None else fewest_stages(sizes, rest, room))
+    ranges = cut_stages(sizes, rest, count)
+    largest = max(_stage_bytes(sizes, rest, blocks) for blocks in ranges)
+    if room is not None and asked is None and largest > room:
+        raise Refusal(
+            f"--memory: one block of {base.url} with what belongs to it takes {largest / 1e6:.0f} MB, but only "
+            f"{room / 1e6:.0f} MB of the ceiling are left beside the process itself and the hidden states of one task; "
+            "raise it, or take fewer calibration samples"
+        )
+    return tuple((blocks.start, blocks.stop) for blocks in ranges), largest
+
+
+def _stage_bytes(sizes: Sequence[int], rest: int, blocks: range) -> int:
+    """What stands outside of the blocks may belong to the first stage or to the last one: it counts for both."""
+    at_an_end = not sizes or blocks.start == 0 or blocks.stop == len(sizes)
+    return sum(sizes[index] for index in blocks) + (rest if at_an_end else 0)

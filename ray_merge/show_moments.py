@@ -1,0 +1,50 @@
+"""What `calibrate` prints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ray_merge.show import human_bytes
+
+if TYPE_CHECKING:
+    from ray_merge.drive.moments import MomentsResult
+
+
+def calibrated(result: MomentsResult, *, as_json: bool) -> None:
+    """Print what a computation of moments did."""
+    if as_json:
+        print(json.dumps(moments_json(result), indent=1))
+        return
+    for check in result.checks:
+        print(f"{check.task}: {check.rows} row(s), {check.tokens} token(s)")
+    n_parts = len({part for _, part in result.ids})
+    tasks = len({task for task, _ in result.ids})
+    print(f"{tasks} task(s) x {n_parts} part(s) of the base in {result.index.store}")
+    if not result.computed:
+        print(f"nothing to do: all {result.reused} object(s) were there")
+        return
+    print(
+        f"{result.computed} object(s) computed ({human_bytes(result.n_bytes)}) in {result.units_run} unit(s) over "
+        f"{result.stages} stage(s), {result.reused} reused, {result.seconds:.1f} s"
+    )
+
+
+def moments_json(result: MomentsResult) -> dict[str, Any]:
+    """The result as JSON-able data."""
+    return {
+        "store": result.index.store,
+        "stages": result.stages,
+        "computed": result.computed,
+        "reused": result.reused,
+        "units_run": result.units_run,
+        "bytes": result.n_bytes,
+        "seconds": round(result.seconds, 3),
+        "data": [asdict(check) for check in result.checks],
+        "objects": [
+            {"task": task, "part": part, "id": one, "path": f"moments/{one}.safetensors"}
+            for (task, part), one in result.ids.items()
+        ],
+        "unwatched": dict(result.index.unwatched),
+    }

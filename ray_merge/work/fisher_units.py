@@ -1,0 +1,238 @@
+"""A stage's part in a Fisher diagonal: gradients of each example's log-likelihood, one backward pass at a time.
+
+The last stage makes them from its logits, the others take those that the stage behind handed on. Labels and row
+numbers travel with the hidden states, so that what is drawn for a row depends on that row alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ray_merge.calibration import labels_of
+from ray_merge.errors import RecipeError, RunFailed, shown
+from ray_merge.models.losses import check_logits, drawn_labels, expected_score, label_score, next_tokens
+from ray_merge.models.stage import Stage
+from ray_merge.models.stage_calls import Alter, StageInput, StageOutput
+from ray_merge.plan.fisher import Likelihood
+from ray_merge.pool import Turn
+from ray_merge.storage.store import Stores
+from ray_merge.work.hand_on import stage_input
+from ray_merge.work.squares import Squares
+
+ROWS, LABELS = "rows", "labels"
+"""What a batch carries besides inputs of the model: row numbers (B,) int64, and labels (B,)."""
+
+Arrays = Mapping[str, Any]
+
+
+def model_inputs(one: Arrays) -> dict[str, Any]:
+    """A batch without what is not for the model."""
+    return {name: values for name, values in one.items() if name not in (ROWS, LABELS)}
+
+
+def with_rows(
+    batches: Sequence[Arrays],
+    row_numbers: Sequence[int],
+    likelihood: Likelihood,
+    task: str,
+    names: Mapping[str, Any],
+    stores: Stores,
+) -> list[Arrays]:
+    """The batches with their row numbers, and with labels where those in the data are asked for.
+
+    Args:
+        batches: of the task.
+        row_numbers: of every example, in the order of the batches.
+        likelihood: of the task.
+        task: its name.
+        names: the base's `label2id`, for labels that are text.
+        stores: opens the data.
+
+    Raises:
+        RecipeError: a label that the head does not have.
+    """
+    labels: np.ndarray[Any, Any] | None = None
+    if likelihood.evaluation is not None:
+        found = labels_of(likelihood.evaluation, row_numbers, task, stores)
+        where = f"adapters.{task}.eval: {likelihood.evaluation.path}: column {likelihood.evaluation.label!r}"
+        labels = np.array([_label(one, likelihood, names, where) for one in found])
+    made, start = [], 0
+    for batch in batches:
+        stop = start + len(next(iter(batch.values())))
+        more = {ROWS: np.array(row_numbers[start:stop], dtype=np.int64)}
+        made.append({**batch, **more, **({} if labels is None else {LABELS: labels[start:stop]})})
+        start = stop
+    return made
+
+
+def _label(value: float | str, likelihood: Likelihood, names: Mapping[str, Any], where: str) -> float:
+    named = names.get(value) if isinstance(value, str) else value
+    if likelihood.head == "regression" and isinstance(named, int | float):
+        return float(named)
+    whole = isinstance(named, int) or (isinstance(named, float) and named.is_integer())
+    if whole and 0 <= int(named or 0) < likelihood.n_outputs:
+        return int(named or 0)
+    wanted = (
+        "a number" if likelihood.head == "regression" else f"a class from 0 to {likelihood.n_outputs - 1}"
+    )
+    raise RecipeError(f"{where} holds {shown(value)}, but the task's head needs {wanted}; correct the label")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descent:
+    """Gradients through one stage.
+
+    Args:
+        stage: the frozen weights.
+        config: of the model's text part: its pad_token_id says where a decoder's classifier looks, and is set here.
+        pad: what config.json says of it; None where that is nothing, or no token.
+        altered: the task's own adapter.
+        likelihood: what is differentiated.
+        device: torch device.
+        draw: row number -> generator of its labels.
+    """
+
+    stage: Stage
+    config: Any
+    pad: int | None
+    altered: Alter | None
+    likelihood: Likelihood
+    device: str
+    draw: Callable[[int], Random]
+
+    def calls(self, one: Arrays) -> Mapping[str, int]:
+        """Module path -> how often it runs in this stage; looks at the first example of a batch."""
+        found: Counter[str] = Counter()
+        first = {name: np.asarray(values)[:1] for name, values in model_inputs(one).items()}
+        if "pixel_shape" in one:
+            first["pixel_shape"] = np.array([1, *one["pixel_shape"][1:]])
+        self.stage.forward(
+            self._given(first), altered=self.altered, watch=lambda path, _: found.update([path]), to_end=True
+        )
+        return found
+
+    def run(
+        self, inputs: Sequence[Arrays], above: Sequence[Any] | None, squares: Squares, turn: Turn
+    ) -> list[Any]:
+        """Go back through the stage with every batch.
+
+        Args:
+            inputs: of this stage.
+            above: for each batch (C, B, L, H) float32, gradients of its output; None for the last stage.
+            squares: takes the gradients of modules.
+            turn: of this unit.
+
+        Returns:
+            For each batch the gradients of its input, as `above`; empty for the first stage.
+        """
+        handed = []
+        for place, one in enumerate(inputs):
+            given = self._given(model_inputs(one))
+            n_examples, n_tokens = _size(given)
+            stack = []
+            for index in range(self.likelihood.n_passes):
+                turn.check()
+                squares.begin(n_examples, n_tokens)
+                made = self.stage.backward(
+                    given,
+                    None if above is None else torch.tensor(above[place][index], device=self.device),
+                    altered=self.altered,
+                    loss=None if above is not None else self._loss(one, given, index),
+                    on_weight_grad=squares,
+                )
+                squares.end()
+                if made.hidden is not None:
+                    stack.append(made.hidden.float().cpu().numpy())
+            if stack:
+                handed.append(np.stack(stack))
+        return handed
+
+    def _loss(self, one: Arrays, given: StageInput, index: int) -> Callable[[StageOutput], Tensor]:
+        head, likelihood = self.likelihood.head, self.likelihood
+        ids, mask = given.extras.get("input_ids"), given.attention_mask
+
+        def loss(out: StageOutput) -> Tensor:
+            if out.logits is None:
+                raise RunFailed("the model gave out no logits; use a merge method that needs no labels")
+            logits = out.logits
+            check_logits(head, logits, likelihood.n_outputs, None if ids is None else ids.shape[1])
+            if likelihood.labels == "expected":
+                return expected_score(head, logits, index)
+            if likelihood.labels == "sampled":
+                draws = [self.draw(int(row)) for row in one[ROWS]]
+                return label_score(head, logits, drawn_labels(head, logits, ids, mask, draws))
+            return label_score(head, logits, self._given_labels(one, logits, ids, mask))
+
+        return loss
+
+    def _given_labels(self, one: Arrays, logits: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        if self.likelihood.head == "causal":
+            assert ids is not None
+            return next_tokens(ids, mask)
+        labels = torch.tensor(np.asarray(one[LABELS]), device=logits.device)
+        if self.likelihood.head == "regression":
+            return labels[:, None].double() - logits.detach().double()
+        return labels.long()
+
+    def _given(self, one: Arrays) -> StageInput:
+        given = stage_input(one, self.device)
+        if (
+            self.likelihood.head == "causal"
+            or given.attention_mask is None
+            or "input_ids" not in given.extras
+        ):
+            return given
+        return self._padded(given, given.extras["input_ids"], given.attention_mask)
+
+    def _padded(self, given: StageInput, ids: Tensor, mask: Tensor) -> StageInput:
+        """Padding as the model tells it: decoders with a classifier look at the last token that is not pad_token_id.
+
+        Where config.json names none, padding gets an id that no token of the batch has.
+        """
+        size = int(self.config.vocab_size)
+        used = set(ids[mask.bool()].tolist())
+        pad = self.pad if self.pad is not None else next((one for one in range(size) if one not in used), None)
+        if pad is None and len(ids) > 1:
+            raise RunFailed(
+                f"a batch holds every one of {size} tokens, so none is left to pad with; write calibration: "
+                "{batch_size: 1}"
+            )
+        self.config.pad_token_id = pad
+        filled = ids if pad is None else ids.masked_fill(mask == 0, pad)
+        return replace(given, extras={**given.extras, "input_ids": filled})
+
+
+def stated_pad(config: Any) -> int | None:
+    """The padding token of a model's text part as its config.json has it; None for none, or one beyond its tokens."""
+    pad = getattr(config, "pad_token_id", None)
+    return pad if isinstance(pad, int) and 0 <= pad < getattr(config, "vocab_size", 0) else None
+
+
+def drawing(seed: int, task: str) -> Callable[[int], Random]:
+    """Generators of labels: what is drawn for a row depends on seed, task and row alone."""
+
+    def draw(row: int) -> Random:
+        content = hashlib.sha256(f"{seed}\nfisher\n{task}\n{row}".encode()).digest()
+        return Random(int.from_bytes(content[:8], "big"))  # noqa: S311 - reproducible, not secret
+
+    return draw
+
+
+def _size(given: StageInput) -> tuple[int, int]:
+    """Examples and tokens of each, of a batch."""
+    named = given.extras.get("input_ids")
+    shape = (
+        given.hidden if given.hidden is not None else named if named is not None else torch.empty(0)
+    ).shape
+    if len(shape) >= 2:
+        return int(shape[0]), int(shape[1])
+    return len(next(iter(given.extras.values()))), 0
