@@ -22,8 +22,8 @@ from ray_merge.spec import Factor
 
 GRIDS: Mapping[str, tuple[float, ...]] = {
     "base": (0.0,),
-    "task_arithmetic": (0.2, 0.4, 0.6, 0.8, 1.0),
-    "ties": (0.5, 1.0, 1.5, 2.0, 3.0),
+    "task_arithmetic": (0.2, 0.3, 0.4, 0.6, 1.0),
+    "ties": (0.25, 0.5, 0.75, 1.0, 1.5),
     "regmean": (1.0,),
     "fisher": (1.0,),
     "emr": (1.0,),

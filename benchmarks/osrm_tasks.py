@@ -58,7 +58,7 @@ class Settings:
     alpha: int = 16
     steps: int = 150
     batch_size: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     max_length: int = 64
     samples: int = 128
     test_rows: int = 300

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ray_merge.heads import load_head
     from ray_merge.inspect import inspect
     from ray_merge.methods.merge_factors import merge_factors
+    from ray_merge.moments import calibrate
+    from ray_merge.osrm import init_adapters
     from ray_merge.spec import Factor
     from ray_merge.verify import verify
 
@@ -30,6 +32,8 @@ _HOME = {
     "RayMergeError": "ray_merge.errors",
     "Refusal": "ray_merge.errors",
     "RunFailed": "ray_merge.errors",
+    "calibrate": "ray_merge.moments",
+    "init_adapters": "ray_merge.osrm",
     "inspect": "ray_merge.inspect",
     "load_emr": "ray_merge.emr",
     "load_head": "ray_merge.heads",
@@ -68,6 +72,8 @@ __all__ = [
     "RayMergeError",
     "Refusal",
     "RunFailed",
+    "calibrate",
+    "init_adapters",
     "inspect",
     "load_emr",
     "load_head",

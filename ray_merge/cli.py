@@ -134,6 +134,38 @@ def calibrate(
 
 
 @app.command()
+def init(
+    recipe: RecipeArgument,
+    output: Annotated[
+        str | None, typer.Option(help="Where the adapters go, in place of the recipe's init.output.")
+    ] = None,
+    address: AddressOption = "local",
+    engine: EngineOption = "ray",
+    workers: Annotated[int | None, typer.Option(min=1, help="How many; default: one per CPU.")] = None,
+    memory: MemoryOption = None,
+    device: DeviceOption = "cpu",
+    cache_dir: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """OSRM: adapters to fine-tune from, which the other tasks' inputs hardly reach."""
+    from ray_merge import osrm
+
+    with show.Progress() as progress:
+        result = osrm.init_adapters(
+            recipe,
+            output=output,
+            engine=engine,
+            address=address,
+            workers=workers,
+            memory=memory,
+            device=device,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    show_moments.initialised(result, as_json=as_json)
+
+
+@app.command()
 def verify(
     output: Annotated[
         str, typer.Argument(metavar="OUTPUT", help="A recipe's output, or one merge's folder.")

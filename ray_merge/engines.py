@@ -9,6 +9,7 @@ import os
 from typing import Literal
 
 from ray_merge.drive.moments import StepPoolFactory
+from ray_merge.drive.osrm import OsrmPoolFactory
 from ray_merge.drive.run import PoolFactory
 from ray_merge.errors import Refusal
 from ray_merge.pool import LocalPool, Pool
@@ -16,6 +17,7 @@ from ray_merge.pool_steps import LocalStepPool, StepPool
 from ray_merge.recipe import parse_size
 from ray_merge.work.factory import StageWorkerFactory, WorkerFactory
 from ray_merge.work.job import Job
+from ray_merge.work.osrm_job import OsrmJob, OsrmWorkerFactory
 from ray_merge.work.stage_job import StageJob
 
 Engine = Literal["ray", "local"]
@@ -48,6 +50,28 @@ def stage_pools(engine: Engine, address: str, workers: int | None) -> StepPoolFa
         from ray_merge.runtime.stage_pool import StagePool
 
         return StagePool(job, address=address)
+
+    return local if engine == "local" else ray
+
+
+def osrm_pools(engine: Engine, address: str, workers: int | None) -> OsrmPoolFactory:
+    """Makes the pool of an init."""
+
+    def local(job: OsrmJob, n_units: int) -> Pool:
+        return LocalPool(OsrmWorkerFactory(job)(), max(1, min(n_units, local_room("cpu", workers))))
+
+    def ray(job: OsrmJob, n_units: int) -> Pool:
+        from ray_merge.runtime.merge_pool import JobPool
+
+        return JobPool(
+            OsrmWorkerFactory(job),
+            n_units,
+            memory_bytes=job.peak_bytes,
+            placement="spread",
+            device="cpu",
+            address=address,
+            workers=workers,
+        )
 
     return local if engine == "local" else ray
 

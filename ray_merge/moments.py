@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ray_merge.drive.events import Event
+from ray_merge.drive.fisher import ensure_fisher
 from ray_merge.drive.moments import MomentsResult, ensure_moments
 from ray_merge.drive.outputs import store_url
 from ray_merge.drive.run import StatisticsMaker
@@ -16,6 +18,7 @@ from ray_merge.errors import RecipeError
 from ray_merge.fit import fit_adapters
 from ray_merge.methods.registry import get, statistics_kind
 from ray_merge.plan import read_named
+from ray_merge.plan.fisher import Labels, plan_fisher
 from ray_merge.plan.moments import MomentsPlan, TaskData, plan_moments, tasks_with_data
 from ray_merge.recipe import Calibration, Recipe
 from ray_merge.recipe.read import read_recipe
@@ -24,6 +27,9 @@ from ray_merge.storage.cache import cache_folder
 from ray_merge.storage.checkpoint import Checkpoint
 from ray_merge.work.job import MomentsIndex
 from ray_merge.work.pickles import unpickler
+
+Check = Callable[[Mapping[str, str]], None]
+"""Refuses what cannot be used: called with site -> why it is not watched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +131,7 @@ def compute(
     *,
     targets: Sequence[str] = (),
     progress: Callable[[Event], None],
+    check: Check = lambda _: None,
 ) -> MomentsResult:
     """Moments of the tasks called `names` at the sites of all adapters and at the modules called `targets`.
 
@@ -136,9 +143,11 @@ def compute(
         engines: where and how to run.
         targets: modules besides those of adapters.
         progress: called with every event.
+        check: called before anything is computed.
     """
     tasks = _with_adapters(recipe, fitted, tasks_with_data(recipe, names, why))
     plan = moments_plan(recipe, fitted, tasks, engines, targets)
+    check(plan.unwatched)
     return ensure_moments(
         plan,
         store_url(recipe),
@@ -147,6 +156,50 @@ def compute(
         cache=engines.cache,
         device=engines.device,
         make_pool=stage_pools(engines.engine, engines.address, engines.workers),
+        placement=recipe.placement,
+        progress=progress,
+    )
+
+
+def compute_fisher(
+    recipe: Recipe,
+    fitted: Fitted,
+    names: Sequence[str],
+    labels: Labels,
+    engines: Engines,
+    *,
+    progress: Callable[[Event], None],
+    check: Check = lambda _: None,
+) -> MomentsResult:
+    """Fisher diagonals of the tasks called `names`, each with its own adapter active, at the sites of all adapters.
+
+    Args:
+        recipe: the validated recipe.
+        fitted: its base and adapters.
+        names: of the tasks, each of which must have data and an adapter.
+        labels: whose log-likelihood is differentiated.
+        engines: where and how to run.
+        progress: called with every event.
+        check: called before anything is computed.
+    """
+    found = tasks_with_data(recipe, names, "fisher")
+    tasks = [TaskData(task.name, task.data, fitted.adapters[task.name]) for task in found]
+    ceiling = None if engines.memory is None else memory_ceiling(engines.memory, 0)
+    workers = local_room(engines.device, engines.workers)
+    plans = plan_fisher(
+        recipe, fitted.base, tasks, fitted.sites, labels, memory_bytes=ceiling, workers=workers
+    )
+    for plan in plans:
+        check(plan.stages.unwatched)
+    return ensure_fisher(
+        plans,
+        store_url(recipe),
+        {task.name: fitted.adapters[task.name] for task in tasks},
+        fitted.sites,
+        cache=engines.cache,
+        device=engines.device,
+        make_pool=stage_pools(engines.engine, engines.address, engines.workers),
+        placement=recipe.placement,
         progress=progress,
     )
 
@@ -179,27 +232,39 @@ def statistics_of(recipe: Recipe, engines: Engines, progress: Callable[[Event], 
 
     def make(merges: Sequence[Merge]) -> Mapping[str, MomentsIndex]:
         found: dict[str, MomentsIndex] = {}
-        for kind, some in by_kind(merges).items():
+        for kind, some in by_kind(merges, diagnostics=recipe.diagnostics).items():
             names = [name for name in recipe.adapters if any(name in merge.adapters for merge in some)]
             fitted = fit_all(recipe, engines.cache)
-            targets = recipe.init.target_modules if recipe.init is not None else ()
-            result = compute(
-                recipe, fitted, names, some[0].method, engines, targets=targets, progress=progress
-            )
-            check_watched(some, fitted, result.index.unwatched)
+            check = partial(check_watched, some, fitted)
+            method, _, labels = kind.partition("/")
+            if method == "fisher":
+                result = compute_fisher(
+                    recipe, fitted, names, cast("Labels", labels), engines, progress=progress, check=check
+                )
+            else:
+                targets = recipe.init.target_modules if recipe.init is not None else ()
+                why = some[0].method
+                result = compute(
+                    recipe, fitted, names, why, engines, targets=targets, progress=progress, check=check
+                )
             found[kind] = result.index
         return found
 
     return make
 
 
-def by_kind(merges: Sequence[Merge]) -> dict[str, list[Merge]]:
-    """Merges by the kind of statistics that they need; those that need none are left out."""
+def by_kind(merges: Sequence[Merge], *, diagnostics: bool = False) -> dict[str, list[Merge]]:
+    """Merges by the kind of statistics that they need; those that need none are left out.
+
+    Diagnostics take the Gram matrices of every merge.
+    """
     kinds: dict[str, list[Merge]] = {}
     for merge in merges:
         kind = statistics_kind(get(merge.method), merge.parameters)
         if kind:
             kinds.setdefault(kind, []).append(merge)
+    if diagnostics and merges:
+        kinds["gram"] = list(merges)
     return kinds
 
 
@@ -214,6 +279,6 @@ def check_watched(merges: Sequence[Merge], fitted: Fitted, unwatched: Mapping[st
         odd = next((site for site in unwatched if site in touched), None)
         if odd is not None and merge.parameters.get("without_moments") == "refuse":
             raise RecipeError(
-                f"merge {merge.name!r}: {odd} has no moments, which {merge.method} needs ({unwatched[odd]}); leave "
+                f"merge {merge.name!r}: {odd} is not watched, which {merge.method} needs ({unwatched[odd]}); leave "
                 "that module out, or write without_moments: average, which averages the updates there"
             )

@@ -1,4 +1,4 @@
-"""What `calibrate` prints."""
+"""What `calibrate` and `init` print."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ray_merge.show import human_bytes
 
 if TYPE_CHECKING:
     from ray_merge.drive.moments import MomentsResult
+    from ray_merge.drive.osrm import OsrmResult
 
 
 def calibrated(result: MomentsResult, *, as_json: bool) -> None:
@@ -47,4 +48,42 @@ def moments_json(result: MomentsResult) -> dict[str, Any]:
             for (task, part), one in result.ids.items()
         ],
         "unwatched": dict(result.index.unwatched),
+    }
+
+
+def initialised(result: OsrmResult, *, as_json: bool) -> None:
+    """Print what an init did."""
+    if as_json:
+        print(json.dumps(osrm_json(result), indent=1))
+        return
+    for adapter in result.adapters:
+        print(f"{adapter.task}: {adapter.url}{'' if adapter.done else ' (was there)'}")
+        for remark in result.remarks[adapter.task]:
+            print(f"    {remark}")
+    if result.moments is None:
+        print(f"nothing to do: all {len(result.adapters)} adapter(s) were there")
+        return
+    print(
+        f"{sum(one.done for one in result.adapters)} adapter(s) written in {result.units_run} unit(s), moments: "
+        f"{result.moments.computed} object(s) computed, {result.moments.reused} reused, {result.seconds:.1f} s"
+    )
+
+
+def osrm_json(result: OsrmResult) -> dict[str, Any]:
+    """The result as JSON-able data."""
+    return {
+        "units_run": result.units_run,
+        "seconds": round(result.seconds, 3),
+        "moments": None if result.moments is None else moments_json(result.moments),
+        "adapters": [
+            {
+                "task": one.task,
+                "id": one.id,
+                "url": one.url,
+                "done": one.done,
+                "remarks": list(result.remarks[one.task]),
+                "sites": {site: asdict(found) for site, found in one.sites.items()},
+            }
+            for one in result.adapters
+        ],
     }

@@ -295,6 +295,10 @@ class Merge:
     combined: bool = False
 
 
+Figures = dict[str, "float | list[float | None] | None"]
+"""Column of sites.parquet -> its value, None where it is not known."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteReport:
     """What a merge did to one site; all but the seconds is deterministic and enters sites.parquet.
@@ -309,6 +313,7 @@ class SiteReport:
         truncation_error: relative Frobenius error of a rank truncation, 0 without one.
         n_bytes: of the stored weight, or of the exported factors.
         seconds: that its update took in the worker; kept in receipts only.
+        figures: with `diagnostics: true`, more columns (work/diagnostics.py).
     """
 
     site: str
@@ -319,6 +324,7 @@ class SiteReport:
     truncation_error: float = 0.0
     n_bytes: int = 0
     seconds: float = 0.0
+    figures: Figures = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

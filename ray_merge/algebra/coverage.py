@@ -143,14 +143,26 @@ def anisotropy(moments: Moments | SketchedMoments) -> Anisotropy:
     Raises:
         ValueError: the moments hold no tokens, or nothing but zeros.
     """
-    gram_II = moments.gram.double()
-    trace = float(gram_II.trace())
+    trace, top, squares = _spectrum(moments)
     if moments.count < 1 or trace <= 0.0:
         raise ValueError(
             f"activations have no spectrum: {moments.count} token rows with squares of {trace} in all"
         )
     return Anisotropy(
-        top_share=largest_eigenvalue(gram_II) / trace,
-        directions=(trace / float(gram_II.norm())) ** 2,
+        top_share=top / trace,
+        directions=trace * trace / squares,
         mean_share=float(moments.mean.double().square().sum()) * moments.count / trace,
     )
+
+
+def _spectrum(moments: Moments | SketchedMoments) -> tuple[float, float, float]:
+    """Sum of the eigenvalues of the Gram matrix, the largest of them, and the sum of their squares."""
+    if isinstance(moments, Moments):
+        gram_II = moments.gram.double()
+        return float(gram_II.trace()), largest_eigenvalue(gram_II), float(gram_II.norm()) ** 2
+    # S^T S + e 1, whose spectrum is that of the much smaller S S^T, and of zeros, raised by e.
+    small_LL = moments.sketch.double() @ moments.sketch.double().T
+    raised, n = moments.gram_error, moments.n_columns
+    trace, squares = float(small_LL.trace()), float(small_LL.norm()) ** 2
+    top = largest_eigenvalue(small_LL) if len(small_LL) else 0.0
+    return trace + n * raised, top + raised, squares + 2 * raised * trace + n * raised * raised

@@ -222,14 +222,36 @@ def osrm_project(
         ValueError: as `osrm_directions`, or a new scale of zero.
     """
     target = scale if new_scale is None else new_scale
-    if target == 0.0:
-        raise ValueError(f"an update of scale {scale} cannot be written with the new scale {target}")
     directions_RI = osrm_directions(others, r, mode=mode, seed=seed).A_RI
-    exact_RI = directions_RI.double()
+    B_new, lost = project_onto(B_OR, A_RI, scale, directions_RI, new_scale=target)
+    return B_new, directions_RI, lost
+
+
+def project_onto(
+    B_OR: Tensor, A_RI: Tensor, scale: float, rows_RI: Tensor, *, new_scale: float
+) -> tuple[Tensor, float]:
+    """The update scale B A on given orthonormal rows: B' = dW A'^+ / new_scale, as in `osrm_project`.
+
+    Args:
+        B_OR: (O, R), any floating dtype.
+        A_RI: (R, I).
+        scale: of the adapter.
+        rows_RI: A' (r, I), orthonormal.
+        new_scale: that B' will be multiplied by.
+
+    Returns:
+        B' (O, r) float32 (float64 if B is), and what was lost, as in `osrm_project`.
+
+    Raises:
+        ValueError: a new scale of zero.
+    """
+    if new_scale == 0.0:
+        raise ValueError(f"an update of scale {scale} cannot be written with the new scale {new_scale}")
+    exact_RI = rows_RI.double()
     inside_RI = A_RI.double() @ torch.linalg.pinv(exact_RI)
-    B_new = B_OR.double() @ inside_RI * (scale / target)
+    B_new = B_OR.double() @ inside_RI * (scale / new_scale)
     T_RR = torch.linalg.qr(B_OR.double())[1]
     whole = float((T_RR @ A_RI.double()).norm())
     lost = float((T_RR @ (A_RI.double() - inside_RI @ exact_RI)).norm())
     dtype = torch.float64 if B_OR.dtype == torch.float64 else torch.float32
-    return B_new.to(dtype), directions_RI, lost / whole if whole else 0.0
+    return B_new.to(dtype), lost / whole if whole else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,6 +60,7 @@ def model_card(
         *[_adapter_row(plan, item["name"], item["files"]) for item in inputs["adapters"]],
         "",
         *_rounding(reports.get("checkpoint", ())),
+        *_diagnostics(merge, reports),
         *_emr(merge, base),
         f"Merge id `{merge_id}`. What went in and every file that came out: `ray_merge/MANIFEST.json`; per site: "
         "`ray_merge/sites.parquet`.",
@@ -109,6 +111,44 @@ def _emr(merge: Merge, base: str) -> list[str]:
 
 def _others(merge: Merge) -> str:
     return ", ".join(merge.adapters[1:]) or "another one of the recipe"
+
+
+PAIR_FIGURES = {
+    "interference": "What adapter j (column) adds to the outputs of a site on the tokens of task i (row), over those "
+    "of the base weight alone",
+    "projection": "What the lora_A of adapter j (column) takes up of the inputs of a site on the tokens of task i "
+    "(row), over |A| |h|",
+}
+"""In this order, what the card shows of pairs: the first that is known."""
+
+
+def _diagnostics(merge: Merge, reports: Mapping[str, Sequence[SiteReport]]) -> list[str]:
+    """A table of every adapter on the tokens of every task, as a mean over sites."""
+    some = [report for kind in reports.values() for report in kind if report.figures]
+    if not some:
+        return []
+    known = [figure for figure in PAIR_FIGURES if any(report.figures.get(figure) for report in some)]
+    if not known:
+        return [f"Diagnostics: none of the {len(some)} site(s) has moments.", ""]
+    lists = [value for report in some if isinstance(value := report.figures.get(known[0]), list)]
+    means = [_mean([one[place] for one in lists]) for place in range(len(lists[0]))]
+    names, n_tasks = merge.adapters, len(merge.adapters)
+    rows = [means[start : start + n_tasks] for start in range(0, len(means), n_tasks)]
+    without = len(some) - len(lists)
+    return [
+        f"{PAIR_FIGURES[known[0]]}: root mean squares, mean over {len(lists)} site(s)"
+        + (f"; {without} more have no moments." if without else "."),
+        "",
+        f"| {known[0]} | " + " | ".join(names) + " |",
+        "|---" * (n_tasks + 1) + "|",
+        *[f"| {name} | " + " | ".join(row) + " |" for name, row in zip(names, rows, strict=True)],
+        "",
+    ]
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{math.fsum(known) / len(known):.4g}" if known else "unknown"
 
 
 def _rounding(reports: Sequence[SiteReport]) -> list[str]:

@@ -15,8 +15,8 @@ from typing import Any
 from ray_merge.calibration import data_identity
 from ray_merge.errors import AdapterError, CheckpointError, StoreDenied
 from ray_merge.identity import ALGORITHM_VERSION, MOMENTS_VERSION, digest
-from ray_merge.methods.registry import get
 from ray_merge.plan import Plan
+from ray_merge.plan.statistics import needs_data
 from ray_merge.recipe import Calibration
 from ray_merge.spec import Adapter, Merge
 from ray_merge.storage.adapter import CONFIG_FILE as ADAPTER_CONFIG
@@ -49,7 +49,7 @@ def read_inputs_identity(plan: Plan, digests: DigestCache, stores: Stores) -> In
 
 def _data(plan: Plan, stores: Stores, digests: DigestCache) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """What the moments of each task come from, where a merge needs them."""
-    merging = [merge for merge in plan.merges if get(merge.method).statistics]
+    merging = [merge for merge in plan.merges if needs_data(plan.recipe, merge)]
     for name in dict.fromkeys(name for merge in merging for name in merge.adapters):
         source = plan.recipe.adapters[name]
         assert source.data is not None, "plan refuses a merge by moments whose tasks have no data"
@@ -143,13 +143,15 @@ def merge_inputs(plan: Plan, merge: Merge, inputs: Inputs) -> dict[str, Any]:
     }
     if merge.export != "checkpoint":
         document |= {"export_rank": merge.export_rank, "export_tolerance": merge.export_tolerance}
-    if get(merge.method).statistics:
+    if needs_data(recipe, merge):
         calibration = recipe.calibration or Calibration()
         document |= {
             "moments": MOMENTS_VERSION,
             "calibration": calibration.model_dump(),
             "data": {name: dict(inputs.data[name]) for name in merge.adapters},
         }
+    if recipe.diagnostics:
+        document["diagnostics"] = True  # more columns of sites.parquet
     result: dict[str, Any] = json.loads(json.dumps(document))
     return result
 

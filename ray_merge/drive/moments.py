@@ -12,15 +12,16 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ray_merge.calibration import data_identity
 from ray_merge.drive.events import Event
 from ray_merge.drive.identify import Versions, base_versions, file_versions
 from ray_merge.errors import RunFailed
 from ray_merge.identity import MOMENTS_VERSION, digest
+from ray_merge.plan.fisher import Likelihood
 from ray_merge.plan.moments import MomentsPlan, TaskData
 from ray_merge.pool_steps import Step, StepPool
 from ray_merge.spec import Adapter, Site
@@ -33,8 +34,27 @@ from ray_merge.work.stage_job import CheckUnit, DataCheck, ForwardUnit, StageJob
 StepPoolFactory = Callable[[StageJob], StepPool]
 """Makes the pool with one place for each stage; called only when something is missing."""
 
+Placement = Literal["spread", "one_per_node"]
+
 Key = tuple[str, str]
 """Task and part."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What is computed of every task's inputs.
+
+    Args:
+        what: in words.
+        inputs: everything but the base and the part that decides an object of a task.
+        steps: those that make what is missing: (plan, ids, missing) -> steps, chain by chain.
+        likelihoods: task -> what is differentiated.
+    """
+
+    what: str
+    inputs: Callable[[MomentsPlan, TaskData, DigestCache, Stores], dict[str, Any]]
+    steps: Callable[[MomentsPlan, Mapping[Key, str], Mapping[Key, str]], list[Step]]
+    likelihoods: Mapping[str, Likelihood] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +93,9 @@ def ensure_moments(
     cache: Path,
     device: str,
     make_pool: StepPoolFactory,
+    placement: Placement = "spread",
     progress: Callable[[Event], None] = lambda _: None,
+    kind: Kind | None = None,
 ) -> MomentsResult:
     """Compute the moments that the store lacks.
 
@@ -85,36 +107,39 @@ def ensure_moments(
         cache: node-local folder.
         device: torch device of the workers.
         make_pool: makes the pool.
+        placement: of the stages over a cluster's nodes.
         progress: called with every event.
+        kind: what is computed; moments by default.
 
     Raises:
         Refusal: found before anything was written: data that cannot be used.
         RunFailed: found later; running again computes what is left.
     """
     started = time.monotonic()
-    stores = Stores()
-    ids = moments_ids(plan, DigestCache(cache / "digests"), stores)
+    stores, kind = Stores(), kind or MOMENTS
+    ids = object_ids(plan, kind, DigestCache(cache / "digests"), stores)
     missing = _missing(plan, ids, _there(stores, store))
     job = StageJob(
         plan=plan,
         adapters=adapters,
         sites=sites,
-        labels={},
+        likelihoods=kind.likelihoods,
         store=stores.open(store).url,
         scratch=str(cache / "scratch"),
         cache=str(cache),
         attempt=uuid.uuid4().hex[:12],
         device=device,
+        placement=placement,
     )
-    steps = forward_steps(plan, ids, missing)
-    checks, made = _run(job, plan, steps, missing, make_pool, progress, stores) if steps else ([], [])
+    steps = kind.steps(plan, ids, missing)
+    checks, made = _run(job, kind, steps, missing, make_pool, progress, stores) if steps else ([], [])
     there = _there(stores, store)
     lost = _missing(plan, ids, there)
     if lost:
         task, part = next(iter(lost))
         raise RunFailed(
-            f"{part} has no moments of {task}: {plan.class_name} never called it while the data ran through; leave it "
-            "out of the adapters' modules, or use task data that reaches it"
+            f"{part} has no {kind.what} of {task}: {plan.class_name} never called it while the data ran through; leave "
+            "it out of the adapters' modules, or use task data that reaches it"
         )
     return MomentsResult(
         index=_index(plan, ids, there, job.store),
@@ -129,12 +154,12 @@ def ensure_moments(
     )
 
 
-def moments_ids(plan: MomentsPlan, digests: DigestCache, stores: Stores) -> dict[Key, str]:
-    """(task, part) -> the id of its moments, 64 hex digits."""
+def object_ids(plan: MomentsPlan, kind: Kind, digests: DigestCache, stores: Stores) -> dict[Key, str]:
+    """(task, part) -> the id of what is computed of it, 64 hex digits."""
     base = base_versions(plan.base, digests, stores)
     ids = {}
     for task in plan.tasks:
-        inputs = task_inputs(plan, task, digests, stores)
+        inputs = kind.inputs(plan, task, digests, stores)
         for part in plan.parts:
             document = {**inputs, "base": dict(base), "part": part.name, "sites": sorted(part.modules)}
             ids[task.name, part.name] = digest(document)
@@ -149,11 +174,19 @@ def task_inputs(plan: MomentsPlan, task: TaskData, digests: DigestCache, stores:
         "task": task.name,  # the sample depends on it
         "data": dict(data_identity(task.data, stores, digests)),
         "calibration": plan.calibration.model_dump(),
-        "adapter": None if task.adapter is None else dict(_adapter_files(task.adapter, digests, stores)),
+        "adapter": None if task.adapter is None else _adapter_inputs(task.adapter, digests, stores),
     }
 
 
-def _adapter_files(adapter: Adapter, digests: DigestCache, stores: Stores) -> Versions:
+def _adapter_inputs(adapter: Adapter, digests: DigestCache, stores: Stores) -> dict[str, Any]:
+    """Versions of its files and of those that it started from, and which module each site was taken for."""
+    found: dict[str, Any] = dict(_files(adapter, digests, stores))
+    if adapter.initial is not None:
+        found["initial"] = dict(_files(adapter.initial, digests, stores))
+    return {**found, "modules": digest(dict(adapter.modules))}
+
+
+def _files(adapter: Adapter, digests: DigestCache, stores: Stores) -> Versions:
     return file_versions(stores.open(adapter.url), [ADAPTER_CONFIG, adapter.file], digests)
 
 
@@ -169,34 +202,57 @@ def forward_steps(plan: MomentsPlan, ids: Mapping[Key, str], missing: Mapping[Ke
     """The steps that make what is missing: each task from the first stage to the last one that lacks something."""
     steps: list[Step] = []
     for task in plan.tasks:
-        wanted = [
-            tuple(
-                (part.name, ids[task.name, part.name])
-                for part in plan.parts_of(stage)
-                if (task.name, part.name) in missing
-            )
-            for stage in range(len(plan.stages))
-        ]
+        wanted = wanted_parts(plan, task.name, ids, missing)
         last = max((stage for stage, some in enumerate(wanted) if some), default=-1)
-        before = ""
-        for stage in range(last + 1):
-            unit = ForwardUnit(task.name, stage, wanted[stage], hand_on=stage < last)
-            steps.append(Step(unit.id, unit, stage, (before,) if before else (), task.name))
-            before = unit.id
+        steps += forward_chain(task.name, wanted[: last + 1], hand_on_last=False)
     return steps
+
+
+def wanted_parts(
+    plan: MomentsPlan, task: str, ids: Mapping[Key, str], missing: Mapping[Key, str]
+) -> list[tuple[tuple[str, str], ...]]:
+    """For each stage the parts that lack an object of a task, with its id."""
+    return [
+        tuple(
+            (part.name, ids[task, part.name]) for part in plan.parts_of(stage) if (task, part.name) in missing
+        )
+        for stage in range(len(plan.stages))
+    ]
+
+
+def forward_chain(
+    task: str, wanted: Sequence[tuple[tuple[str, str], ...]], *, hand_on_last: bool
+) -> list[Step]:
+    """A task's inputs through the first stages, one step each.
+
+    Args:
+        task: whose inputs.
+        wanted: for each of those stages the parts to make, with their ids.
+        hand_on_last: whether the last of those stages hands on too.
+    """
+    steps: list[Step] = []
+    for stage, parts in enumerate(wanted):
+        unit = ForwardUnit(task, stage, parts, hand_on=hand_on_last or stage < len(wanted) - 1)
+        steps.append(Step(unit.id, unit, stage, (steps[-1].id,) if steps else (), task))
+    return steps
+
+
+MOMENTS = Kind(what="moments", inputs=task_inputs, steps=forward_steps)
 
 
 def _run(
     job: StageJob,
-    plan: MomentsPlan,
+    kind: Kind,
     steps: Sequence[Step],
     missing: Mapping[Key, str],
     make_pool: StepPoolFactory,
     progress: Callable[[Event], None],
     stores: Stores,
 ) -> tuple[list[DataCheck], list[Stored]]:
+    plan = job.plan
     names = [task.name for task in plan.tasks if any(task.name == name for name, _ in missing)]
-    text = f"moments of {len(names)} task(s) in {len(plan.stages)} stage(s): {len(missing)} object(s) are missing"
+    n_stages = len(plan.stages)
+    text = f"{kind.what} of {len(names)} task(s) in {n_stages} stage(s): {len(missing)} object(s) are missing"
     progress(Event(kind="start", text=text, units=(0, len(steps))))
     made: list[Stored] = []
     try:

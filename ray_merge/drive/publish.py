@@ -48,9 +48,18 @@ SITE_SCHEMA = pa.schema(
         ("lost_share", pa.float64()),
         ("truncation_error", pa.float64()),
         ("bytes", pa.int64()),
+        ("erank_sum", pa.float64()),
+        ("erank_deltas", pa.float64()),
+        ("erank_all", pa.float64()),
+        ("interference", pa.list_(pa.float64())),
+        ("activation", pa.list_(pa.float64())),
+        ("projection", pa.list_(pa.float64())),
+        ("anisotropy", pa.list_(pa.float64())),
+        ("directions", pa.list_(pa.float64())),
     ]
 )
-"""Columns of sites.parquet; what they mean is in `spec.SiteReport`. Seconds differ between runs: receipts have them."""
+"""Columns of sites.parquet; what they mean is in `spec.SiteReport`, and from `erank_sum` on, which are null without
+`diagnostics: true`, in work/diagnostics.py. Seconds differ between runs: receipts have them."""
 
 
 class _Files:
@@ -175,7 +184,13 @@ def _reports(receipts: Mapping[str, Receipt], of_adapter: bool) -> list[SiteRepo
 
 def _site_table(plan: Plan, merge: Merge, reports: Mapping[str, Sequence[SiteReport]]) -> bytes:
     rows = [
-        {**asdict(report), "export": kind, "layout": plan.layout(merge, report.site), "bytes": report.n_bytes}
+        {
+            **asdict(report),
+            **report.figures,
+            "export": kind,
+            "layout": plan.layout(merge, report.site),
+            "bytes": report.n_bytes,
+        }
         for kind, some in reports.items()
         for report in some
     ]

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from ray_merge.drive.outputs import store_url
-from ray_merge.methods.registry import get
 from ray_merge.plan import Plan
+from ray_merge.plan.statistics import needs_data
 from ray_merge.recipe import Calibration
 from ray_merge.spec import Merge
 from ray_merge.storage.commit import id_line
@@ -42,7 +42,9 @@ def resolved_recipe(plan: Plan, merge: Merge, merge_id: str) -> bytes:
         document["base_model_names"] = list(recipe.base_model_names)
     if recipe.out_dtype is not None:
         document["out_dtype"] = recipe.out_dtype
-    if get(merge.method).statistics:
+    if recipe.diagnostics:
+        document["diagnostics"] = True
+    if needs_data(recipe, merge):
         document["store"] = open_store(store_url(recipe)).url
         document["calibration"] = (recipe.calibration or Calibration()).model_dump()
     return (id_line(merge_id) + yaml.safe_dump(document, sort_keys=False, allow_unicode=True)).encode()
@@ -52,7 +54,7 @@ def _adapters(plan: Plan, merge: Merge) -> list[str]:
     # A combination takes its part of a mapping that the sweep has for all adapters; the others must stay known.
     named = set(_keys([value for _, value in merge.sweep])) if merge.combined else set()
     # Moments are stored by the sites of all adapters of a recipe, so all of them are needed to find them again.
-    every = bool(get(merge.method).statistics)
+    every = needs_data(plan.recipe, merge)
     return [name for name in plan.recipe.adapters if every or name in merge.adapters or name in named]
 
 

@@ -63,34 +63,39 @@ def hidden_name(block: nn.Module) -> str | None:
 def part_bytes(
     slots: Mapping[str, Sequence[Any]], n_bytes: Mapping[str, int], blocks: BlockList | None
 ) -> tuple[list[int], int]:
-    """Bytes of each block and of everything else, as stored; a tensor that is tied counts once.
+    """Bytes that each block brings to the stage that holds it, and of a model without blocks, as stored.
+
+    The first block brings what the model registers before its blocks (embeddings, a vision tower), the last one what it
+    registers behind them (norm, head). A table that is tied to the head comes with both.
 
     Args:
-        slots: runtime name -> disk tensors (`Skeleton.slots` or `Architecture.slots`).
+        slots: runtime name -> disk tensors, in module order (`Skeleton.slots`).
         n_bytes: disk name -> bytes.
         blocks: of the model; None: everything is the rest.
+
+    Returns:
+        Bytes of each block, and of the rest: 0 where there are blocks.
     """
-    sizes = [0] * (blocks.count if blocks else 0)
-    rest = 0
-    counted: set[str] = set()
+    if blocks is None:
+        tensors = dict.fromkeys(slot.tensor for parts in slots.values() for slot in parts)
+        return [], sum(n_bytes[tensor] for tensor in tensors)
+    brought: list[dict[str, int]] = [{} for _ in range(blocks.count)]
+    behind = False
     for name, parts in slots.items():
-        fresh = {slot.tensor: n_bytes[slot.tensor] for slot in parts if slot.tensor not in counted}
-        counted.update(fresh)
-        block = blocks.block_of(name) if blocks else None
-        if block is None:
-            rest += sum(fresh.values())
-        else:
-            sizes[block] += sum(fresh.values())
-    return sizes, rest
+        block = blocks.block_of(name)
+        behind = behind or block is not None
+        place = block if block is not None else blocks.count - 1 if behind else 0
+        brought[place] |= {slot.tensor: n_bytes[slot.tensor] for slot in parts}
+    return [sum(tensors.values()) for tensors in brought], 0
 
 
 def cut_stages(block_bytes: Sequence[int], rest_bytes: int, n_stages: int) -> list[range]:
-    """Consecutive blocks of each stage so that the largest stage is as small as it can be; whole blocks, in order.
+    """Consecutive blocks of each stage: the largest stage is as small as it can be, the others as equal as they can be.
 
     Args:
-        block_bytes: bytes of each block; empty: one stage without blocks, which runs the whole model.
-        rest_bytes: of what stands before and behind the blocks; counts for the first stage and for the last one,
-            which share an embedding table that is tied to the head. 0 cuts by work rather than by memory.
+        block_bytes: bytes that each block brings; equal numbers cut by work rather than by memory. Empty: one stage
+            without blocks, which runs the whole model.
+        rest_bytes: that belong to no block; they count for the first stage and for the last one.
         n_stages: how many; no more than there are blocks come out.
     """
     if not block_bytes:
@@ -102,25 +107,15 @@ def cut_stages(block_bytes: Sequence[int], rest_bytes: int, n_stages: int) -> li
     low, high = max(sizes), sum(sizes)
     while low < high:  # the smallest ceiling under which so many stages suffice
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_filled(sizes, middle)) <= n_stages else (middle + 1, high)
-    cuts = _filled(sizes, low)
-    while len(cuts) < n_stages:  # fewer suffice: cut the largest one that can be cut
-        index = max(
-            (index for index, cut in enumerate(cuts) if len(cut) > 1),
-            key=lambda index: sum(sizes[block] for block in cuts[index]),
-        )
-        cut = cuts[index]
-        middle = _halfway(sizes, cut)
-        cuts[index : index + 1] = [range(cut.start, middle), range(middle, cut.stop)]
-    return cuts
+        low, high = (low, middle) if _n_filled(sizes, middle) <= n_stages else (middle + 1, high)
+    return _even_runs(sizes, n_stages, low)
 
 
 def fewest_stages(block_bytes: Sequence[int], rest_bytes: int, max_bytes: int) -> int:
     """The smallest number of stages that each hold at most `max_bytes`; one per block where that is not enough."""
     if sum(block_bytes) + rest_bytes <= max_bytes or not block_bytes:
         return 1
-    sizes = _with_rest(block_bytes, rest_bytes)
-    return len(_filled(sizes, max_bytes))
+    return _n_filled(_with_rest(block_bytes, rest_bytes), max_bytes)
 
 
 def _with_rest(block_bytes: Sequence[int], rest_bytes: int) -> list[int]:
@@ -130,24 +125,31 @@ def _with_rest(block_bytes: Sequence[int], rest_bytes: int) -> list[int]:
     return sizes
 
 
-def _filled(sizes: Sequence[int], ceiling: int) -> list[range]:
-    """Runs of blocks that are filled from the front up to the ceiling; a block that exceeds it stands alone."""
-    cuts, start, taken = [], 0, 0
+def _n_filled(sizes: Sequence[int], ceiling: int) -> int:
+    """How many stages it takes to fill each up to the ceiling; a block that exceeds it stands alone."""
+    count, taken = 1, 0
     for index, size in enumerate(sizes):
-        if index > start and taken + size > ceiling:
-            cuts.append(range(start, index))
-            start, taken = index, 0
+        if index and taken + size > ceiling:
+            count, taken = count + 1, 0
         taken += size
-    return [*cuts, range(start, len(sizes))]
+    return count
 
 
-def _halfway(sizes: Sequence[int], cut: range) -> int:
-    total, taken = sum(sizes[index] for index in cut), 0
-    for index in cut[:-1]:
-        taken += sizes[index]
-        if 2 * taken >= total:
-            return index + 1
-    return cut.stop - 1
+def _even_runs(sizes: Sequence[int], count: int, ceiling: int) -> list[range]:
+    """The runs under the ceiling, of which there are some, whose squares have the smallest sum; dynamic programming."""
+    ends: dict[int, tuple[int, list[range]]] = {0: (0, [])}  # blocks so far -> (sum of squares, runs)
+    for left in range(count, 0, -1):
+        longer: dict[int, tuple[int, list[range]]] = {}
+        for start, (cost, runs) in ends.items():
+            taken = 0
+            for stop in range(start + 1, len(sizes) - left + 2):
+                taken += sizes[stop - 1]
+                if taken > ceiling:
+                    break
+                if stop not in longer or cost + taken**2 < longer[stop][0]:
+                    longer[stop] = (cost + taken**2, [*runs, range(start, stop)])
+        ends = longer
+    return ends[len(sizes)][1]
 
 
 def _outermost_lists(module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:

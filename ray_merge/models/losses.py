@@ -2,8 +2,13 @@
 
 Owns: what is differentiated for each kind of head and of labels. A classifier's label is one of C classes; a
 regression's is its output plus N(0, 1); a causal model's are the tokens that follow, each given those before it.
-The expected square over a classifier's labels is exact: E_y (d log p_y)^2 = sum_c (sqrt(p_c) d log p_c)^2, and that of
-a regression sum_k (d f_k)^2. Never: reads labels, knows stages. Legend: B examples, L tokens, C outputs, V vocabulary.
+The expected square over all labels is exact: for a regression sum_k (d f_k)^2; for a classifier with logits z
+
+    E_y (d log p_y)^2 = d z^T (diag(p) - p p^T) d z = sum_k (v_k . d z)^2,    k = 1 .. C - 1
+    v_k = sqrt(p_k s_(k+1) / s_k) (e_k - sum_(j > k) p_j e_j / s_(k+1)),    s_k = sum_(j >= k) p_j
+
+which is one backward pass fewer than there are classes. Never: reads labels, knows stages.
+Legend: B examples, L tokens, C outputs, V vocabulary.
 """
 
 from __future__ import annotations
@@ -46,12 +51,24 @@ def check_logits(head: str, logits: Tensor, n_outputs: int, n_tokens: int | None
         )
 
 
+def expected_passes(head: str, n_outputs: int) -> int:
+    """How many scores `expected_score` has."""
+    return n_outputs if head == "regression" else n_outputs - 1
+
+
 def expected_score(head: str, logits_BC: Tensor, index: int) -> Tensor:
-    """A scalar; its squared gradients in one example, summed over `index` from 0 to C - 1, are the expected ones."""
+    """A scalar; its squared gradients in one example, summed over all `index`, are the expected ones over labels."""
     if head == "regression":
         return logits_BC[:, index].sum()
-    log_p_B = torch.log_softmax(logits_BC, dim=-1)[:, index]
-    return (log_p_B * (log_p_B.detach() / 2).exp()).sum()
+    p_BC = torch.softmax(logits_BC.detach().double(), dim=-1)
+    tiny = torch.finfo(torch.float64).tiny
+    tail_B = p_BC[:, index:].sum(dim=-1).clamp_(min=tiny)
+    rest_B = p_BC[:, index + 1 :].sum(dim=-1)
+    v_BC = torch.zeros_like(p_BC)
+    v_BC[:, index] = 1
+    v_BC[:, index + 1 :] = -p_BC[:, index + 1 :] / rest_B.clamp(min=tiny)[:, None]
+    v_BC *= (p_BC[:, index] * rest_B / tail_B).sqrt_()[:, None]
+    return (v_BC.to(logits_BC) * logits_BC).sum()
 
 
 def label_score(head: str, logits: Tensor, labels: Tensor) -> Tensor:
@@ -96,7 +113,8 @@ def drawn_labels(
     labels_BL = next_tokens(input_ids, mask)
     for row, draw in enumerate(draws):
         (places,) = torch.nonzero(labels_BL[row] != NO_TOKEN, as_tuple=True)
-        for some in places.split(POSITIONS_AT_ONCE):
+        for start in range(0, len(places), POSITIONS_AT_ONCE):
+            some = places[start : start + POSITIONS_AT_ONCE]
             shares_N = torch.tensor([draw.random() for _ in some], dtype=torch.float64)
             labels_BL[row, some] = _chosen(logits[row, some], shares_N.to(logits.device))
     return labels_BL

@@ -24,7 +24,7 @@ Head = Literal["classification", "regression", "causal"]
 Labels = Literal["expected", "sampled", "empirical"]
 
 MAX_EXPECTED = 100
-"""Classes of `labels: expected`: each takes a backward pass of its own."""
+"""Outputs with `labels: expected`: each takes a backward pass of its own."""
 
 SUM_BYTES = 8
 """Of a running sum of squares, for each entry of a weight."""
@@ -56,11 +56,6 @@ class Likelihood:
     labels: Labels
     n_outputs: int
     evaluation: Evaluation | None = None
-
-    @property
-    def n_passes(self) -> int:
-        """Gradients of an example whose squares are added."""
-        return self.n_outputs if self.labels == "expected" else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +117,7 @@ class _Classes:
         self._built: dict[str, Skeleton | RayMergeError] = {}
 
     def of(self, recipe: Recipe, task: TaskData) -> Skeleton:
-        """The class that a task's adapter was trained in: the first guess that has all of its modules."""
+        """The class that a task's adapter was trained in: with a head, and all of its modules, if there is one."""
         from ray_merge.models.model_class import class_candidates
 
         adapter = _adapter(task)
@@ -135,12 +130,14 @@ class _Classes:
         )
         found = [self._get(name) for name in names]
         built = [one for one in found if not isinstance(one, RayMergeError)]
-        for one in built:
+        modules = [module.partition("[")[0] for module in adapter.modules.values()]
+
+        def fits(one: Skeleton) -> tuple[bool, bool]:
             paths = {path for path, _ in one.model.named_modules()}
-            if all(module.partition("[")[0] in paths for module in adapter.modules.values()):
-                return one
+            return _head(one.name) is not None, all(module in paths for module in modules)
+
         if built:
-            return built[0]
+            return max(built, key=fits)  # the first of the best
         raise next(
             (one for one in found if isinstance(one, RayMergeError)),
             CheckpointError(
@@ -178,10 +175,14 @@ def _task_type(recipe: Recipe, task: TaskData) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
+def _head(class_name: str) -> Head | None:
+    return next((kind for ending, kind in HEADS if class_name.endswith(ending)), None)
+
+
 def _likelihood(recipe: Recipe, task: TaskData, skeleton: Skeleton, labels: Labels) -> Likelihood:
     place, adapter = f"adapters.{task.name}", _adapter(task)
     config: Any = skeleton.model.config
-    head = next((kind for ending, kind in HEADS if skeleton.name.endswith(ending)), None)
+    head = _head(skeleton.name)
     problem = getattr(config, "problem_type", None)
     if head is None or problem == "multi_label_classification":
         raise RecipeError(

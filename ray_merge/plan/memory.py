@@ -34,11 +34,12 @@ def fit_group(
     sites: Mapping[str, Site],
     tensors: Mapping[str, TensorEntry],
     memory_bytes: int,
+    looking_bytes: int = 0,
 ) -> tuple[int, int]:
     """The largest number of merges that can share a pass, and the bytes that one worker then needs.
 
     Counted at the most expensive site of each kind: factors and bases once for each set of adapters, what each
-    merge keeps, and the temporaries of one merge.
+    merge keeps, and the temporaries of one merge; `looking_bytes` are what diagnostics take beside them.
     """
     held, passing = 0, 0
     shared: dict[tuple[str, ...], int] = {}
@@ -55,7 +56,8 @@ def fit_group(
     questions = QUESTIONS_AT_ONCE * QUESTION_BYTES if selecting else 0
     counting = RUNTIME_BYTES + STREAM_BYTES + files + passing + max(sets, default=0) + questions
     for size in range(min(MAX_GROUP, max(1, len(merges))), 0, -1):
-        peak = RUNTIME_BYTES + STREAM_BYTES + files + passing + size * held + sum(sets[:size])
+        merging = files + passing + size * held + sum(sets[:size])
+        peak = RUNTIME_BYTES + STREAM_BYTES + looking_bytes + merging
         if peak <= memory_bytes or size == 1:
             return size, max(peak, counting)
     raise AssertionError("unreachable: a group of one is always returned")

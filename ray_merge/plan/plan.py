@@ -24,7 +24,7 @@ from ray_merge.plan.emr import check_emr, emr_bytes
 from ray_merge.plan.export import check_export
 from ray_merge.plan.layout import OutTensor, Shard, file_bytes, plan_shards, with_replaced
 from ray_merge.plan.memory import DEFAULT_MEMORY_BYTES, fit_group
-from ray_merge.plan.statistics import check_data
+from ray_merge.plan.statistics import check_data, diagnosis_bytes
 from ray_merge.plan.vocabulary import with_vocabulary
 from ray_merge.recipe import Recipe
 from ray_merge.spec import Adapter, Layout, Merge, Site, TensorEntry
@@ -220,7 +220,8 @@ def make_plan(
     check_ranks(merges, adapters, sites, base.tensors)
     warnings += _vocabulary_warnings(merges, base, adapters)
     checkpoints = [index for index, merge in enumerate(merges) if merge.export != "adapter"]
-    group_size, peak = fit_group(merges, adapters, sites, base.tensors, memory_bytes)
+    looking = diagnosis_bytes(recipe, sites.values())
+    group_size, peak = fit_group(merges, adapters, sites, base.tensors, memory_bytes, looking)
     groups = [tuple(checkpoints[i : i + group_size]) for i in range(0, len(checkpoints), group_size)]
     if peak > memory_bytes:
         warnings.append(

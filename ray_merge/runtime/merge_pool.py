@@ -1,8 +1,8 @@
-"""A Ray pool for a merge job: which session, how many workers, how much memory for each."""
+"""Ray pools for jobs of units: which session, how many workers, how much memory for each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
@@ -10,25 +10,39 @@ from typing import Self
 import ray
 
 from ray_merge.errors import Refusal
-from ray_merge.pool import Done, Pool, Task
+from ray_merge.pool import Done, Pool, Task, Worker
+from ray_merge.runtime.placement import Placement
 from ray_merge.runtime.ray_pool import RayPool
 from ray_merge.runtime.session import open_session
 from ray_merge.work.factory import WorkerFactory
 from ray_merge.work.job import Job
 
 
-class MergePool:
+class JobPool:
     """A `RayPool` together with the session that it runs on; closing it closes both.
 
     Args:
-        job: what the workers are made for.
+        factory: makes a worker; picklable.
         n_units: there are never more workers than units.
+        memory_bytes: peak of one worker.
+        placement: of the workers over a cluster's nodes.
+        device: a GPU device takes one GPU for each worker.
         address: "local", "auto" or HOST:PORT.
         workers: how many; None for one per CPU (or per GPU, with a GPU device) of the cluster.
     """
 
-    def __init__(self, job: Job, n_units: int, *, address: str, workers: int | None) -> None:
-        gpus = 1 if job.device.startswith("cuda") else 0
+    def __init__(
+        self,
+        factory: Callable[[], Worker],
+        n_units: int,
+        *,
+        memory_bytes: int,
+        placement: Placement,
+        device: str,
+        address: str,
+        workers: int | None,
+    ) -> None:
+        gpus = 1 if device.startswith("cuda") else 0
         with ExitStack() as stack:
             session = stack.enter_context(open_session(address))
             resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -40,11 +54,11 @@ class MergePool:
                 )
             self._pool: Pool = stack.enter_context(
                 RayPool(
-                    WorkerFactory(job),
+                    factory,
                     session=session,
                     workers=max(1, min(n_units, workers or room)),
-                    memory_bytes=job.plan.peak_bytes,
-                    placement=job.plan.recipe.placement,
+                    memory_bytes=memory_bytes,
+                    placement=placement,
                     num_gpus=gpus,
                 )
             )
@@ -70,3 +84,25 @@ class MergePool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class MergePool(JobPool):
+    """The pool of a merge job.
+
+    Args:
+        job: what the workers are made for.
+        n_units: there are never more workers than units.
+        address: "local", "auto" or HOST:PORT.
+        workers: how many; None for one per CPU (or per GPU, with a GPU device) of the cluster.
+    """
+
+    def __init__(self, job: Job, n_units: int, *, address: str, workers: int | None) -> None:
+        super().__init__(
+            WorkerFactory(job),
+            n_units,
+            memory_bytes=job.plan.peak_bytes,
+            placement=job.plan.recipe.placement,
+            device=job.device,
+            address=address,
+            workers=workers,
+        )

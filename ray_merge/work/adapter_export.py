@@ -20,11 +20,12 @@ from ray_merge.algebra.truncate import truncate
 from ray_merge.errors import RunFailed
 from ray_merge.plan import ADAPTER_OBJECT, SHARD_METADATA, Plan
 from ray_merge.pool import Turn, worker_label
-from ray_merge.spec import FLOAT_DTYPES, Factor, Merge, Receipt, Site, SiteReport
+from ray_merge.spec import FLOAT_DTYPES, Factor, Figures, Merge, Receipt, Site, SiteReport
 from ray_merge.storage.adapter_names import PREFIX
 from ray_merge.storage.commit import commit, put_receipt
 from ray_merge.storage.store import Stores
 from ray_merge.storage.writer import ScratchFile
+from ray_merge.work.diagnostics import Diagnosis
 from ray_merge.work.factors import AdapterFiles
 from ray_merge.work.job import AdapterUnit, Job
 from ray_merge.work.scratch import scratch_folder
@@ -68,9 +69,18 @@ def run_adapter(
                 layout.append((name, dtype, tuple(tensor.shape)))
                 spool.write(to_bytes(tensor))
             report = _report(merge, site, delta, factor, stored, error)
-            reports.append(replace(report, seconds=round(time.perf_counter() - begun, 6)))
+            seconds = round(time.perf_counter() - begun, 6)
+            figures = _figures(job.plan, merge, site, files)
+            reports.append(replace(report, seconds=seconds, figures=figures))
         turn.end()
         return [_publish(job, unit, merge, layout, spool, tuple(reports), started, stores)]
+
+
+def _figures(plan: Plan, merge: Merge, site: Site, files: AdapterFiles) -> Figures:
+    """Diagnostics without a base weight; where a checkpoint is written as well, its rows have them all."""
+    if merge.export != "adapter" or not plan.recipe.diagnostics:
+        return {}
+    return Diagnosis(plan.recipe, site, [merge], files, no_base).figures(merge.adapters)
 
 
 def no_base() -> Tensor:

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from ray_merge.calibration import labels_of
 from ray_merge.errors import RecipeError, RunFailed, shown
-from ray_merge.models.losses import check_logits, drawn_labels, expected_score, label_score, next_tokens
+from ray_merge.models.losses import (
+    check_logits,
+    drawn_labels,
+    expected_passes,
+    expected_score,
+    label_score,
+    next_tokens,
+)
 from ray_merge.models.stage import Stage
 from ray_merge.models.stage_calls import Alter, StageInput, StageOutput
 from ray_merge.plan.fisher import Likelihood
@@ -65,7 +72,8 @@ def with_rows(
         found = labels_of(likelihood.evaluation, row_numbers, task, stores)
         where = f"adapters.{task}.eval: {likelihood.evaluation.path}: column {likelihood.evaluation.label!r}"
         labels = np.array([_label(one, likelihood, names, where) for one in found])
-    made, start = [], 0
+    made: list[Arrays] = []
+    start = 0
     for batch in batches:
         stop = start + len(next(iter(batch.values())))
         more = {ROWS: np.array(row_numbers[start:stop], dtype=np.int64)}
@@ -121,7 +129,13 @@ class Descent:
         return found
 
     def run(
-        self, inputs: Sequence[Arrays], above: Sequence[Any] | None, squares: Squares, turn: Turn
+        self,
+        inputs: Sequence[Arrays],
+        above: Sequence[Any] | None,
+        squares: Squares,
+        turn: Turn,
+        *,
+        hand_on: bool,
     ) -> list[Any]:
         """Go back through the stage with every batch.
 
@@ -130,16 +144,17 @@ class Descent:
             above: for each batch (C, B, L, H) float32, gradients of its output; None for the last stage.
             squares: takes the gradients of modules.
             turn: of this unit.
+            hand_on: whether the gradients of the inputs are wanted.
 
         Returns:
-            For each batch the gradients of its input, as `above`; empty for the first stage.
+            For each batch the gradients of its input, as `above`; empty where they are not wanted.
         """
         handed = []
         for place, one in enumerate(inputs):
             given = self._given(model_inputs(one))
             n_examples, n_tokens = _size(given)
             stack = []
-            for index in range(self.likelihood.n_passes):
+            for index in range(self._n_passes()):
                 turn.check()
                 squares.begin(n_examples, n_tokens)
                 made = self.stage.backward(
@@ -150,11 +165,18 @@ class Descent:
                     on_weight_grad=squares,
                 )
                 squares.end()
-                if made.hidden is not None:
+                if hand_on and made.hidden is not None:
                     stack.append(made.hidden.float().cpu().numpy())
             if stack:
                 handed.append(np.stack(stack))
         return handed
+
+    def _n_passes(self) -> int:
+        """Gradients of an example whose squares are added."""
+        likelihood = self.likelihood
+        if likelihood.labels != "expected":
+            return 1
+        return expected_passes(likelihood.head, likelihood.n_outputs)
 
     def _loss(self, one: Arrays, given: StageInput, index: int) -> Callable[[StageOutput], Tensor]:
         head, likelihood = self.likelihood.head, self.likelihood
@@ -200,7 +222,9 @@ class Descent:
         """
         size = int(self.config.vocab_size)
         used = set(ids[mask.bool()].tolist())
-        pad = self.pad if self.pad is not None else next((one for one in range(size) if one not in used), None)
+        pad = (
+            self.pad if self.pad is not None else next((one for one in range(size) if one not in used), None)
+        )
         if pad is None and len(ids) > 1:
             raise RunFailed(
                 f"a batch holds every one of {size} tokens, so none is left to pad with; write calibration: "
@@ -222,7 +246,7 @@ def drawing(seed: int, task: str) -> Callable[[int], Random]:
 
     def draw(row: int) -> Random:
         content = hashlib.sha256(f"{seed}\nfisher\n{task}\n{row}".encode()).digest()
-        return Random(int.from_bytes(content[:8], "big"))  # noqa: S311 - reproducible, not secret
+        return Random(int.from_bytes(content[:8], "big"))
 
     return draw
 

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from ray_merge.storage.commit import commit, put_receipt
 from ray_merge.storage.store import Stores
 from ray_merge.storage.stream import Reader
 from ray_merge.storage.writer import ScratchFile, WriteBehind
+from ray_merge.work.diagnostics import Diagnosis
 from ray_merge.work.factors import AdapterFiles, Base, token_rows
 from ray_merge.work.job import Job, ShardUnit
 from ray_merge.work.scratch import scratch_folder
@@ -224,17 +226,19 @@ def _write_site(unit: _Unit, tensor: OutTensor, site: Site, writers: Sequence[_W
     touching = [writer for writer in writers if site in writer.output.sites.get(tensor.name, ())]
     others = [writer for writer in writers if writer not in touching]
     whole = (site.start, site.start + site.shape[0])
-
-    def base() -> Tensor:
-        return unit.sources.matrix(tensor, whole, site.shape[1])
-
+    base = partial(unit.sources.matrix, tensor, whole, site.shape[1])
     merges = [writer.output.merge for writer in touching]
     deltas = site_deltas(site, merges, unit.files, base, unit.thresholds)
+    recipe = unit.job.plan.recipe
+    diagnosis = Diagnosis(recipe, site, merges, unit.files, base) if recipe.diagnostics else None
     sums = [Rounding() for _ in touching]
     seconds = clock.lap("merge")
     spans = unit.sources.spans(tensor, whole, site.shape[1], chunk_rows(site.shape[1]))
     for (start, stop), given_NI in zip(spans, unit.sources.rows(tensor, spans, site.shape[1]), strict=True):
         clock.lap("read")
+        if diagnosis is not None:
+            diagnosis.add(given_NI)
+            clock.lap("diagnose")
         for first, last in _chunks(start, stop, site):
             base_NI = given_NI[first - start : last - start].to(device)
             for writer, delta, total in zip(touching, deltas, sums, strict=True):
@@ -250,6 +254,9 @@ def _write_site(unit: _Unit, tensor: OutTensor, site: Site, writers: Sequence[_W
             clock.lap("write")
     for writer, delta, total in zip(touching, deltas, sums, strict=True):
         report = _report(site, writer.output.merge, delta, total, tensor, seconds / len(touching))
+        if diagnosis is not None:
+            report = replace(report, figures=diagnosis.figures(writer.output.merge.adapters))
+            clock.lap("diagnose")
         writer.output.reports.append(report)
 
 
@@ -305,9 +312,8 @@ def _report(
 ) -> SiteReport:
     if not total.finite:
         raise RunFailed(
-            f"merge {merge.name!r}: {site.name} is not finite after the merge: the base holds NaN or "
-            "Inf, a DoRA row has "
-            f"the norm 0, or the result does not fit {tensor.dtype}; check the base, or use out_dtype: float32"
+            f"merge {merge.name!r}: {site.name} is not finite after the merge: the base holds NaN or Inf, a DoRA row "
+            f"has the norm 0, or the result does not fit {tensor.dtype}; check the base, or use out_dtype: float32"
         )
     return SiteReport(
         site=site.name,

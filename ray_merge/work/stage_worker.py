@@ -27,7 +27,7 @@ from ray_merge.storage.store import Stores
 from ray_merge.work.altered import altered_by
 from ray_merge.work.collect import Collector
 from ray_merge.work.device import ONE_THREAD, check_device
-from ray_merge.work.fisher_units import Descent, drawing, model_inputs, stated_pad, with_rows
+from ray_merge.work.fisher_units import ROWS, Descent, drawing, model_inputs, stated_pad, with_rows
 from ray_merge.work.hand_on import Handed, handed_on, stage_input
 from ray_merge.work.moments_file import write_fisher, write_moments
 from ray_merge.work.squares import Squares
@@ -126,7 +126,9 @@ class StageWorker:
 
         return self._commit_all(unit, made, write, started), handed
 
-    def _backward(self, unit: BackwardUnit, given: Sequence[Any], turn: Turn) -> tuple[list[Stored], Any]:
+    def _backward(
+        self, unit: BackwardUnit, given: Sequence[Any], turn: Turn
+    ) -> tuple[list[Stored], list[Any]]:
         started = time.perf_counter()
         plan, task = self._job.plan, self._task(unit.task)
         wanted = dict(unit.wanted)
@@ -150,15 +152,15 @@ class StageWorker:
                 plan.conv1d,
                 descent.calls(inputs[0]),
             )
-            handed = descent.run(inputs, above, squares, turn)
-        n_examples = sum(len(one["rows"]) for one in inputs)
+            handed = descent.run(inputs, above, squares, turn, hand_on=unit.hand_on)
+        n_examples = sum(len(one[ROWS]) for one in inputs)
         made = [part for part in parts if part.block is not None or squares.called(part.modules)]
 
         def write(path: Path, part: Part, about: Mapping[str, Any]) -> tuple[int, str]:
             means = squares.means(part.modules, n_examples)
             return write_fisher(path, means, {**about, "kind": "fisher", "count": n_examples})
 
-        return self._commit_all(unit, made, write, started), handed if unit.hand_on else None
+        return self._commit_all(unit, made, write, started), handed
 
     def _through(
         self, given: StageInput, altered: Alter | None, collect: Collector, *, to_end: bool
@@ -182,7 +184,8 @@ class StageWorker:
             self._text_config = config.get_text_config()
             self._pad = stated_pad(self._text_config)
             self._slots = skeleton.slots
-            self._stage = Stage(skeleton, range(*plan.stages[self._place]), weights, watched=watched)
+            blocks = range(*plan.stages[self._place])
+            self._stage = Stage(skeleton, blocks, weights, watched=watched, device=self._job.device)
         return self._stage
 
     def _commit_all(

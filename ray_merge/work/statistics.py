@@ -10,6 +10,7 @@ from ray_merge.algebra.moments import Moments
 from ray_merge.errors import RunFailed
 from ray_merge.methods.declare import Method
 from ray_merge.methods.registry import statistics_kind
+from ray_merge.methods.statistics import InputSide
 from ray_merge.spec import Site
 from ray_merge.storage.cache import NodeCache
 from ray_merge.storage.store import Stores
@@ -45,11 +46,23 @@ class Statistics:
         kind = statistics_kind(method, parameters)
         if not kind:
             return None
+        side = self.input_side(kind, site)
+        if side is None:
+            return {}
+        return {"moments": _Lazily(self, self._indices[kind], adapters, site.name), "input_side": side}
+
+    def input_side(self, kind: str, site: Site) -> InputSide | None:
+        """Which side of a site's stored weight its inputs are; None where the site has no moments."""
         index = self._indices[kind]
         if site.name in index.unwatched:
-            return {}
-        side = "rows" if site.name in index.conv1d else "columns"
-        return {"moments": _Lazily(self, index, adapters, site.name), "input_side": side}
+            return None
+        return "rows" if site.name in index.conv1d else "columns"
+
+    def gram(self, adapter: str, site: Site) -> AnyMoments:
+        """The Gram matrix of one adapter's inputs at one site, which may be that of no token at all."""
+        found = self.of(self._indices["gram"], adapter, site.name)
+        assert not isinstance(found, FisherRows)
+        return found
 
     def of(self, index: MomentsIndex, adapter: str, site: str) -> AnyMoments | FisherRows:
         """The statistics of one adapter at one site."""

@@ -94,6 +94,12 @@ def test_the_unevenness_of_activations_is_that_of_the_spectrum():
     assert got.mean_share == pytest.approx(float(50 * X.mean(0).square().sum() / X.square().sum()), rel=1e-9)
     sketched = anisotropy(as_sketch(moments_of(X), 12))
     assert sketched.directions == pytest.approx(got.directions, rel=1e-9)
+    lossy = as_sketch(moments_of(X), 3)
+    values = torch.linalg.eigvalsh(lossy.gram)
+    assert lossy.gram_error > 0
+    sketched = anisotropy(lossy)
+    assert sketched.top_share == pytest.approx(float(values[-1] / values.sum()), rel=1e-9)
+    assert sketched.directions == pytest.approx(float(values.sum() ** 2 / values.square().sum()), rel=1e-9)
 
 
 def test_the_ends_of_unevenness():

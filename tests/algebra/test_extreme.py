@@ -11,7 +11,14 @@ def gram(rows, columns, shift=0.0):
 
 @pytest.mark.parametrize(
     "square",
-    [gram(9, 1), gram(3, 7), gram(300, 7), gram(500, 200), gram(500, 200, shift=0.5), torch.zeros(3, 3).double()],
+    [
+        gram(9, 1),
+        gram(3, 7),
+        gram(300, 7),
+        gram(500, 200),
+        gram(500, 200, shift=0.5),
+        torch.zeros(3, 3).double(),
+    ],
     ids=["1 column", "singular", "7", "no gap", "one direction", "zero"],
 )
 def test_it_is_the_largest_of_all_eigenvalues(square):
