@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from osrm_moments import eager, factors_of, meeting, moments_of, sites_of
 from osrm_tasks import FROM_DATA, Home, Settings, Training
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ray_merge import init_adapters
 from ray_merge.algebra.moments import Moments
-from ray_merge.algebra.osrm import RowScale, osrm_directions, scaled_rows
 from ray_merge.demo import models
 from ray_merge.demo.score import score_adapter
 from ray_merge.demo.tasks import Task, read_rows
@@ -112,23 +113,46 @@ def begin(home: Home, training: Training, model: Any, seed: int) -> None:
     if init == "default":
         return
     shapes = {name: tuple(layer.lora_A["default"].weight.shape) for name, layer in _layers(model)}
-    found = osrm_init(home, training, seed) if init in FROM_DATA else random_init(shapes, seed)
+    found = osrm_init(home, training) if init in FROM_DATA else random_init(shapes, seed)
     for name, layer in _layers(model):
         layer.lora_A["default"].weight.data.copy_(found[name])
 
 
-def osrm_init(home: Home, training: Training, seed: int) -> dict[str, Tensor]:
-    """A (R, I) of every site by OSRM: the directions that the other tasks' inputs use least."""
+def osrm_init(home: Home, training: Training) -> dict[str, Tensor]:
+    """A (R, I) of every site as `ray-merge init` writes it; all tasks of one start are written by the same command."""
     settings, start = home.settings, training.start
-    others = [_seen(home, name, start.samples, "train") for name in _others(settings, training)]
-    scale: RowScale = "peft" if start.init == "osrm_peft" else "orthonormal"
-    found = {}
-    for site in others[0]:
-        directions = osrm_directions(
-            [some[site] for some in others], settings.rank, mode=settings.mode, seed=seed
-        )
-        found[site] = scaled_rows(directions.A_RI, scale)
-    return found
+    names = settings.tasks[: start.n_tasks]
+    output = home.folder / "init" / f"{start.init}-{start.n_tasks}-{start.samples}-{start.seed}"
+    recipe = {
+        "base_model": str(home.base),
+        "base_model_names": [models.BASE_NAME],
+        "output": str(home.folder / "init"),
+        "adapters": {
+            name: {
+                "data": str(home.file(name, "train")),
+                "task": "regression" if settings.task(name).is_regression else "classification",
+            }
+            for name in names
+        },
+        "calibration": {"samples": start.samples, "max_length": settings.max_length, "seed": start.seed},
+        "init": {
+            "method": "osrm",
+            "r": settings.rank,
+            "lora_alpha": settings.alpha,
+            "target_modules": list(settings.targets),
+            "mode": settings.mode,
+            "row_scale": "peft" if start.init == "osrm_peft" else "orthonormal",
+            "output": str(output),
+        },
+    }
+    init_adapters(recipe, engine="local", workers=1)
+    tensors = load_file(str(output / training.task / "adapter_model.safetensors"))
+    lead, tail = "base_model.model.", ".lora_A.weight"
+    return {
+        name.removeprefix(lead).removesuffix(tail): A_RI
+        for name, A_RI in tensors.items()
+        if name.endswith(tail)
+    }
 
 
 def random_init(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:

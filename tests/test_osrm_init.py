@@ -28,7 +28,7 @@ from transformers import (
 
 import ray_merge
 from ray_merge.cli import _exit_code
-from ray_merge.errors import OutputConflict, RecipeError, Refusal
+from ray_merge.errors import OutputConflict, RecipeError, Refusal, RunFailed
 
 HIDDEN, VOCABULARY, R = 16, 24, 3
 
@@ -294,11 +294,22 @@ def test_a_run_that_was_stopped_is_finished_with_the_same_bytes(tmp_path):
     assert not (tmp_path / "out" / ".ray_merge" / "attempts").exists()
 
 
+def test_factors_of_something_else_under_their_name_end_the_run(tmp_path):
+    recipe = recipe_of(tmp_path, "bert")
+    ids = {adapter.task: adapter.id for adapter in init(recipe).adapters}
+    (tmp_path / "init" / "b" / "adapter_model.safetensors").unlink()
+    part = tmp_path / "out" / ".ray_merge" / "osrm" / ids["b"] / "00001.safetensors"
+    part.write_bytes((tmp_path / "init" / "a" / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(RunFailed, match=r"00001.safetensors is not what init wrote there; remove it"):
+        init(recipe)
+
+
 def test_what_else_is_watched_changes_no_byte(tmp_path):
     """Sites of an adapter in the recipe are watched too and then share their inputs' moments with those of init."""
     recipe = recipe_of(tmp_path, "bert", target_modules=["value"])
-    recipe["calibration"] = {"samples": 1}  # which leaves a choice in the null space
+    recipe["calibration"], recipe["init"]["others"] = {"samples": 1}, ["a", "b"]
     first = init(recipe)
+    assert all(one.null_space > R for one in first.adapters[0].sites.values())  # there is a choice to be made
     model = get_peft_model(BertModel(BERT), LoraConfig(r=1, target_modules=["query", "key"]))
     model.peft_config["default"].base_model_name_or_path = recipe["base_model"]
     model.save_pretrained(tmp_path / "trained")

@@ -17,7 +17,7 @@ from ray_merge.errors import AdapterError, CheckpointError, StoreDenied
 from ray_merge.identity import ALGORITHM_VERSION, MOMENTS_VERSION, digest
 from ray_merge.plan import Plan
 from ray_merge.plan.statistics import needs_data
-from ray_merge.recipe import Calibration
+from ray_merge.recipe import Calibration, DataSource
 from ray_merge.spec import Adapter, Merge
 from ray_merge.storage.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from ray_merge.storage.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
@@ -54,8 +54,14 @@ def _data(plan: Plan, stores: Stores, digests: DigestCache) -> Iterator[tuple[st
         source = plan.recipe.adapters[name]
         assert source.data is not None, "plan refuses a merge by moments whose tasks have no data"
         found: dict[str, Any] = {"data": dict(data_identity(source.data, stores, digests))}
-        if source.eval is not None:
-            found["eval"] = source.eval.model_dump()
+        if (
+            any(merge.parameters.get("labels") == "empirical" for merge in merging)
+            and source.eval is not None
+        ):
+            labelled = DataSource(path=source.eval.path)
+            found["labels"] = {
+                "file": dict(data_identity(labelled, stores, digests)), "column": source.eval.label
+            }  # fmt: skip
         yield name, found
 
 
@@ -148,7 +154,7 @@ def merge_inputs(plan: Plan, merge: Merge, inputs: Inputs) -> dict[str, Any]:
         document |= {
             "moments": MOMENTS_VERSION,
             "calibration": calibration.model_dump(),
-            "data": {name: dict(inputs.data[name]) for name in merge.adapters},
+            "data": {name: _used_data(merge, inputs.data[name]) for name in merge.adapters},
         }
     if recipe.diagnostics:
         document["diagnostics"] = True  # more columns of sites.parquet
@@ -166,6 +172,12 @@ def _adapter_input(plan: Plan, name: str, files: Versions) -> dict[str, Any]:
     if source.moe_lora_b_layout:
         kept["moe_lora_b_layout"] = source.moe_lora_b_layout
     return {"name": name, "files": dict(files), **kept}
+
+
+def _used_data(merge: Merge, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a merge takes from a task's data: labels only where it is told to use them."""
+    kept = ("data", "labels") if merge.parameters.get("labels") == "empirical" else ("data",)
+    return {key: data[key] for key in kept if key in data}
 
 
 def merge_id(inputs: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ from ray_merge.storage.store import Store, Stores, join
 from ray_merge.work.osrm_job import JoinUnit, OsrmJob, PartUnit, SiteInit, part_path, read_state
 
 OSRM_VERSION = 1
-"""Raised whenever the same inputs would give other factors; it is part of the ids."""
+"""Raised whenever the same inputs would give other factors, or another header (work/osrm_job.py); part of the ids."""
 
 OsrmPoolFactory = Callable[[OsrmJob, int], Pool]
 """Makes the pool for a job of so many units; called only when something is missing."""

@@ -30,8 +30,11 @@ HANDED_COPIES = 3
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
 """What config.json calls the width of the hidden state."""
 
-STAGE_RUNTIME_BYTES = 500 * 10**6
-"""A worker with torch, transformers and this package loaded (measured: 445 MB)."""
+STAGE_RUNTIME_BYTES = 470 * 10**6
+"""A Ray worker with torch, transformers and this package loaded (measured: 410 MB, and 55 MB of Ray's)."""
+
+PASSING_COPIES = 4
+"""Of the widest module's outputs for one batch in float32: what goes by inside one block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,16 +150,18 @@ def plan_moments(
     watched, unwatched = _modules(skeleton, layers, sites)
     watched |= dict(_targets(skeleton, layers, base, targets))
     calibration = recipe.calibration or Calibration()
+    parts = tuple(_parts(skeleton, watched))
     handed = _handed_bytes(base.config, calibration) if skeleton.blocks else 0
     # What comes in is held while what goes out grows; Ray's copies of both are shared with other processes.
-    held = STAGE_RUNTIME_BYTES + HANDED_COPIES * handed
+    held = STAGE_RUNTIME_BYTES + HANDED_COPIES * handed + _passing_bytes(skeleton, layers, calibration)
     room = None if memory_bytes is None else max(1, memory_bytes - held)
-    stages, stage_bytes = _stages(skeleton, base, recipe.stages, room, workers)
+    sizes = _block_bytes(skeleton, base, parts)
+    stages, stage_bytes = _stages(skeleton, base, sizes, recipe.stages, room, workers)
     return MomentsPlan(
         base=base,
         class_name=skeleton.name,
         tasks=tuple(tasks),
-        parts=tuple(_parts(skeleton, watched)),
+        parts=parts,
         stages=stages,
         conv1d=frozenset(site for site, path in watched.items() if layers[path]),
         unwatched=unwatched,
@@ -243,30 +248,62 @@ def _parts(skeleton: Skeleton, watched: Mapping[str, str]) -> Iterator[Part]:
         yield Part(site, None, {site: path})
 
 
-def _stages(
-    skeleton: Skeleton, base: Checkpoint, asked: int | None, room: int | None, workers: int
-) -> tuple[tuple[tuple[int, int], ...], int]:
-    """The stages, and the bytes of the largest one's weights as stored."""
-    from ray_merge.models.block_list import cut_stages, fewest_stages, part_bytes
+def _passing_bytes(skeleton: Skeleton, layers: Mapping[str, bool], calibration: Calibration) -> int:
+    """What one block takes while a batch goes by: its widest outputs, and its largest weight in float32."""
+    inside = [
+        path for path in layers if skeleton.blocks is None or skeleton.blocks.block_of(path) is not None
+    ]
+    shapes = [skeleton.model.get_submodule(path).get_parameter("weight").shape for path in inside]
+    widest = max((max(shape) for shape in shapes), default=0)
+    tokens = calibration.batch_size * calibration.max_length
+    return 4 * (PASSING_COPIES * tokens * widest + max((shape.numel() for shape in shapes), default=0))
+
+
+def _block_bytes(skeleton: Skeleton, base: Checkpoint, parts: Sequence[Part]) -> list[int]:
+    """Of each block: its weights as stored, with what stands before or behind the blocks, and its sums in float64."""
+    from ray_merge.models.block_list import part_bytes
 
     n_bytes = {name: entry.n_bytes for name, entry in base.tensors.items()}
     sizes, rest = part_bytes(skeleton.slots, n_bytes, skeleton.blocks)
-    if asked is not None and asked > max(1, len(sizes)):
-        has = f"has {len(sizes)} blocks" if sizes else "has no single list of blocks to cut"
-        raise RecipeError(f"stages: {asked}, but {skeleton.name} {has}; use at most {max(1, len(sizes))}")
-    count = asked or max(min(workers, len(sizes)), 1 if room is None else fewest_stages(sizes, rest, room))
-    ranges = cut_stages(sizes, rest, count)
-    largest = max(_stage_bytes(sizes, rest, blocks) for blocks in ranges)
+    for part in parts:
+        columns = [
+            skeleton.model.get_submodule(path).get_parameter("weight").shape for path in part.modules.values()
+        ]
+        if part.block is not None:
+            sizes[part.block] += sum(8 * shape[-1] ** 2 for shape in columns)
+    return sizes or [rest]
+
+
+def _stages(
+    skeleton: Skeleton,
+    base: Checkpoint,
+    sizes: Sequence[int],
+    asked: int | None,
+    room: int | None,
+    workers: int,
+) -> tuple[tuple[tuple[int, int], ...], int]:
+    """The stages, and the bytes of the largest one's weights and sums."""
+    from ray_merge.models.block_list import cut_stages, fewest_stages
+
+    if asked is not None and asked > len(sizes):
+        has = f"has {len(sizes)} blocks" if skeleton.blocks else "has no single list of blocks to cut"
+        raise RecipeError(f"stages: {asked}, but {skeleton.name} {has}; use at most {len(sizes)}")
+    count = asked or max(min(workers, len(sizes)), 1 if room is None else fewest_stages(sizes, 0, room))
+    # Equal work, as long as memory does not ask for equal bytes: an embedding table costs no time.
+    ranges = cut_stages([1] * len(sizes), 0, count)
+    if room is not None and _largest(sizes, ranges) > room:
+        ranges = cut_stages(sizes, 0, count)
+    largest = _largest(sizes, ranges)
     if room is not None and asked is None and largest > room:
         raise Refusal(
             f"--memory: one block of {base.url} with what belongs to it takes {largest / 1e6:.0f} MB, but only "
-            f"{room / 1e6:.0f} MB of the ceiling are left beside the process itself and the hidden states of one task; "
-            "raise it, or take fewer calibration samples"
+            f"{room / 1e6:.0f} MB of the ceiling are left beside the process itself, one batch and the hidden states "
+            "of one task; raise it, or set fewer calibration samples or a smaller batch_size"
         )
+    if skeleton.blocks is None:
+        return ((0, 0),), largest
     return tuple((blocks.start, blocks.stop) for blocks in ranges), largest
 
 
-def _stage_bytes(sizes: Sequence[int], rest: int, blocks: range) -> int:
-    """What stands outside of the blocks may belong to the first stage or to the last one: it counts for both."""
-    at_an_end = not sizes or blocks.start == 0 or blocks.stop == len(sizes)
-    return sum(sizes[index] for index in blocks) + (rest if at_an_end else 0)
+def _largest(sizes: Sequence[int], ranges: Sequence[range]) -> int:
+    return max(sum(sizes[index] for index in blocks) for blocks in ranges)

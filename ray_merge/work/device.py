@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
 from threading import Lock
 
 import torch
 
 from ray_merge.errors import Refusal
+
+M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -3, -1  # malloc.h
+STREAMING = (64 * 2**20, 256 * 2**20)
+"""Blocks below the first stay on the heap, which is trimmed above the second: for a stream of chunks, which glibc would
+else map and unmap each. 378 MB instead of 397 and a third of the time in the kernel (2.2 GB base, 8 adapters, one
+worker); giving blocks back at once takes 319 MB but doubles the run."""
+STAGING = (4 * 2**20, 16 * 2**20)
+"""For activations and weights in float32, which come in many sizes: on the heap they leave holes. 1220 MB instead of
+1540 for one stage of a 3 GB base, and 5 s more in the kernel of 45 s."""
 
 
 def check_device(device: str) -> None:
@@ -52,3 +63,18 @@ class _OneThread:
 
 
 ONE_THREAD = _OneThread()
+
+
+def tune_malloc(mmap_bytes: int, trim_bytes: int) -> None:
+    """Tell glibc when to map a block of its own and when to give the heap back; one arena, whatever threads do.
+
+    Elsewhere than on glibc nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, value in (
+            (M_ARENA_MAX, 1),
+            (M_MMAP_THRESHOLD, mmap_bytes),
+            (M_TRIM_THRESHOLD, trim_bytes),
+        ):
+            mallopt(option, value)

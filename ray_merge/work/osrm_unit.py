@@ -96,7 +96,13 @@ class OsrmWorker:
     def _join(self, task: OsrmTask) -> dict[str, SiteInit]:
         store, task_id = self._store(), self._job.ids[task.name]
         headers = [read_header(store, part_path(task_id, index)) for index in range(len(task.parts))]
-        found = {name: one for header in headers for name, one in read_state(header.metadata)[1].items()}
+        found: dict[str, SiteInit] = {}
+        for index, header in enumerate(headers):
+            owner, some = read_state(header.metadata)
+            if owner != task_id:
+                where = join(store.url, part_path(task_id, index))
+                raise RunFailed(f"{where} is not what init wrote there; remove it and run again")
+            found |= some
         layout = _layout(task.sites, self._job.init.r)
         layout += [(f"{PREFIX}{head.name}", head.dtype, head.shape) for head in task.heads]
         about = {"kind": "osrm", "id": task_id}

@@ -26,7 +26,7 @@ from ray_merge.pool import Turn
 from ray_merge.storage.store import Stores
 from ray_merge.work.altered import altered_by
 from ray_merge.work.collect import Collector
-from ray_merge.work.device import ONE_THREAD, check_device
+from ray_merge.work.device import ONE_THREAD, STAGING, check_device, tune_malloc
 from ray_merge.work.fisher_units import ROWS, Descent, drawing, model_inputs, stated_pad, with_rows
 from ray_merge.work.hand_on import Handed, handed_on, stage_input
 from ray_merge.work.moments_file import write_fisher, write_moments
@@ -58,6 +58,7 @@ class StageWorker:
     """
 
     def __init__(self, job: StageJob, place: int) -> None:
+        tune_malloc(*STAGING)
         check_device(job.device)
         torch.backends.cuda.matmul.allow_tf32 = False
         self._job, self._place = job, place

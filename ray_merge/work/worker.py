@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from pathlib import Path
 
 import torch
@@ -12,15 +10,12 @@ from ray_merge.pool import Turn
 from ray_merge.spec import Receipt
 from ray_merge.storage.store import Stores
 from ray_merge.work.adapter_export import run_adapter
-from ray_merge.work.device import ONE_THREAD, check_device
+from ray_merge.work.device import ONE_THREAD, STREAMING, check_device, tune_malloc
 from ray_merge.work.emr import run_emr
 from ray_merge.work.factors import AdapterFiles
 from ray_merge.work.job import AdapterCheck, EmrUnit, Job, PreflightUnit, SelectUnit, ShardUnit, Unit
 from ray_merge.work.order_statistics import Found, run_select
 from ray_merge.work.shards import run_shard
-
-M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -3, -1  # malloc.h
-MALLOC_SETTINGS = ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 64 * 2**20), (M_TRIM_THRESHOLD, 256 * 2**20))
 
 
 class MergeWorker:
@@ -34,7 +29,7 @@ class MergeWorker:
     """
 
     def __init__(self, job: Job) -> None:
-        _keep_blocks()
+        tune_malloc(*STREAMING)
         torch.backends.cuda.matmul.allow_tf32 = False
         check_device(job.device)
         self._job = job
@@ -65,16 +60,3 @@ class MergeWorker:
             if isinstance(unit, EmrUnit):
                 return run_emr(job, unit, files, self._stores, turn)
             return run_adapter(job, unit, files, self._stores, turn)
-
-
-def _keep_blocks() -> None:
-    """Make glibc reuse the blocks of a stream of chunks instead of mapping and unmapping each.
-
-    One arena, whatever the read-ahead threads do, and no mapping below 64 MiB: against glibc's own settings
-    378 MB instead of 397 and a third of the time in the kernel (2.2 GB base, 8 adapters, one worker). Giving
-    blocks back at once takes 319 MB but doubles the run. Elsewhere than on glibc nothing is done.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for option, value in MALLOC_SETTINGS:
-            mallopt(option, value)
