@@ -2,8 +2,8 @@
 
     python benchmarks/stages.py FOLDER [--tables speed,memory,parity] [--rounds 3] [--smollm2 DIR] [--json FILE]
 
-speed: `ray-merge calibrate` on a synthetic Llama (12 x 1024 by default) with `--tasks` tasks, one stage per core on Ray,
-against one process that runs transformers' own forward with plain hooks on the same modules, the same batches in
+speed: `ray-merge calibrate` on a synthetic Llama (12 x 1024 by default) with `--tasks` tasks, one stage per core on
+Ray, against one process that runs transformers' own forward with plain hooks on the same modules, the same batches in
 the same order, torch threads = all cores. Both sum X^T X, the sum and the count of the unmasked rows in float64 (the
 peer by one plain product); a second row of the peer sums in float32. Seconds are from the first unit to the last one,
 Ray's start and imports left out on both sides, weights already read by the peer and read inside by ours. Bar: 0.8.
@@ -11,7 +11,7 @@ Ray's start and imports left out on both sides, weights already read by the peer
 memory: the same on a synthetic bfloat16 Llama of about 3 GB, cut by `--memory`; the highest resident memory of any one
 worker, sampled 20 times a second over the whole command. Bar: 1.2 GB.
 
-parity: tiny random models of nine classes, MiniLM and SmolLM2-135M (--smollm2: the folder that get_smollm2.py printed)
+parity: tiny random models of 9 classes, MiniLM and SmolLM2-135M (--smollm2: the folder that get_smollm2.py printed)
 in 3 stages on Ray: relative error of Gram and mean against single-process hooks in float64. Bar: 1e-6.
 """
 
@@ -106,7 +106,7 @@ def _units_seconds(recipe: Path) -> float:
         "from ray_merge.moments import calibrate\n"
         "marks = []\n"
         "calibrate(sys.argv[1], engine='ray', progress=lambda event: marks.append((event.kind, time.monotonic())))\n"
-        "begun = [at for kind, at in marks if kind == 'begin']\n"
+        "begun = [at for kind, at in marks if kind == 'check']\n"
         "units = [at for kind, at in marks if kind == 'unit']\n"
         "print(units[-1] - begun[-1])\n"
     )

@@ -38,13 +38,23 @@ def unit_pools(engine: Engine, address: str, workers: int | None) -> PoolFactory
     return local if engine == "local" else ray
 
 
-def stage_pools(engine: Engine, address: str, workers: int | None) -> StepPoolFactory:
-    """Makes the pool of a job that runs inputs through stages: one place for each."""
+def stage_pools(
+    engine: Engine, address: str, workers: int | None, *, one_at_a_time: bool = False
+) -> StepPoolFactory:
+    """Makes the pool of a job that runs inputs through stages: one place for each.
+
+    Args:
+        engine: "ray", or "local" for this process.
+        address: of Ray.
+        workers: how many stages compute at once in this process.
+        one_at_a_time: this process holds one stage after another, so that a ceiling for one is one for it.
+    """
 
     def local(job: StageJob) -> StepPool:
         n_stages = len(job.plan.stages)
-        threads = min(n_stages, local_room(job.device, workers))
-        return LocalStepPool(StageWorkerFactory(job), n_stages, threads=threads)
+        threads = 1 if one_at_a_time else min(n_stages, local_room(job.device, workers))
+        keep = 1 if one_at_a_time else None
+        return LocalStepPool(StageWorkerFactory(job), n_stages, threads=threads, keep_workers=keep)
 
     def ray(job: StageJob) -> StepPool:
         from ray_merge.runtime.stage_pool import StagePool

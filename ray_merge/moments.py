@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from ray_merge.drive.events import Event
 from ray_merge.drive.fisher import ensure_fisher
-from ray_merge.drive.moments import MomentsResult, ensure_moments
+from ray_merge.drive.moments import MomentsResult, StepPoolFactory, ensure_moments
 from ray_merge.drive.outputs import store_url
 from ray_merge.drive.run import StatisticsMaker
 from ray_merge.engines import Engine, local_room, memory_ceiling, stage_pools
@@ -20,6 +20,7 @@ from ray_merge.methods.registry import get, statistics_kind
 from ray_merge.plan import read_named
 from ray_merge.plan.fisher import Labels, plan_fisher
 from ray_merge.plan.moments import MomentsPlan, TaskData, plan_moments, tasks_with_data
+from ray_merge.pool_steps import StepPool
 from ray_merge.recipe import Calibration, Recipe
 from ray_merge.recipe.read import read_recipe
 from ray_merge.spec import Adapter, Merge, Site
@@ -27,6 +28,7 @@ from ray_merge.storage.cache import cache_folder
 from ray_merge.storage.checkpoint import Checkpoint
 from ray_merge.work.job import MomentsIndex
 from ray_merge.work.pickles import unpickler
+from ray_merge.work.stage_job import StageJob
 
 Check = Callable[[Mapping[str, str]], None]
 """Refuses what cannot be used: called with site -> why it is not watched."""
@@ -43,6 +45,7 @@ class Engines:
         memory: ceiling for one stage, for example "1200MB"; more stages are cut to keep it.
         device: "cpu", "cuda" or "cuda:N".
         cache: node-local folder.
+        pools: makes the pool where something is missing, in place of the engine's.
     """
 
     engine: Engine = "ray"
@@ -51,6 +54,15 @@ class Engines:
     memory: str | int | None = None
     device: str = "cpu"
     cache: Path
+    pools: StepPoolFactory | None = None
+
+    def make_pool(self, job: StageJob) -> StepPool:
+        """The pool for a job of stages."""
+        if self.pools is not None:
+            return self.pools(job)
+        return stage_pools(self.engine, self.address, self.workers, one_at_a_time=self.memory is not None)(
+            job
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +167,7 @@ def compute(
         fitted.sites,
         cache=engines.cache,
         device=engines.device,
-        make_pool=stage_pools(engines.engine, engines.address, engines.workers),
+        make_pool=engines.make_pool,
         placement=recipe.placement,
         progress=progress,
     )
@@ -198,7 +210,7 @@ def compute_fisher(
         fitted.sites,
         cache=engines.cache,
         device=engines.device,
-        make_pool=stage_pools(engines.engine, engines.address, engines.workers),
+        make_pool=engines.make_pool,
         placement=recipe.placement,
         progress=progress,
     )
@@ -223,6 +235,12 @@ def _with_adapters(recipe: Recipe, fitted: Fitted, tasks: Sequence[TaskData]) ->
     if without is not None:
         raise RecipeError(
             f"calibration.features: adapter, but adapter {without} has no path; give its folder, or use features: base"
+        )
+    trained = next((task.name for task in tasks if fitted.adapters[task.name].tokens), None)
+    if trained is not None:
+        raise RecipeError(
+            f"calibration.features: adapter, but adapter {trained} trains single tokens of an embedding, which cannot "
+            "be active while inputs run through stages; use features: base"
         )
     return [TaskData(task.name, task.data, fitted.adapters[task.name]) for task in tasks]
 

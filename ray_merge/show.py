@@ -332,7 +332,7 @@ def verified(results: Sequence[Verified], *, as_json: bool) -> None:
         probed = f"{result.probed} site(s) probed, worst {result.worst:.2f} of what rounding allows"
         print(
             f"{result.name}: {result.files} files, {human_bytes(result.n_bytes)}, hashes match; "
-            + (probed if result.probed else "not probed")
+            + (probed if result.probed else f"not probed{': ' if result.unprobed else ''}{result.unprobed}")
         )
 
 

@@ -22,7 +22,9 @@ from ray_merge.drive.thresholds import read_thresholds
 from ray_merge.errors import Refusal, RunFailed
 from ray_merge.identity import difference
 from ray_merge.methods.context import Thresholds
+from ray_merge.moments import Engines, statistics_of
 from ray_merge.plan import OutTensor, Plan, make_plan, read_inputs
+from ray_merge.pool_steps import StepPool
 from ray_merge.recipe import expand, load_recipe
 from ray_merge.spec import DTYPE_BYTES, Factor, Merge, Site, TensorEntry
 from ray_merge.storage.commit import MANIFEST, RECIPE, hash_object, read_manifest
@@ -35,6 +37,7 @@ from ray_merge.work.factors import AdapterFiles
 from ray_merge.work.pickles import unpickler
 from ray_merge.work.shards import site_deltas
 from ray_merge.work.sources import Sources
+from ray_merge.work.stage_job import StageJob
 from ray_merge.work.tensors import TORCH_DTYPES, from_bytes
 
 PROBE_SITES = 8
@@ -59,6 +62,7 @@ class Verified:
         n_bytes: of them.
         probed: sites whose y was compared.
         worst: the largest |y - expected| over the bound that rounding allows; at most 1.
+        unprobed: why no site was compared, where that was asked for.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Verified:
     n_bytes: int
     probed: int
     worst: float
+    unprobed: str = ""
 
 
 def verify(output: str, *, cache_dir: str | Path | None = None, probe: bool = True) -> list[Verified]:
@@ -120,7 +125,11 @@ def _verify_merge(store: Store, cache: Path, probe: bool) -> Verified:
                 f"{entry['sha256'][:16]} of {entry['bytes']} bytes"
             )
         n_bytes += info.n_bytes
-    ratios = list(_probe(store, manifest, cache)) if probe else []
+    ratios, unprobed = [], ""
+    try:
+        ratios = list(_probe(store, manifest, cache)) if probe else []
+    except _MomentsGone as error:
+        unprobed = str(error)
     return Verified(
         name=manifest["name"],
         url=store.url,
@@ -128,6 +137,17 @@ def _verify_merge(store: Store, cache: Path, probe: bool) -> Verified:
         n_bytes=n_bytes,
         probed=len(ratios),
         worst=max(ratios, default=0.0),
+        unprobed=unprobed,
+    )
+
+
+class _MomentsGone(Refusal):
+    """The moments that a merge was made by are not in the store any more."""
+
+
+def _gone(job: StageJob) -> StepPool:
+    raise _MomentsGone(
+        f"its moments are not in {job.store} any more; run its recipe's calibrate to make them again"
     )
 
 
@@ -142,13 +162,16 @@ def _probe(store: Store, manifest: Mapping[str, Any], cache: Path) -> Iterator[f
             f"{store.url}: an input has changed since the merge ({difference(manifest['inputs'], inputs)})"
         )
     dtype = torch.float64 if recipe.dtype == "float64" else torch.float32
+    moments = statistics_of(recipe, Engines(cache=cache, pools=_gone), lambda _: None)([merge])
     merged = _merged_tensors(store, manifest)
     thresholds = read_thresholds(store, merge)
     found = {} if thresholds is None else {merge.name: thresholds}
     begins = {tensor.name: tensor for shard in plan.shards for tensor in plan.tensors(merge, shard)}
     with (
         torch.inference_mode(),
-        AdapterFiles(cache / "adapters", plan.adapters, stores, device="cpu", dtype=dtype) as files,
+        AdapterFiles(
+            cache / "adapters", plan.adapters, stores, device="cpu", dtype=dtype, moments=moments
+        ) as files,
         Reader(stores.open(plan.base.url)) as reader,
     ):
         probe = _Probe(plan, merge, store, merged, begins, files, Sources(plan.base, reader, files), found)

@@ -10,8 +10,8 @@ class Event:
     """Progress, for whoever shows it.
 
     Args:
-        kind: "start" (totals are known), "select" (thresholds are looked for), "unit" (one more done), "merge" (one
-            more published).
+        kind: "start" (totals are known), "check" (the data were looked at), "select" (thresholds are looked for),
+            "unit" (one more done), "merge" (one more published).
         text: what happened, for a person.
         units: done and all.
         n_bytes: written and all.

@@ -264,6 +264,7 @@ def _run(
                 for index, unit in enumerate(units)
             ]
             checks = {done.value.task: done.value for done in pool.run(looks)}
+            progress(Event(kind="check", text=f"looked at the data of {len(checks)} task(s)"))
             for count, done in enumerate(pool.run(steps), start=1):
                 made += done.value
                 progress(Event(kind="unit", text=done.id, units=(count, len(steps))))

@@ -126,22 +126,39 @@ def test_with_adapter_features_the_inputs_are_those_of_the_model_with_its_own_ad
     assert (plain[last].T @ plain[last] - gram).norm() > 1e-2 * gram.norm()
 
 
+def no_data(recipe: dict[str, Any], _: Path) -> None:
+    recipe["adapters"] = {"a": {"path": "x"}, "b": {"path": "y"}}
+
+
+def long_rows(recipe: dict[str, Any], folder: Path) -> None:
+    rewrite(recipe, folder, json.dumps({"input_ids": [1] * 90}) + "\n")
+    recipe["calibration"]["max_length"] = 90
+
+
+def no_file(recipe: dict[str, Any], folder: Path) -> None:
+    recipe["adapters"]["a"]["data"] = str(folder / "nowhere.jsonl")
+
+
+def images(recipe: dict[str, Any], folder: Path) -> None:
+    recipe["adapters"]["a"]["data"] = str(write_pixels(folder / "images.jsonl", 0))
+
+
 REFUSED = {
-    "no task has data": (lambda r, _: r["adapters"].update(a={"path": "x"}, b={"path": "y"}), "no adapter of the recipe has data"),
+    "no task has data": (no_data, "no adapter of the recipe has data"),
     "empty data": (lambda r, f: rewrite(r, f, ""), "adapters.a.data"),
     "missing column": (lambda r, f: rewrite(r, f, '{"sentence": "x"}\n'), "sentence"),
     "no tokenizer": (lambda r, f: rewrite(r, f, '{"text": "some words"}\n'), "tokenizer"),
     "ids out of range": (lambda r, f: rewrite(r, f, '{"input_ids": [1, 2, 4000]}\n'), "4000"),
-    "longer than the model": (
-        lambda r, f: (rewrite(r, f, json.dumps({"input_ids": [1] * 90}) + "\n"), r["calibration"].update(max_length=90)),
-        "66",
-    ),
-    "a file that is not there": (lambda r, f: r["adapters"]["a"].update(data=str(f / "nowhere.jsonl")), "nowhere.jsonl"),
+    "longer than the model": (long_rows, "66"),
+    "a file that is not there": (no_file, "nowhere.jsonl"),
     "target that names nothing": (lambda r, _: r["init"].update(target_modules=["q_proj"]), "query"),
     "more stages than blocks": (lambda r, _: r.update(stages=9), "4 blocks"),
-    "own features without a path": (lambda r, _: r["calibration"].update(features="adapter"), "features: base"),
-    "images for a language model": (lambda r, f: r["adapters"]["a"].update(data=str(write_pixels(f / "i.jsonl", 0))), "pixel_values"),
-}  # fmt: skip
+    "own features without a path": (
+        lambda r, _: r["calibration"].update(features="adapter"),
+        "features: base",
+    ),
+    "images for a language model": (images, "pixel_values"),
+}
 
 
 def rewrite(recipe: dict[str, Any], folder: Path, text: str) -> None:

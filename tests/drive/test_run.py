@@ -120,7 +120,7 @@ def test_bfloat16_output_reports_what_rounding_took(inputs, tmp_path):
 
 
 def test_second_run_does_nothing_and_starts_no_pool(inputs, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr("ray_merge.api.LocalPool", lambda *_: pytest.fail("a pool was started"))
+    monkeypatch.setattr("ray_merge.engines.LocalPool", lambda *_: pytest.fail("a pool was started"))
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
     result = merge(inputs, undisturbed, tmp_path / "cache")
     assert result.units_run == 0

@@ -19,7 +19,7 @@ from ray_merge.methods.merge_factors import merge_factors
 from ray_merge.models.losses import drawn_labels, expected_passes, expected_score, label_score, next_tokens
 from ray_merge.moments import Engines, compute_fisher, fit_all
 from ray_merge.plan.fisher import Likelihood, plan_fisher
-from ray_merge.plan.moments import TaskData
+from ray_merge.plan.moments import STAGE_RUNTIME_BYTES, TaskData
 from ray_merge.recipe import load_recipe
 from ray_merge.recipe.model import Evaluation
 from ray_merge.spec import Factor
@@ -425,7 +425,7 @@ def test_a_ceiling_is_kept_by_more_stages(bert, tmp_path):
     assert len(cut.stages) > 1
     assert cut.peak_bytes < whole.peak_bytes
     with pytest.raises(Refusal, match="--memory"):
-        fisher_plan(recipe, "sampled", tmp_path, 500 * 10**6 + 1)
+        fisher_plan(recipe, "sampled", tmp_path, STAGE_RUNTIME_BYTES + 1)
 
 
 def test_labels_that_are_text_are_read_by_the_names_in_the_base(tmp_path):
