@@ -7,6 +7,7 @@ file are what a user sees.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ray_merge.drive.run import run as drive_run
 from ray_merge.engines import Engine, memory_ceiling, unit_pools
 from ray_merge.errors import Refusal
 from ray_merge.methods.registry import METHODS, describe
-from ray_merge.moments import Engines, statistics_of
+from ray_merge.moments import Engines, plan_needed, statistics_of
 from ray_merge.plan import DEFAULT_MEMORY_BYTES, Plan, make_plan, read_inputs
 from ray_merge.recipe import expand, require_merges, select
 from ray_merge.recipe.read import read_recipe
@@ -44,6 +45,20 @@ def plan(
     Raises:
         Refusal: the recipe cannot be run; the message says where and what to do.
     """
+    planned = _plan(recipe, output, only, memory, cache_dir)
+    engines = Engines(memory=memory, cache=cache_folder(cache_dir))
+    needed = plan_needed(planned, planned.merges, engines)
+    return replace(planned, moments=tuple(facts for one in needed for facts in one.facts))
+
+
+def _plan(
+    recipe: str | Path | dict[str, Any],
+    output: str | None,
+    only: Sequence[str],
+    memory: str | int | None,
+    cache_dir: str | Path | None,
+) -> Plan:
+    """Everything but the moments: a run that has nothing to do must not import transformers."""
     parsed, source = read_recipe(recipe, output)
     require_merges(parsed, source)
     merges = select(expand(parsed, source), only)
@@ -91,12 +106,12 @@ def run(
         Refusal: nothing was written.
         RunFailed: the run stopped later; run again to finish it.
     """
-    planned = plan(recipe, output=output, only=only, memory=memory, cache_dir=cache_dir)
+    planned = _plan(recipe, output, only, memory, cache_dir)
     settings = Settings(cache=cache_folder(cache_dir), device=device, date=date)
     engines = Engines(
-        engine=engine, address=address, workers=workers, memory=None, device=device, cache=settings.cache
+        engine=engine, address=address, workers=workers, memory=memory, device=device, cache=settings.cache
     )
-    statistics = statistics_of(planned.recipe, engines, progress)
+    statistics = statistics_of(planned, engines, progress)
     return drive_run(planned, settings, unit_pools(engine, address, workers), progress, statistics)
 
 

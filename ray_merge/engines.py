@@ -22,6 +22,9 @@ from ray_merge.work.stage_job import StageJob
 
 Engine = Literal["ray", "local"]
 
+USABLE_PERCENT = 80
+"""Of a machine's memory; the rest is the system's, Ray's and the driver's."""
+
 
 def unit_pools(engine: Engine, address: str, workers: int | None) -> PoolFactory:
     """Makes the pool of a merge job."""
@@ -39,7 +42,7 @@ def unit_pools(engine: Engine, address: str, workers: int | None) -> PoolFactory
 
 
 def stage_pools(
-    engine: Engine, address: str, workers: int | None, *, one_at_a_time: bool = False
+    engine: Engine, address: str, workers: int | None, *, ceiling: int | None = None
 ) -> StepPoolFactory:
     """Makes the pool of a job that runs inputs through stages: one place for each.
 
@@ -47,14 +50,20 @@ def stage_pools(
         engine: "ray", or "local" for this process.
         address: of Ray.
         workers: how many stages compute at once in this process.
-        one_at_a_time: this process holds one stage after another, so that a ceiling for one is one for it.
+        ceiling: for one stage; this process then holds one after another, so that it is one for the process.
     """
 
     def local(job: StageJob) -> StepPool:
         n_stages = len(job.plan.stages)
-        threads = 1 if one_at_a_time else min(n_stages, local_room(job.device, workers))
-        keep = 1 if one_at_a_time else None
-        return LocalStepPool(StageWorkerFactory(job), n_stages, threads=threads, keep_workers=keep)
+        room = USABLE_PERCENT * memory_bytes() // 100 if ceiling is None else ceiling
+        keep = min(n_stages, max(1, room // job.plan.peak_bytes)) if ceiling is None else 1
+        threads = min(keep, local_room(job.device, workers))
+        # Between two stages that are not held at once the hidden states of all chains under way are kept.
+        left = max(0, room - keep * job.plan.peak_bytes)
+        in_flight = None if keep == n_stages else 1 + left // max(1, job.plan.handed_bytes)
+        return LocalStepPool(
+            StageWorkerFactory(job), n_stages, threads=threads, in_flight=in_flight, keep_workers=keep
+        )
 
     def ray(job: StageJob) -> StepPool:
         from ray_merge.runtime.stage_pool import StagePool
@@ -89,6 +98,16 @@ def osrm_pools(engine: Engine, address: str, workers: int | None) -> OsrmPoolFac
 def local_room(device: str, workers: int | None) -> int:
     """How many units run at once in this process."""
     return workers or (1 if device != "cpu" else len(os.sched_getaffinity(0)))
+
+
+def memory_bytes() -> int:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def stage_ceiling(memory: str | int | None, workers: int) -> int:
+    """Bytes that one stage may take: as asked, or an equal share of a machine like this one for each worker."""
+    return memory_ceiling(memory, USABLE_PERCENT * memory_bytes() // 100 // workers)
 
 
 def memory_ceiling(memory: str | int | None, default: int) -> int:

@@ -2,8 +2,8 @@
 
     RayMergeError
     +-- Refusal          found before anything was written; exit code 2
-    |   +-- RecipeError, AdapterError, CheckpointError, MethodError, OutputConflict, StoreDenied, StoreUnfit,
-    |   |   NotFinite
+    |   +-- RecipeError, AdapterError, CheckpointError (NotCuttable), MethodError, OutputConflict, StoreDenied,
+    |   |   StoreUnfit, NotFinite
     +-- RunFailed        found after the first object was written; exit code 1
         +-- UnitFailed, ShardConflict, StoreError
 
@@ -78,6 +78,10 @@ class AdapterShapeError(AdapterError):
 
 class CheckpointError(Refusal):
     """A base checkpoint or safetensors file is missing, truncated or malformed."""
+
+
+class NotCuttable(CheckpointError):
+    """A model whose blocks depend on more than the hidden state before them: it runs as one stage only."""
 
 
 class MethodError(Refusal):

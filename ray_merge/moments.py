@@ -4,34 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from ray_merge.drive.events import Event
-from ray_merge.drive.fisher import ensure_fisher
-from ray_merge.drive.moments import MomentsResult, StepPoolFactory, ensure_moments
+from ray_merge.drive.fisher import ensure_fisher, fisher_kind
+from ray_merge.drive.moments import (
+    MOMENTS,
+    MomentsResult,
+    StepPoolFactory,
+    Work,
+    check_units,
+    ensure_moments,
+)
 from ray_merge.drive.outputs import store_url
-from ray_merge.drive.run import StatisticsMaker
-from ray_merge.engines import Engine, local_room, memory_ceiling, stage_pools
-from ray_merge.errors import RecipeError
+from ray_merge.drive.run import Statistics, StatisticsMaker
+from ray_merge.engines import Engine, local_room, stage_ceiling, stage_pools
+from ray_merge.errors import NotCuttable, RecipeError
 from ray_merge.fit import fit_adapters
 from ray_merge.methods.registry import get, statistics_kind
-from ray_merge.plan import read_named
-from ray_merge.plan.fisher import Labels, plan_fisher
-from ray_merge.plan.moments import MomentsPlan, TaskData, plan_moments, tasks_with_data
+from ray_merge.plan import Plan, read_named
+from ray_merge.plan.fisher import FisherPlan, Labels, plan_fisher
+from ray_merge.plan.moments import (
+    MomentsPlan,
+    StageFacts,
+    TaskData,
+    plan_moments,
+    stage_facts,
+    tasks_with_data,
+)
 from ray_merge.pool_steps import StepPool
 from ray_merge.recipe import Calibration, Recipe
 from ray_merge.recipe.read import read_recipe
 from ray_merge.spec import Adapter, Merge, Site
 from ray_merge.storage.cache import cache_folder
 from ray_merge.storage.checkpoint import Checkpoint
-from ray_merge.work.job import MomentsIndex
 from ray_merge.work.pickles import unpickler
-from ray_merge.work.stage_job import StageJob
-
-Check = Callable[[Mapping[str, str]], None]
-"""Refuses what cannot be used: called with site -> why it is not watched."""
+from ray_merge.work.stage_job import CheckUnit, StageJob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +50,9 @@ class Engines:
     Args:
         engine: "ray", or "local" for everything in this process.
         address: "local" embeds a Ray of this machine, "auto" or "HOST:PORT" joins a cluster.
-        workers: how many stages can be held at once; by default one per CPU.
-        memory: ceiling for one stage, for example "1200MB"; more stages are cut to keep it.
+        workers: how many stages can be held at once; by default one per CPU of this machine.
+        memory: ceiling for one stage, for example "1200MB"; more stages are cut to keep it. By default an equal share
+            of a machine like this one for each worker.
         device: "cpu", "cuda" or "cuda:N".
         cache: node-local folder.
         pools: makes the pool where something is missing, in place of the engine's.
@@ -60,9 +70,8 @@ class Engines:
         """The pool for a job of stages."""
         if self.pools is not None:
             return self.pools(job)
-        return stage_pools(self.engine, self.address, self.workers, one_at_a_time=self.memory is not None)(
-            job
-        )
+        ceiling = None if self.memory is None else stage_ceiling(self.memory, 1)
+        return stage_pools(self.engine, self.address, self.workers, ceiling=ceiling)(job)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +152,6 @@ def compute(
     *,
     targets: Sequence[str] = (),
     progress: Callable[[Event], None],
-    check: Check = lambda _: None,
 ) -> MomentsResult:
     """Moments of the tasks called `names` at the sites of all adapters and at the modules called `targets`.
 
@@ -155,64 +163,47 @@ def compute(
         engines: where and how to run.
         targets: modules besides those of adapters.
         progress: called with every event.
-        check: called before anything is computed.
     """
     tasks = _with_adapters(recipe, fitted, tasks_with_data(recipe, names, why))
-    plan = moments_plan(recipe, fitted, tasks, engines, targets)
-    check(plan.unwatched)
-    return ensure_moments(
-        plan,
-        store_url(recipe),
-        {task.name: task.adapter for task in tasks if task.adapter is not None},
-        fitted.sites,
-        cache=engines.cache,
-        device=engines.device,
-        make_pool=engines.make_pool,
-        placement=recipe.placement,
-        progress=progress,
-    )
+
+    def ensure(recipe: Recipe) -> MomentsResult:
+        plan = moments_plan(recipe, fitted, tasks, engines, targets)
+        return ensure_moments(plan, _work(recipe, fitted, names, engines, progress))
+
+    return _cut_or_whole(recipe, ensure, progress)
 
 
-def compute_fisher(
+def _cut_or_whole(
+    recipe: Recipe, ensure: Callable[[Recipe], MomentsResult], progress: Callable[[Event], None]
+) -> MomentsResult:
+    """In stages, or in one where the model turns out not to be cuttable and the recipe did not ask for more."""
+    try:
+        return ensure(recipe)
+    except NotCuttable as error:
+        if recipe.stages is not None:
+            raise
+        progress(Event(kind="start", text=f"as one stage: {error}"))
+        return ensure(recipe.model_copy(update={"stages": 1}))
+
+
+def _work(
     recipe: Recipe,
     fitted: Fitted,
-    names: Sequence[str],
-    labels: Labels,
+    active: Sequence[str],
     engines: Engines,
-    *,
     progress: Callable[[Event], None],
-    check: Check = lambda _: None,
-) -> MomentsResult:
-    """Fisher diagonals of the tasks called `names`, each with its own adapter active, at the sites of all adapters.
-
-    Args:
-        recipe: the validated recipe.
-        fitted: its base and adapters.
-        names: of the tasks, each of which must have data and an adapter.
-        labels: whose log-likelihood is differentiated.
-        engines: where and how to run.
-        progress: called with every event.
-        check: called before anything is computed.
-    """
-    found = tasks_with_data(recipe, names, "fisher")
-    tasks = [TaskData(task.name, task.data, fitted.adapters[task.name]) for task in found]
-    ceiling = None if engines.memory is None else memory_ceiling(engines.memory, 0)
-    workers = local_room(engines.device, engines.workers)
-    plans = plan_fisher(
-        recipe, fitted.base, tasks, fitted.sites, labels, memory_bytes=ceiling, workers=workers
-    )
-    for plan in plans:
-        check(plan.stages.unwatched)
-    return ensure_fisher(
-        plans,
-        store_url(recipe),
-        {task.name: fitted.adapters[task.name] for task in tasks},
-        fitted.sites,
+    checks: Sequence[CheckUnit] | None = None,
+) -> Work:
+    return Work(
+        store=store_url(recipe),
+        adapters={name: fitted.adapters[name] for name in active if name in fitted.adapters},
+        sites=fitted.sites,
         cache=engines.cache,
         device=engines.device,
         make_pool=engines.make_pool,
         placement=recipe.placement,
         progress=progress,
+        checks=checks,
     )
 
 
@@ -220,8 +211,8 @@ def moments_plan(
     recipe: Recipe, fitted: Fitted, tasks: Sequence[TaskData], engines: Engines, targets: Sequence[str]
 ) -> MomentsPlan:
     """Lay out stages for as many workers as there are; a cluster's own size is not asked for before it is needed."""
-    ceiling = None if engines.memory is None else memory_ceiling(engines.memory, 0)
     workers = local_room(engines.device, engines.workers)
+    ceiling = stage_ceiling(engines.memory, workers)
     return plan_moments(
         recipe, fitted.base, tasks, fitted.sites, targets, memory_bytes=ceiling, workers=workers
     )
@@ -245,30 +236,114 @@ def _with_adapters(recipe: Recipe, fitted: Fitted, tasks: Sequence[TaskData]) ->
     return [TaskData(task.name, task.data, fitted.adapters[task.name]) for task in tasks]
 
 
-def statistics_of(recipe: Recipe, engines: Engines, progress: Callable[[Event], None]) -> StatisticsMaker:
-    """Finds or computes the moments that merges need, for `drive.run`."""
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """The moments of one kind that merges need, laid out.
 
-    def make(merges: Sequence[Merge]) -> Mapping[str, MomentsIndex]:
-        found: dict[str, MomentsIndex] = {}
-        for kind, some in by_kind(merges, diagnostics=recipe.diagnostics).items():
-            names = [name for name in recipe.adapters if any(name in merge.adapters for merge in some)]
-            fitted = fit_all(recipe, engines.cache)
-            check = partial(check_watched, some, fitted)
-            method, _, labels = kind.partition("/")
-            if method == "fisher":
-                result = compute_fisher(
-                    recipe, fitted, names, cast("Labels", labels), engines, progress=progress, check=check
-                )
-            else:
-                targets = recipe.init.target_modules if recipe.init is not None else ()
-                why = some[0].method
-                result = compute(
-                    recipe, fitted, names, why, engines, targets=targets, progress=progress, check=check
-                )
-            found[kind] = result.index
-        return found
+    Args:
+        kind: "gram", or "fisher/" and whose labels.
+        why: what needs them.
+        fitted: the adapters of those merges and their sites, and no others.
+        plans: one for each model class that is run.
+    """
+
+    kind: str
+    why: str
+    fitted: Fitted
+    plans: tuple[MomentsPlan, ...] | tuple[FisherPlan, ...]
+
+    @property
+    def stages(self) -> tuple[MomentsPlan, ...]:
+        """The plan of stages of each model class."""
+        return tuple(one.stages if isinstance(one, FisherPlan) else one for one in self.plans)
+
+    @property
+    def facts(self) -> tuple[StageFacts, ...]:
+        """What each plan takes."""
+        return tuple(stage_facts(self.kind, one) for one in self.stages)
+
+    def checks(self) -> list[CheckUnit]:
+        """The data to be looked at."""
+        kinds = [
+            fisher_kind(one.likelihoods) if isinstance(one, FisherPlan) else MOMENTS for one in self.plans
+        ]
+        pairs = zip(self.stages, kinds, strict=True)
+        return [unit for stages, kind in pairs for unit in check_units(stages, kind)]
+
+    def as_one_stage(self, recipe: Recipe, engines: Engines) -> Needed:
+        """The same with a recipe that asks for one stage."""
+        return Needed(
+            self.kind, self.why, self.fitted, _plans(recipe, self.kind, self.why, self.fitted, engines)
+        )
+
+
+def plan_needed(plan: Plan, merges: Sequence[Merge], engines: Engines) -> list[Needed]:
+    """Lay out the moments that merges need; reads headers alone.
+
+    Raises:
+        Refusal: a task without data, a site that has no moments, a model that cannot be cut as asked.
+    """
+    needed = []
+    for kind, some in by_kind(merges, diagnostics=plan.recipe.diagnostics).items():
+        names = [name for name in plan.adapters if any(name in merge.adapters for merge in some)]
+        adapters = {name: plan.adapters[name] for name in names}
+        sites = {site: plan.sites[site] for adapter in adapters.values() for site in adapter.factors}
+        fitted = Fitted(plan.base, adapters, sites)
+        why = some[0].method if get(some[0].method).statistics else "diagnostics: true"
+        needed.append(Needed(kind, why, fitted, _plans(plan.recipe, kind, why, fitted, engines)))
+        for stages in needed[-1].stages:
+            check_watched(some, fitted, stages.unwatched)
+    return needed
+
+
+def _plans(
+    recipe: Recipe, kind: str, why: str, fitted: Fitted, engines: Engines
+) -> tuple[MomentsPlan, ...] | tuple[FisherPlan, ...]:
+    tasks = tasks_with_data(recipe, list(fitted.adapters), why)
+    method, _, labels = kind.partition("/")
+    if method == "fisher":
+        return tuple(_fisher_plans(recipe, fitted, tasks, cast("Labels", labels), engines))
+    return (moments_plan(recipe, fitted, _with_adapters(recipe, fitted, tasks), engines, ()),)
+
+
+def _fisher_plans(
+    recipe: Recipe, fitted: Fitted, tasks: Sequence[TaskData], labels: Labels, engines: Engines
+) -> list[FisherPlan]:
+    own = [TaskData(task.name, task.data, fitted.adapters[task.name]) for task in tasks]
+    workers = local_room(engines.device, engines.workers)
+    ceiling = stage_ceiling(engines.memory, workers)
+    return plan_fisher(recipe, fitted.base, own, fitted.sites, labels, memory_bytes=ceiling, workers=workers)
+
+
+def statistics_of(plan: Plan, engines: Engines, progress: Callable[[Event], None]) -> StatisticsMaker:
+    """Finds or computes the moments that merges of a plan need, for `drive.run`."""
+
+    def make(merges: Sequence[Merge]) -> Callable[[], Statistics] | None:
+        needed = plan_needed(plan, merges, engines)
+        return (lambda: _compute_needed(plan, needed, engines, progress)) if needed else None
 
     return make
+
+
+def _compute_needed(
+    plan: Plan, needed: Sequence[Needed], engines: Engines, progress: Callable[[Event], None]
+) -> Statistics:
+    """Compute what is missing of every kind; the data of all kinds are looked at before any of them writes."""
+    checks = [unit for one in needed for unit in one.checks()]
+    found = {}
+    for index, one in enumerate(needed):
+        given = checks if index == 0 else None  # a later kind looks at its own, should it lack something
+
+        def ensure(
+            recipe: Recipe, one: Needed = one, given: Sequence[CheckUnit] | None = given
+        ) -> MomentsResult:
+            again = one if recipe is plan.recipe else one.as_one_stage(recipe, engines)
+            work = _work(recipe, one.fitted, list(one.fitted.adapters), engines, progress, given)
+            fisher = [plan for plan in again.plans if isinstance(plan, FisherPlan)]
+            return ensure_fisher(fisher, work) if fisher else ensure_moments(again.stages[0], work)
+
+        found[one.kind] = _cut_or_whole(plan.recipe, ensure, progress).index
+    return found
 
 
 def by_kind(merges: Sequence[Merge], *, diagnostics: bool = False) -> dict[str, list[Merge]]:

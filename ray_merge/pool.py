@@ -182,7 +182,23 @@ class Pool(Protocol):
     ) -> None: ...
 
 
-class LocalPool:
+class Closing:
+    """A context manager that closes what it is."""
+
+    def close(self) -> None:
+        """Give back what is held; a second call does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class LocalPool(Closing):
     """The same units in this process, on threads.
 
     Args:
@@ -238,14 +254,6 @@ class LocalPool:
     def close(self) -> None:
         """Nothing to end: the worker belongs to the caller."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def worker_label() -> str:
     """Name this process as `host:pid`, the way receipts and reports show it."""
@@ -274,6 +282,7 @@ def refuse_repeated_ids(tasks: Sequence[Task]) -> None:
 
 
 __all__ = [
+    "Closing",
     "Done",
     "LocalPool",
     "Pool",

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from ray_merge.errors import RayMergeError, RunFailed
-from ray_merge.pool import Done, Turn, Turns, unit_failed, worker_label
+from ray_merge.pool import Closing, Done, Turn, Turns, unit_failed, worker_label
 from ray_merge.step_schedule import Schedule, Step
 
 
@@ -73,7 +73,7 @@ class StepPool(Protocol):
     ) -> None: ...
 
 
-class LocalStepPool:
+class LocalStepPool(Closing):
     """The same steps in this process, on threads.
 
     Args:
@@ -210,14 +210,6 @@ class LocalStepPool:
     def close(self) -> None:
         """Drop the workers."""
         self._workers.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 AnyWorker = TypeVar("AnyWorker")

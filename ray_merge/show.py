@@ -158,6 +158,7 @@ def plan_json(plan: Plan, cluster: Cluster | None = None) -> dict[str, Any]:
         "read_bytes": plan.read_bytes + plan.adapter_bytes,
         "write_bytes": plan.write_bytes,
         "peak_bytes_per_worker": plan.peak_bytes,
+        "moments": [asdict(one) for one in plan.moments],
         "estimate": asdict(estimate(plan, cluster or Cluster())),
         "warnings": list(plan.warnings),
     }
@@ -235,6 +236,11 @@ def plan_table(plan: Plan, cluster: Cluster | None = None) -> None:
         f"{facts['units']} unit(s) in all"
     )
     console.print(f"memory    about {human_bytes(plan.peak_bytes)} per worker")
+    for one in plan.moments:
+        console.print(
+            f"moments   {one.kind} of {one.tasks} task(s) through {one.class_name} in {one.stages} stage(s): at most "
+            f"{one.tasks * one.parts} object(s), about {human_bytes(one.peak_bytes)} a stage"
+        )
     for line in _estimate_lines(facts["estimate"]):
         console.print(line)
     for warning in plan.warnings:

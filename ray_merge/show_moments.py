@@ -23,7 +23,12 @@ def calibrated(result: MomentsResult, *, as_json: bool) -> None:
     n_parts = len({part for _, part in result.ids})
     tasks = len({task for task, _ in result.ids})
     print(f"{tasks} task(s) x {n_parts} part(s) of the base in {result.index.store}")
-    if not result.computed:
+    if result.index.unwatched:
+        site, why = next(iter(result.index.unwatched.items()))
+        print(
+            f"{len(result.index.unwatched)} site(s) of adapters have no moments, the first is {site}: {why}"
+        )
+    if not result.units_run:
         print(f"nothing to do: all {result.reused} object(s) were there")
         return
     print(

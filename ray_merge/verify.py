@@ -147,7 +147,8 @@ class _MomentsGone(Refusal):
 
 def _gone(job: StageJob) -> StepPool:
     raise _MomentsGone(
-        f"its moments are not in {job.store} any more; run its recipe's calibrate to make them again"
+        f"moments that it was made by are not in {job.store} any more; run its recipe with another --output, which "
+        "makes them anew"
     )
 
 
@@ -162,7 +163,8 @@ def _probe(store: Store, manifest: Mapping[str, Any], cache: Path) -> Iterator[f
             f"{store.url}: an input has changed since the merge ({difference(manifest['inputs'], inputs)})"
         )
     dtype = torch.float64 if recipe.dtype == "float64" else torch.float32
-    moments = statistics_of(recipe, Engines(cache=cache, pools=_gone), lambda _: None)([merge])
+    find = statistics_of(plan, Engines(cache=cache, pools=_gone), lambda _: None)([merge])
+    moments = {} if find is None else find()
     merged = _merged_tensors(store, manifest)
     thresholds = read_thresholds(store, merge)
     found = {} if thresholds is None else {merge.name: thresholds}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ray_merge.calibration import load_batches
-from ray_merge.drive.moments import MomentsResult, ensure_moments
+from ray_merge.drive.moments import MomentsResult, Work, ensure_moments
 from ray_merge.models.skeleton import build_skeleton
 from ray_merge.plan.moments import plan_moments, tasks_with_data
 from ray_merge.pool import Done, Turn
@@ -116,7 +116,8 @@ def moments_by_stages(
     base = read_checkpoint(open_store(recipe.base_model))
     tasks = tasks_with_data(recipe, list(recipe.adapters), "the test")
     plan = plan_moments(recipe, base, tasks, {}, recipe.init.target_modules)
-    return ensure_moments(plan, str(store), {}, {}, cache=cache, device="cpu", make_pool=make_pool)
+    work = Work(store=str(store), adapters={}, sites={}, cache=cache, device="cpu", make_pool=make_pool)
+    return ensure_moments(plan, work)
 
 
 def moments_of(result: MomentsResult, task: str) -> Iterator[tuple[str, AnyMoments]]:

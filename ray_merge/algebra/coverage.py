@@ -1,31 +1,28 @@
 """How many directions a set of adapters spans, and how unevenly directions are used.
 
-Owns: TARA's three effective ranks, the condition number of a Jacobian, the unevenness of activations. Float64.
+Owns: TARA's three effective ranks and the unevenness of activations. Float64.
 Formula: TARA (arXiv 2603.26299), erank = exp(entropy of s / sum(s)). A stack of vectorised rank-1 terms s b a^T has the
 singular values sqrt(eig((B^T B) o (A A^T))), a problem of the size of the summed ranks; an adapter's delta is the
 sum of its terms, so the stack of deltas has the block sums of the same matrix.
 
-The terms depend on how an update is split: (B G, G^-1 A) is the same update with other terms. "given" takes the
-factors as the adapter has them, scale folded in, as the paper does; "svd" takes sigma u v^T of every update, which
-no splitting changes. A row that is scaled or repeated moves the figures as well; they say nothing of accuracy.
+The terms depend on how an update is split: (B G, G^-1 A) is the same update with other terms. Here the factors are
+taken as the adapter has them, scale folded in, as in the paper. A row that is scaled or repeated moves the figures as
+well; they say nothing of accuracy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ray_merge.algebra.diagnose import effective_rank, thin_svd
+from ray_merge.algebra.diagnose import effective_rank
 from ray_merge.algebra.extreme import largest_eigenvalue
 from ray_merge.algebra.moments import Moments
 from ray_merge.algebra.sketch import SketchedMoments
 from ray_merge.spec import Factor
-
-Gauge = Literal["given", "svd"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,18 +44,12 @@ class Coverage:
         """Sum over the adapters, each taken alone."""
         return sum(self.by_task)
 
-    @property
-    def kept(self) -> float:
-        """What one stack of all terms keeps of the sum; 0 where every update is zero."""
-        return self.terms / self.separate if self.separate else 0.0
 
-
-def coverage(factors: Sequence[Factor], *, gauge: Gauge = "given") -> Coverage:
+def coverage(factors: Sequence[Factor]) -> Coverage:
     """TARA's effective ranks of the updates of one site.
 
     Args:
         factors: one for each adapter; none of DoRA. A rank of 0 counts as an update of zero.
-        gauge: how an update is split into rank-1 terms.
 
     Raises:
         ValueError: no adapter, or one of DoRA, whose update is not a product of its factors.
@@ -68,7 +59,7 @@ def coverage(factors: Sequence[Factor], *, gauge: Gauge = "given") -> Coverage:
         raise ValueError(
             f"coverage needs factors of at least one adapter and none of DoRA, got {len(factors)}"
         )
-    pairs = [_terms(factor, gauge) for factor in factors]
+    pairs = [(factor.B.double(), factor.scale * factor.A.double()) for factor in factors]
     products_KK = _term_products(torch.cat([B for B, _ in pairs], 1), torch.cat([A for _, A in pairs]))
     sizes = [A.shape[0] for _, A in pairs]
     rows = torch.split(products_KK, sizes)
@@ -79,15 +70,6 @@ def coverage(factors: Sequence[Factor], *, gauge: Gauge = "given") -> Coverage:
         deltas=_rank_of_square(sums_TT),
         terms=_rank_of_square(products_KK),
     )
-
-
-def _terms(factor: Factor, gauge: Gauge) -> tuple[Tensor, Tensor]:
-    """B (O, K) and A (K, I) in float64, whose columns and rows are the terms."""
-    A_RI = factor.scale * factor.A.double()
-    if gauge == "given":
-        return factor.B.double(), A_RI
-    svd = thin_svd(factor.B, A_RI)
-    return svd.U_OK * svd.S_K, svd.V_IK.T
 
 
 def _term_products(B_OK: Tensor, A_KI: Tensor) -> Tensor:
@@ -108,20 +90,6 @@ def _rank_of_square(square: Tensor) -> float:
     return effective_rank(values[values > floor].sqrt())
 
 
-def condition_number(J_TK: Tensor) -> float:
-    """Largest over smallest singular value of a Jacobian: TARA's kappa(J), J_ik = <grad f_i, S_k>.
-
-    Args:
-        J_TK: (T, K), losses by directions.
-
-    Returns:
-        At least 1; infinite where the smallest is zero to float64 rounding, among them a Jacobian of zero.
-    """
-    s = torch.linalg.svdvals(J_TK.double())
-    floor = float(s[0]) * max(J_TK.shape) * torch.finfo(s.dtype).eps
-    return float(s[0] / s[-1]) if float(s[-1]) > floor else float("inf")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Anisotropy:
     """How unevenly the inputs of a module fill their space; from the uncentred Gram matrix.
@@ -129,12 +97,10 @@ class Anisotropy:
     Args:
         top_share: the largest eigenvalue over their sum: 1/I for an even spectrum, 1 for a single direction.
         directions: participation ratio (sum)^2 / (sum of squares): I for an even spectrum, 1 for a single direction.
-        mean_share: what the mean alone has of the sum, |mean|^2 count / trace.
     """
 
     top_share: float
     directions: float
-    mean_share: float
 
 
 def anisotropy(moments: Moments | SketchedMoments) -> Anisotropy:
@@ -148,11 +114,7 @@ def anisotropy(moments: Moments | SketchedMoments) -> Anisotropy:
         raise ValueError(
             f"activations have no spectrum: {moments.count} token rows with squares of {trace} in all"
         )
-    return Anisotropy(
-        top_share=top / trace,
-        directions=trace * trace / squares,
-        mean_share=float(moments.mean.double().square().sum()) * moments.count / trace,
-    )
+    return Anisotropy(top_share=top / trace, directions=trace * trace / squares)
 
 
 def _spectrum(moments: Moments | SketchedMoments) -> tuple[float, float, float]:

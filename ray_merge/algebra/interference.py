@@ -1,7 +1,7 @@
 """What the adapters do to each other's tokens, from moments alone.
 
-Owns: root mean squares over a task's tokens h of |s B A h|, |A h| and |W h|, for every adapter and every task. Never
-reads tokens. Float64.
+Owns: root mean squares over a task's tokens h of |s B A h| and |A h|, for every adapter and every task. Never reads
+tokens. Float64.
 Formula: the mean of |X h|^2 is tr(X G X^T) / count; OSRM (arXiv 2505.22934) makes |A_j h_i| small for j != i, and
 |s_j B_j A_j h_i| is what it is meant to make small.
 """
@@ -30,14 +30,6 @@ class Interference:
 
     updates: Tensor
     activations: Tensor
-
-    def ratios(self, base_D: Tensor) -> Tensor:
-        """(D, T): updates over the root mean square of |W h_i|; infinite where the base gives zero, NaN where both do.
-
-        Args:
-            base_D: (D,), from `BaseOutputs`.
-        """
-        return self.updates / base_D[:, None].double()
 
 
 def interference(factors: Sequence[Factor], moments: Sequence[Moments | SketchedMoments]) -> Interference:
@@ -98,34 +90,6 @@ def mean_square(X_KI: Tensor, moments: Moments | SketchedMoments) -> float:
         seen = float((exact_KI @ moments.sketch.double().T).square().sum())
         return (seen + moments.gram_error * float(exact_KI.square().sum())) / moments.count
     return float(((exact_KI @ moments.gram.double()) * exact_KI).sum()) / moments.count
-
-
-class BaseOutputs:
-    """Running root mean squares of |W h_i| over row chunks of W; the bias is no part of it.
-
-    Args:
-        moments: D of them, of the same site.
-    """
-
-    def __init__(self, moments: Sequence[Moments | SketchedMoments]) -> None:
-        self._moments = tuple(moments)
-        self._squares_D = torch.zeros(len(self._moments), dtype=torch.float64)
-
-    def add(self, W_KI: Tensor) -> None:
-        """Add rows of W.
-
-        Args:
-            W_KI: (K, I), inputs in the columns (transposed where a site is stored the other way round).
-
-        Raises:
-            ValueError: other columns than the moments', or moments without tokens.
-        """
-        for index, moments in enumerate(self._moments):
-            self._squares_D[index] += mean_square(W_KI, moments)
-
-    def finish(self) -> Tensor:
-        """(D,) float64: root of the mean over the tokens of task i of |W h_i|^2, for the rows added so far."""
-        return self._squares_D.clamp(min=0.0).sqrt()
 
 
 def _check(X_KI: Tensor, moments: Moments | SketchedMoments) -> None:

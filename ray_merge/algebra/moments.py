@@ -116,7 +116,8 @@ def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """The rows of a module's input that belong to tokens.
 
     Args:
-        x: (B, L, I), (B * L, I), or (B, I) for a module that takes one row for each example (a pooler's output).
+        x: (B, L, I), (B * L, I), or (B, I) for a module that takes one row for each example (a pooler's output);
+            without a mask (..., I).
         mask: (B, L), not zero where there is a token; None where every row counts.
 
     Returns:
@@ -125,7 +126,7 @@ def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     Raises:
         ValueError: the shapes do not belong together.
     """
-    if x.ndim not in (2, 3) or (mask is not None and mask.ndim != 2):
+    if x.ndim < 2 or (mask is not None and (x.ndim > 3 or mask.ndim != 2)):
         raise _misfit(x, mask)
     X_NI = x.reshape(-1, x.shape[-1])
     if mask is None:

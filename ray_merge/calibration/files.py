@@ -7,14 +7,14 @@ file; loads neither torch nor pyarrow.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 from urllib.parse import unquote
 
 from ray_merge.errors import RecipeError, shown
-from ray_merge.recipe import AdapterSource, DataSource
+from ray_merge.recipe import DataSource
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.ordered import in_order
 from ray_merge.storage.store import ObjectInfo, Store, Stores, join, redact
@@ -148,28 +148,3 @@ def _version(file: DataFile, digests: DigestCache) -> str:
     if info is None:
         raise RecipeError(f"{file.url} disappeared while the run was being planned; plan again")
     return f"{info.version}:{info.n_bytes}"
-
-
-def require_data(
-    adapters: Mapping[str, AdapterSource], tasks: Sequence[str], needed_by: str
-) -> dict[str, DataSource]:
-    """The data of each task.
-
-    Args:
-        adapters: of the recipe.
-        tasks: names in `adapters`.
-        needed_by: what needs them, for the message: "merge 'm' (regmean)".
-
-    Raises:
-        RecipeError: a task has none.
-    """
-    found: dict[str, DataSource] = {}
-    for task in tasks:
-        data = adapters[task].data
-        if data is None:
-            raise RecipeError(
-                f"adapters.{task}: {needed_by} needs unlabelled inputs of this task, and it has no data; add "
-                "data: URL of a parquet, jsonl or txt file"
-            )
-        found[task] = data
-    return found

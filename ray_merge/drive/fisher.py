@@ -8,88 +8,59 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray_merge.calibration import data_identity
-from ray_merge.drive.events import Event
 from ray_merge.drive.moments import (
     Key,
     Kind,
     MomentsResult,
-    Placement,
-    StepPoolFactory,
+    Work,
+    check_units,
     ensure_moments,
     forward_chain,
     task_inputs,
-    wanted_parts,
+    wanted_objects,
 )
 from ray_merge.errors import RecipeError, RunFailed
 from ray_merge.plan.fisher import FisherPlan, Likelihood
 from ray_merge.plan.moments import MomentsPlan, TaskData
 from ray_merge.pool_steps import Step
 from ray_merge.recipe import DataSource
-from ray_merge.spec import Adapter, Site
+from ray_merge.spec import Adapter
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.headers import read_header
 from ray_merge.storage.ordered import in_order
 from ray_merge.storage.store import Stores
 from ray_merge.work.job import MomentsIndex
-from ray_merge.work.stage_job import BackwardUnit
-
-NOT_SEEN = ("features", "precision", "sketch_rows")
-"""Settings of calibration that moments alone depend on."""
+from ray_merge.work.stage_job import BackwardUnit, Wanted
 
 
-def ensure_fisher(
-    plans: Sequence[FisherPlan],
-    store: str,
-    adapters: Mapping[str, Adapter],
-    sites: Mapping[str, Site],
-    *,
-    cache: Path,
-    device: str,
-    make_pool: StepPoolFactory,
-    placement: Placement = "spread",
-    progress: Callable[[Event], None] = lambda _: None,
-) -> MomentsResult:
+def ensure_fisher(plans: Sequence[FisherPlan], work: Work) -> MomentsResult:
     """Compute the Fisher diagonals that the store lacks.
 
     Args:
         plans: one for each model class; each runs in a pool of its own.
-        store: URL of the store.
-        adapters: by name; each is active while its own task's inputs run.
-        sites: of those adapters.
-        cache: node-local folder.
-        device: torch device of the workers.
-        make_pool: makes a pool.
-        placement: of the stages over a cluster's nodes.
-        progress: called with every event.
+        work: where and how; its adapters are active, each while its own task's inputs run.
 
     Raises:
         Refusal: found before anything was written: data or labels that cannot be used.
         RunFailed: found later; running again computes what is left.
     """
+    kinds = [fisher_kind(plan.likelihoods) for plan in plans]
+    checks = work.checks
+    if checks is None and len(plans) > 1:  # the data of all classes, before any of them writes
+        pairs = zip(plans, kinds, strict=True)
+        checks = [unit for plan, kind in pairs for unit in check_units(plan.stages, kind)]
     results = [
-        ensure_moments(
-            plan.stages,
-            store,
-            adapters,
-            sites,
-            cache=cache,
-            device=device,
-            make_pool=make_pool,
-            placement=placement,
-            progress=progress,
-            kind=fisher_kind(plan.likelihoods),
-        )
-        for plan in plans
+        ensure_moments(plan.stages, replace(work, checks=checks), kind)
+        for plan, kind in zip(plans, kinds, strict=True)
     ]
     found = _joined(results)
-    return replace(found, index=replace(found.index, norms=norms(found.index, adapters, Stores())))
+    return replace(found, index=replace(found.index, norms=norms(found.index, work.adapters, Stores())))
 
 
 def fisher_kind(likelihoods: Mapping[str, Likelihood]) -> Kind:
@@ -110,9 +81,8 @@ def _inputs(
     stores: Stores,
 ) -> dict[str, Any]:
     one = likelihoods[task.name]
-    inputs = task_inputs(plan, task, digests, stores)
-    kept = {key: value for key, value in inputs["calibration"].items() if key not in NOT_SEEN}
-    found = {**inputs, "calibration": kept, "kind": "fisher", "labels": one.labels, "head": one.head}
+    inputs = task_inputs(plan, task, digests, stores, fisher=True)
+    found = {**inputs, "kind": "fisher", "labels": one.labels, "head": one.head, "outputs": one.n_outputs}
     if one.evaluation is not None:
         given = DataSource(path=one.evaluation.path)
         rows = data_identity(given, stores, digests, where=f"adapters.{task.name}.eval")
@@ -126,12 +96,12 @@ def _inputs(
     return found
 
 
-def fisher_steps(plan: MomentsPlan, ids: Mapping[Key, str], missing: Mapping[Key, str]) -> list[Step]:
+def fisher_steps(plan: MomentsPlan, missing: Mapping[Key, Wanted]) -> list[Step]:
     """The steps that make what is missing: each task through all stages, and back to the first that lacks something."""
     steps: list[Step] = []
     last = len(plan.stages) - 1
     for task in plan.tasks:
-        wanted = wanted_parts(plan, task.name, ids, missing)
+        wanted = wanted_objects(plan, task.name, missing)
         first = next((stage for stage, some in enumerate(wanted) if some), None)
         if first is None:
             continue
@@ -159,6 +129,11 @@ def norms(index: MomentsIndex, adapters: Mapping[str, Adapter], stores: Stores) 
     for task, objects in index.objects.items():
         own = [by_path[info.path][site] for site, info in objects.items() if site in adapters[task].factors]
         found[task] = math.sqrt(math.fsum(one * one for one in own))
+        if not found[task]:
+            raise RunFailed(
+                f"the Fisher information of {task} is zero at every site: no gradient of its likelihood reaches the "
+                "adapter with this data; give other data, or leave the task out"
+            )
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from ray_merge.calibration import data_identity
 from ray_merge.errors import AdapterError, CheckpointError, StoreDenied
 from ray_merge.identity import ALGORITHM_VERSION, MOMENTS_VERSION, digest
+from ray_merge.methods.registry import get
 from ray_merge.plan import Plan
 from ray_merge.plan.statistics import needs_data
 from ray_merge.recipe import Calibration, DataSource
@@ -53,16 +55,42 @@ def _data(plan: Plan, stores: Stores, digests: DigestCache) -> Iterator[tuple[st
     for name in dict.fromkeys(name for merge in merging for name in merge.adapters):
         source = plan.recipe.adapters[name]
         assert source.data is not None, "plan refuses a merge by moments whose tasks have no data"
-        found: dict[str, Any] = {"data": dict(data_identity(source.data, stores, digests))}
+        found: dict[str, Any] = {
+            "data": dict(data_identity(source.data, stores, digests, where=f"adapters.{name}.data"))
+        }
         if (
             any(merge.parameters.get("labels") == "empirical" for merge in merging)
             and source.eval is not None
         ):
             labelled = DataSource(path=source.eval.path)
             found["labels"] = {
-                "file": dict(data_identity(labelled, stores, digests)), "column": source.eval.label
+                "file": dict(data_identity(labelled, stores, digests, where=f"adapters.{name}.eval")),
+                "column": source.eval.label,
             }  # fmt: skip
         yield name, found
+
+
+NOT_IN_FISHER = ("features", "precision", "sketch_rows")
+"""Settings of calibration that moments alone depend on."""
+
+TOKENIZER_FILES = re.compile(
+    r"(.*/)?(tokenizer|vocab|merges|spiece|sentencepiece|special_tokens|added_tokens|chat_template)[^/]*|.*\.(model|tiktoken)"
+)
+"""Side files that decide what a text becomes."""
+
+
+def calibration_inputs(calibration: Calibration, *, fisher: bool) -> dict[str, Any]:
+    """The settings of calibration that decide moments, or Fisher diagonals."""
+    found = calibration.model_dump()
+    unused = NOT_IN_FISHER if fisher else ("sketch_rows",) if calibration.precision == "full" else ()
+    return {key: value for key, value in found.items() if key not in unused}
+
+
+def model_versions(base: Checkpoint, digests: DigestCache, stores: Stores) -> Versions:
+    """Content versions of the files of a base that decide activations: weights, config and tokenizer."""
+    side = [info.path for info in base.side_files if TOKENIZER_FILES.fullmatch(info.path)]
+    names = [info.path for info in base.weight_files]
+    return file_versions(stores.open(base.url), [*names, *side, CONFIG_FILE], digests)
 
 
 def base_versions(base: Checkpoint, digests: DigestCache, stores: Stores) -> Versions:
@@ -135,7 +163,7 @@ def merge_inputs(plan: Plan, merge: Merge, inputs: Inputs) -> dict[str, Any]:
     document = {
         "algorithm": ALGORITHM_VERSION,
         "base": dict(inputs.base),
-        "adapters": [_adapter_input(plan, name, inputs.adapters[name]) for name in merge.adapters],
+        "adapters": [_adapter_input(plan, merge, name, inputs.adapters[name]) for name in merge.adapters],
         "method": merge.method,
         "parameters": dict(merge.parameters),
         "export": merge.export,
@@ -151,9 +179,10 @@ def merge_inputs(plan: Plan, merge: Merge, inputs: Inputs) -> dict[str, Any]:
         document |= {"export_rank": merge.export_rank, "export_tolerance": merge.export_tolerance}
     if needs_data(recipe, merge):
         calibration = recipe.calibration or Calibration()
+        fisher = get(merge.method).statistics == "fisher" and not recipe.diagnostics
         document |= {
             "moments": MOMENTS_VERSION,
-            "calibration": calibration.model_dump(),
+            "calibration": calibration_inputs(calibration, fisher=fisher),
             "data": {name: _used_data(merge, inputs.data[name]) for name in merge.adapters},
         }
     if recipe.diagnostics:
@@ -162,11 +191,12 @@ def merge_inputs(plan: Plan, merge: Merge, inputs: Inputs) -> dict[str, Any]:
     return result
 
 
-def _adapter_input(plan: Plan, name: str, files: Versions) -> dict[str, Any]:
+def _adapter_input(plan: Plan, merge: Merge, name: str, files: Versions) -> dict[str, Any]:
     source = plan.recipe.adapters[name]
     kept: dict[str, Any] = {}
-    if source.task is not None and plan.adapters[name].heads:
-        kept["task"] = source.task  # written into the saved head, so it decides bytes there and nowhere else
+    # Written into the saved head, and what fisher differentiates; it decides bytes nowhere else.
+    if source.task is not None and (plan.adapters[name].heads or get(merge.method).statistics == "fisher"):
+        kept["task"] = source.task
     if source.key_mapping:
         kept["key_mapping"] = list(source.key_mapping.items())
     if source.moe_lora_b_layout:

@@ -1,25 +1,27 @@
 """The loop that computes moments: ids -> what is in the store -> check the data -> stages -> objects.
 
-An object's name is its id, and its id covers everything that decides its bytes: base, data, sampling, sites, and the
-adapter where that is active. What is there already is reused by every later run; what is missing is computed, and a
-run that was killed anywhere is finished by running it again.
+An object's name is its id. The first half of an id covers everything that decides the bytes of a site's entry: base,
+data, sampling, the part, and the adapter where that is active; the second half names the sites. A site that any object
+of the same first half holds is reused by every later run, whatever its other adapters are; what is missing is computed,
+and a run that was killed anywhere is finished by running it again.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ray_merge.calibration import data_identity
 from ray_merge.drive.events import Event
-from ray_merge.drive.identify import Versions, base_versions, file_versions
-from ray_merge.errors import RunFailed
+from ray_merge.drive.identify import Versions, calibration_inputs, file_versions, model_versions
+from ray_merge.errors import CheckpointError, RunFailed
 from ray_merge.identity import MOMENTS_VERSION, digest
 from ray_merge.plan.fisher import Likelihood
 from ray_merge.plan.moments import MomentsPlan, TaskData
@@ -27,9 +29,19 @@ from ray_merge.pool_steps import Step, StepPool
 from ray_merge.spec import Adapter, Site
 from ray_merge.storage.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from ray_merge.storage.digest import DigestCache
-from ray_merge.storage.store import ObjectInfo, Stores
+from ray_merge.storage.headers import read_header
+from ray_merge.storage.store import ObjectInfo, Store, Stores
 from ray_merge.work.job import MomentsIndex
-from ray_merge.work.stage_job import CheckUnit, DataCheck, ForwardUnit, StageJob, Stored, moments_path
+from ray_merge.work.stage_job import (
+    CheckUnit,
+    DataCheck,
+    ForwardUnit,
+    RehearsalUnit,
+    StageJob,
+    Stored,
+    Wanted,
+    moments_path,
+)
 
 StepPoolFactory = Callable[[StageJob], StepPool]
 """Makes the pool with one place for each stage; called only when something is missing."""
@@ -39,6 +51,9 @@ Placement = Literal["spread", "one_per_node"]
 Key = tuple[str, str]
 """Task and part."""
 
+STEM = 32
+"""Hex digits of either half of an id."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
@@ -47,13 +62,13 @@ class Kind:
     Args:
         what: in words.
         inputs: everything but the base and the part that decides an object of a task.
-        steps: those that make what is missing: (plan, ids, missing) -> steps, chain by chain.
+        steps: those that make what is missing: (plan, missing) -> steps, chain by chain.
         likelihoods: task -> what is differentiated.
     """
 
     what: str
     inputs: Callable[[MomentsPlan, TaskData, DigestCache, Stores], dict[str, Any]]
-    steps: Callable[[MomentsPlan, Mapping[Key, str], Mapping[Key, str]], list[Step]]
+    steps: Callable[[MomentsPlan, Mapping[Key, Wanted]], list[Step]]
     likelihoods: Mapping[str, Likelihood] = field(default_factory=dict)
 
 
@@ -63,7 +78,7 @@ class MomentsResult:
 
     Args:
         index: where they lie.
-        ids: (task, part) -> id.
+        ids: (task, part) -> id of the object of its wanted sites, or of those of them that this run made.
         computed: objects that this run made.
         reused: objects that were there.
         units_run: (task, stage) units of this run.
@@ -84,23 +99,11 @@ class MomentsResult:
     n_bytes: int
 
 
-def ensure_moments(
-    plan: MomentsPlan,
-    store: str,
-    adapters: Mapping[str, Adapter],
-    sites: Mapping[str, Site],
-    *,
-    cache: Path,
-    device: str,
-    make_pool: StepPoolFactory,
-    placement: Placement = "spread",
-    progress: Callable[[Event], None] = lambda _: None,
-    kind: Kind | None = None,
-) -> MomentsResult:
-    """Compute the moments that the store lacks.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Where and how moments are computed.
 
     Args:
-        plan: what is needed.
         store: URL of the store.
         adapters: those that are active while their task's inputs run.
         sites: of those adapters.
@@ -109,43 +112,70 @@ def ensure_moments(
         make_pool: makes the pool.
         placement: of the stages over a cluster's nodes.
         progress: called with every event.
+        checks: which data are looked at before anything is written; those of the tasks that lack something by default.
+    """
+
+    store: str
+    adapters: Mapping[str, Adapter]
+    sites: Mapping[str, Site]
+    cache: Path
+    device: str
+    make_pool: StepPoolFactory
+    placement: Placement = "spread"
+    progress: Callable[[Event], None] = lambda _: None
+    checks: Sequence[CheckUnit] | None = None
+
+
+def ensure_moments(plan: MomentsPlan, work: Work, kind: Kind | None = None) -> MomentsResult:
+    """Compute the moments that the store lacks.
+
+    Args:
+        plan: what is needed.
+        work: where and how.
         kind: what is computed; moments by default.
 
     Raises:
-        Refusal: found before anything was written: data that cannot be used.
+        Refusal: found before anything was written: data that cannot be used, a model that cannot be cut.
         RunFailed: found later; running again computes what is left.
     """
     started = time.monotonic()
     stores, kind = Stores(), kind or MOMENTS
-    ids = object_ids(plan, kind, DigestCache(cache / "digests"), stores)
-    missing = _missing(plan, ids, _there(stores, store))
+    digests = DigestCache(work.cache / "digests")
+    stems, versions = object_stems(plan, kind, digests, stores)
+    cover = _cover(plan, stems, stores, work.store)
+    missing = _missing(plan, stems, cover)
     job = StageJob(
         plan=plan,
-        adapters=adapters,
-        sites=sites,
+        adapters=work.adapters,
+        sites=work.sites,
         likelihoods=kind.likelihoods,
-        store=stores.open(store).url,
-        scratch=str(cache / "scratch"),
-        cache=str(cache),
+        versions=versions,
+        store=stores.open(work.store).url,
+        scratch=str(work.cache / "scratch"),
+        cache=str(work.cache),
         attempt=uuid.uuid4().hex[:12],
-        device=device,
-        placement=placement,
+        device=work.device,
+        placement=work.placement,
     )
-    steps = kind.steps(plan, ids, missing)
-    checks, made = _run(job, kind, steps, missing, make_pool, progress, stores) if steps else ([], [])
-    there = _there(stores, store)
-    lost = _missing(plan, ids, there)
+    steps = kind.steps(plan, missing)
+    checks, made = _run(job, kind, steps, missing, work, stores) if steps else ([], [])
+    cover = _cover(plan, stems, stores, work.store) if steps else cover
+    lost = _missing(plan, stems, cover)
     if lost:
-        task, part = next(iter(lost))
+        (task, _), one = next(iter(lost.items()))
         raise RunFailed(
-            f"{part} has no {kind.what} of {task}: {plan.class_name} never called it while the data ran through; leave "
-            "it out of the adapters' modules, or use task data that reaches it"
+            f"{one.sites[0]} has no {kind.what} of {task}: {plan.class_name} never called it while the data ran "
+            "through; leave it out of the adapters' modules, or use task data that reaches it"
         )
     return MomentsResult(
-        index=_index(plan, ids, there, job.store),
-        ids=ids,
+        index=MomentsIndex(
+            store=job.store, objects=_by_task(cover), conv1d=plan.conv1d, unwatched=plan.unwatched
+        ),
+        ids={
+            key: missing[key].id if key in missing else _id(stem, plan, key[1]) for key, stem in stems.items()
+        },
         computed=len(made),
-        reused=len(ids) - len(missing),
+        reused=len(stems) - len(made),
         units_run=len(steps),
         checks=tuple(checks),
         stages=len(plan.stages),
@@ -154,85 +184,154 @@ def ensure_moments(
     )
 
 
-def object_ids(plan: MomentsPlan, kind: Kind, digests: DigestCache, stores: Stores) -> dict[Key, str]:
-    """(task, part) -> the id of what is computed of it, 64 hex digits."""
-    base = base_versions(plan.base, digests, stores)
-    ids = {}
+def object_stems(
+    plan: MomentsPlan, kind: Kind, digests: DigestCache, stores: Stores
+) -> tuple[dict[Key, str], dict[str, str]]:
+    """First half of the ids, 32 hex digits: all but the sites; and a digest of each task's data."""
+    base = dict(model_versions(plan.base, digests, stores))
+    stems, versions = {}, {}
     for task in plan.tasks:
         inputs = kind.inputs(plan, task, digests, stores)
+        versions[task.name] = digest(inputs["data"])
         for part in plan.parts:
-            document = {**inputs, "base": dict(base), "part": part.name, "sites": sorted(part.modules)}
-            ids[task.name, part.name] = digest(document)
-    return ids
+            stems[task.name, part.name] = digest({**inputs, "base": base, "part": part.name})[:STEM]
+    return stems, versions
 
 
-def task_inputs(plan: MomentsPlan, task: TaskData, digests: DigestCache, stores: Stores) -> dict[str, Any]:
-    """Everything but the base and the part that decides the moments of a task."""
+def object_id(stem: str, sites: Iterable[str]) -> str:
+    """The id of an object that holds some sites of a part, 64 hex digits."""
+    return stem + digest(sorted(sites))[:STEM]
+
+
+def _id(stem: str, plan: MomentsPlan, part: str) -> str:
+    return object_id(stem, next(one.modules for one in plan.parts if one.name == part))
+
+
+def _cover(
+    plan: MomentsPlan, stems: Mapping[Key, str], stores: Stores, url: str
+) -> dict[Key, dict[str, ObjectInfo]]:
+    """For each task and part the sites that the store has, each with the object that holds it.
+
+    An object with exactly the wanted sites is known by its name. Others of the same stem, which a run with other
+    adapters left, are asked for their sites.
+    """
+    store = stores.open(url)
+    there = {info.path: info for info in store.list("moments")}
+    by_stem: dict[str, list[ObjectInfo]] = {}
+    for path, info in sorted(there.items()):
+        by_stem.setdefault(Path(path).name[:STEM], []).append(info)
+    parts = {part.name: part for part in plan.parts}
+    cover: dict[Key, dict[str, ObjectInfo]] = {}
+    asked: dict[str, list[str]] = {}
+    for key, stem in stems.items():
+        wanted = parts[key[1]].modules
+        exact = there.get(moments_path(object_id(stem, wanted)))
+        if exact is not None and not exact.n_bytes:
+            raise RunFailed(f"{store.url}/{exact.path} is empty; remove it and run again")
+        cover[key] = dict.fromkeys(wanted, exact) if exact is not None else {}
+        for info in () if exact is not None else by_stem.get(stem, ()):
+            if info.path not in asked:
+                asked[info.path] = _sites_in(store, info.path)
+            cover[key] |= {
+                site: info for site in asked[info.path] if site in wanted and site not in cover[key]
+            }
+    return cover
+
+
+def _sites_in(store: Store, path: str) -> list[str]:
+    try:
+        return list(json.loads(read_header(store, path).metadata["ray_merge"])["sites"])
+    except (CheckpointError, KeyError, ValueError, TypeError) as error:
+        raise RunFailed(f"{store.url}/{path} is damaged; remove it and run again") from error
+
+
+def _missing(
+    plan: MomentsPlan, stems: Mapping[Key, str], cover: Mapping[Key, Mapping[str, ObjectInfo]]
+) -> dict[Key, Wanted]:
+    """The objects that have to be made, each of the sites that no other holds."""
+    parts = {part.name: part for part in plan.parts}
+    missing = {}
+    for key, stem in stems.items():
+        sites = tuple(site for site in parts[key[1]].modules if site not in cover[key])
+        if sites:
+            missing[key] = Wanted(key[1], object_id(stem, sites), sites)
+    return missing
+
+
+def _by_task(cover: Mapping[Key, Mapping[str, ObjectInfo]]) -> dict[str, dict[str, ObjectInfo]]:
+    found: dict[str, dict[str, ObjectInfo]] = {}
+    for (task, _), sites in cover.items():
+        found.setdefault(task, {}).update(sites)
+    return found
+
+
+def task_inputs(
+    plan: MomentsPlan, task: TaskData, digests: DigestCache, stores: Stores, *, fisher: bool = False
+) -> dict[str, Any]:
+    """Everything but the base, the part and the sites that decides the moments of a task."""
     return {
         "moments": MOMENTS_VERSION,
         "class": plan.class_name,
         "task": task.name,  # the sample depends on it
         "data": dict(data_identity(task.data, stores, digests)),
-        "calibration": plan.calibration.model_dump(),
-        "adapter": None if task.adapter is None else _adapter_inputs(task.adapter, digests, stores),
+        "calibration": calibration_inputs(plan.calibration, fisher=fisher),
+        "adapter": None if task.adapter is None else adapter_inputs(task.adapter, digests, stores),
     }
 
 
-def _adapter_inputs(adapter: Adapter, digests: DigestCache, stores: Stores) -> dict[str, Any]:
-    """Versions of its files and of those that it started from, and which module each site was taken for."""
+def adapter_inputs(adapter: Adapter, digests: DigestCache, stores: Stores) -> dict[str, Any]:
+    """Versions of an adapter's files and of those that it started from, and what each of its tensors does."""
     found: dict[str, Any] = dict(_files(adapter, digests, stores))
     if adapter.initial is not None:
         found["initial"] = dict(_files(adapter.initial, digests, stores))
-    return {**found, "modules": digest(dict(adapter.modules))}
+    fitted = {
+        "factors": {site: asdict(update) for site, update in adapter.factors.items()},
+        "modules": dict(adapter.modules),
+        "replaced": {tensor: asdict(entry) for tensor, entry in adapter.replaced.items()},
+        "heads": [asdict(entry) for entry in adapter.heads],
+    }
+    return {**found, "fitted": digest(fitted)}
 
 
 def _files(adapter: Adapter, digests: DigestCache, stores: Stores) -> Versions:
     return file_versions(stores.open(adapter.url), [ADAPTER_CONFIG, adapter.file], digests)
 
 
-def _there(stores: Stores, store: str) -> dict[str, ObjectInfo]:
-    return {info.path: info for info in stores.open(store).list("moments")}
+def check_units(plan: MomentsPlan, kind: Kind, names: Iterable[str] | None = None) -> list[CheckUnit]:
+    """What has to be looked at before anything of a plan is written; of all tasks by default."""
+    chosen = [task for task in plan.tasks if names is None or task.name in set(names)]
+    return [CheckUnit(task, kind.likelihoods.get(task.name)) for task in chosen]
 
 
-def _missing(plan: MomentsPlan, ids: Mapping[Key, str], there: Mapping[str, ObjectInfo]) -> dict[Key, str]:
-    return {key: one for key, one in ids.items() if moments_path(one) not in there}
-
-
-def forward_steps(plan: MomentsPlan, ids: Mapping[Key, str], missing: Mapping[Key, str]) -> list[Step]:
+def forward_steps(plan: MomentsPlan, missing: Mapping[Key, Wanted]) -> list[Step]:
     """The steps that make what is missing: each task from the first stage to the last one that lacks something."""
     steps: list[Step] = []
     for task in plan.tasks:
-        wanted = wanted_parts(plan, task.name, ids, missing)
+        wanted = wanted_objects(plan, task.name, missing)
         last = max((stage for stage, some in enumerate(wanted) if some), default=-1)
         steps += forward_chain(task.name, wanted[: last + 1], hand_on_last=False)
     return steps
 
 
-def wanted_parts(
-    plan: MomentsPlan, task: str, ids: Mapping[Key, str], missing: Mapping[Key, str]
-) -> list[tuple[tuple[str, str], ...]]:
-    """For each stage the parts that lack an object of a task, with its id."""
+def wanted_objects(plan: MomentsPlan, task: str, missing: Mapping[Key, Wanted]) -> list[tuple[Wanted, ...]]:
+    """For each stage the objects of a task that it has to make."""
     return [
-        tuple(
-            (part.name, ids[task, part.name]) for part in plan.parts_of(stage) if (task, part.name) in missing
-        )
+        tuple(missing[task, part.name] for part in plan.parts_of(stage) if (task, part.name) in missing)
         for stage in range(len(plan.stages))
     ]
 
 
-def forward_chain(
-    task: str, wanted: Sequence[tuple[tuple[str, str], ...]], *, hand_on_last: bool
-) -> list[Step]:
+def forward_chain(task: str, wanted: Sequence[tuple[Wanted, ...]], *, hand_on_last: bool) -> list[Step]:
     """A task's inputs through the first stages, one step each.
 
     Args:
         task: whose inputs.
-        wanted: for each of those stages the parts to make, with their ids.
+        wanted: for each of those stages the objects to make.
         hand_on_last: whether the last of those stages hands on too.
     """
     steps: list[Step] = []
-    for stage, parts in enumerate(wanted):
-        unit = ForwardUnit(task, stage, parts, hand_on=hand_on_last or stage < len(wanted) - 1)
+    for stage, objects in enumerate(wanted):
+        unit = ForwardUnit(task, stage, objects, hand_on=hand_on_last or stage < len(wanted) - 1)
         steps.append(Step(unit.id, unit, stage, (steps[-1].id,) if steps else (), task))
     return steps
 
@@ -244,44 +343,41 @@ def _run(
     job: StageJob,
     kind: Kind,
     steps: Sequence[Step],
-    missing: Mapping[Key, str],
-    make_pool: StepPoolFactory,
-    progress: Callable[[Event], None],
+    missing: Mapping[Key, Wanted],
+    work: Work,
     stores: Stores,
 ) -> tuple[list[DataCheck], list[Stored]]:
-    plan = job.plan
+    plan, progress = job.plan, work.progress
     names = [task.name for task in plan.tasks if any(task.name == name for name, _ in missing)]
     n_stages = len(plan.stages)
     text = f"{kind.what} of {len(names)} task(s) in {n_stages} stage(s): {len(missing)} object(s) are missing"
     progress(Event(kind="start", text=text, units=(0, len(steps))))
     made: list[Stored] = []
     try:
-        with make_pool(job) as pool:
-            units = [CheckUnit(name) for name in names]
+        with work.make_pool(job) as pool:
+            units = check_units(plan, kind, names) if work.checks is None else work.checks
             # Any place can look at data; all of them do, so that it is done sooner.
-            looks = [
-                Step(unit.id, unit, index % len(plan.stages), (), unit.task)
-                for index, unit in enumerate(units)
-            ]
-            checks = {done.value.task: done.value for done in pool.run(looks)}
-            progress(Event(kind="check", text=f"looked at the data of {len(checks)} task(s)"))
+            looks = [Step(unit.id, unit, index % n_stages) for index, unit in enumerate(units)]
+            checks = [done.value for done in pool.run(looks)] if looks else []
+            progress(Event(kind="check", text=f"looked at the data of {len(names)} task(s)"))
+            if n_stages > 1:
+                list(pool.run(_rehearsal(names[0], n_stages)))
             for count, done in enumerate(pool.run(steps), start=1):
                 made += done.value
                 progress(Event(kind="unit", text=done.id, units=(count, len(steps))))
     finally:
         _sweep(job, stores)
-    return [checks[name] for name in names], [one for one in made if not one.adopted]
+    order = {task.name: index for index, task in enumerate(plan.tasks)}
+    return sorted(checks, key=lambda one: order.get(one.task, 0)), [one for one in made if not one.adopted]
 
 
-def _index(
-    plan: MomentsPlan, ids: Mapping[Key, str], there: Mapping[str, ObjectInfo], store: str
-) -> MomentsIndex:
-    objects: dict[str, dict[str, ObjectInfo]] = {task.name: {} for task in plan.tasks}
-    for part in plan.parts:
-        for task in plan.tasks:
-            info = there[moments_path(ids[task.name, part.name])]
-            objects[task.name] |= dict.fromkeys(part.modules, info)
-    return MomentsIndex(store=store, objects=objects, conv1d=plan.conv1d, unwatched=plan.unwatched)
+def _rehearsal(task: str, n_stages: int) -> list[Step]:
+    """One input through all stages, before anything is written: a model that cannot be cut shows it there."""
+    steps: list[Step] = []
+    for stage in range(n_stages):
+        unit = RehearsalUnit(task, stage, hand_on=stage < n_stages - 1)
+        steps.append(Step(unit.id, unit, stage, (steps[-1].id,) if steps else (), "rehearsal"))
+    return steps
 
 
 def _sweep(job: StageJob, stores: Stores) -> None:

@@ -53,9 +53,7 @@ def resolved_recipe(plan: Plan, merge: Merge, merge_id: str) -> bytes:
 def _adapters(plan: Plan, merge: Merge) -> list[str]:
     # A combination takes its part of a mapping that the sweep has for all adapters; the others must stay known.
     named = set(_keys([value for _, value in merge.sweep])) if merge.combined else set()
-    # Moments are stored by the sites of all adapters of a recipe, so all of them are needed to find them again.
-    every = needs_data(plan.recipe, merge)
-    return [name for name in plan.recipe.adapters if every or name in merge.adapters or name in named]
+    return [name for name in plan.recipe.adapters if name in merge.adapters or name in named]
 
 
 def _keys(value: Any) -> Iterator[str]:
@@ -76,6 +74,9 @@ def _url(plan: Plan, name: str) -> dict[str, Any]:
     data = plan.recipe.adapters[name].data
     if data is not None:
         urls["data"] = {**data.model_dump(exclude_none=True), "path": _absolute(data.path)}
+    labelled = plan.recipe.adapters[name].eval
+    if labelled is not None:
+        urls["eval"] = {**labelled.model_dump(exclude_defaults=True), "path": _absolute(labelled.path)}
     return urls | ({} if initial is None else {"initial": open_store(initial).url})
 
 

@@ -15,7 +15,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,17 @@ from ray_merge.work.job import AdapterUnit, EmrUnit, Job, MomentsIndex, ShardUni
 PoolFactory = Callable[[Job, int], Pool]
 """Makes the pool for a job of so many units; called only when there is something to do."""
 
-StatisticsMaker = Callable[[Sequence[Merge]], Mapping[str, MomentsIndex]]
-"""Finds or computes the moments that merges need, by kind of statistics; called only when there is something to do."""
+Statistics = Mapping[str, MomentsIndex]
+"""Moments by kind."""
+
+StatisticsMaker = Callable[[Sequence[Merge]], Callable[[], Statistics] | None]
+"""Plans the moments that merges need, with every refusal that headers can show; what it returns finds or computes them.
+
+None where they need none. Called only when there is something to do."""
 
 
-def _no_statistics(_: Sequence[Merge]) -> Mapping[str, MomentsIndex]:
-    return {}
+def _no_statistics(_: Sequence[Merge]) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,8 +198,8 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
         cache=str(settings.cache / "adapters"),
         attempt=uuid.uuid4().hex[:12],
         device=settings.device,
-        moments=context.statistics([item.merge for item in unfinished if item.missing]),
     )
+    statistics = context.statistics([item.merge for item in unfinished if item.missing])
     lacking = {item.merge.name: item.missing for item in unfinished}
     units = missing_units(plan, lacking)
     adapters = sorted({name for item in unfinished for name in item.merge.adapters if item.missing})
@@ -208,8 +213,15 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
             with _later():
                 _publish_ready(context, unfinished, (0, 0), (0, 0))
             return 0
+        checked = statistics is not None
+        if statistics is not None:
+            # Adapters are looked at before moments are made of them; the workers cannot do both at once.
+            with make_pool(job, len(adapters)) as pool:
+                preflight(pool, adapters, context.inputs, [item.merge for item in unfinished])
+            job = replace(job, moments=statistics())
         with make_pool(job, max(len(units), len(adapters))) as pool:
-            preflight(pool, adapters, context.inputs, [item.merge for item in unfinished])
+            if not checked:
+                preflight(pool, adapters, context.inputs, [item.merge for item in unfinished])
             _select(context, unfinished, pool)
             for item in unfinished:
                 _probe(context, item)

@@ -13,6 +13,12 @@ from ray_merge.methods.declare import Method
 from ray_merge.methods.statistics import InputSide
 from ray_merge.spec import Factor
 
+FISHER_RANGE, GRAM_RANGE = (1e-150, 1e32), (1e-150, 1e150)
+"""Of the largest number, where it is not 0: squares do not vanish, and products with updates do not overflow."""
+
+ASYMMETRY = 1e-5
+"""Of the largest entry: what float32 products X^T X may differ by from their transpose."""
+
 
 class FisherTensor:
     """A Fisher diagonal in memory, as `FisherRows`.
@@ -59,20 +65,46 @@ def _fisher(place: str, one: Any, shape: tuple[int, int]) -> Any:
         raise MethodError(f"{place} is {got}, expected a floating tensor {shape}: the Fisher diagonal")
     if not bool(torch.isfinite(one).all() and (one >= 0).all()):
         raise MethodError(f"{place} holds NaN, Inf or negative numbers; Fisher diagonals are mean squares")
+    _check_range(place, one, FISHER_RANGE)
     return FisherTensor(one.detach())
 
 
 def _check_gram(place: str, one: Any, n_inputs: int) -> None:
     if not hasattr(one, "gram") or not hasattr(one, "count"):
         raise MethodError(f"{place} is a {type(one).__name__}, expected ray_merge.Moments")
-    diagonal_I = one.gram.diagonal()
-    if len(diagonal_I) != n_inputs:
+    gram_II = one.gram
+    if not isinstance(gram_II, Tensor) or not gram_II.is_floating_point() or gram_II.ndim != 2:
+        got = (
+            f"{gram_II.dtype} {tuple(gram_II.shape)}"
+            if isinstance(gram_II, Tensor)
+            else type(gram_II).__name__
+        )
+        raise MethodError(f"{place}.gram is {got}, expected a floating tensor {(n_inputs, n_inputs)}")
+    if gram_II.shape != (n_inputs, n_inputs):
         raise MethodError(
-            f"{place} is of {len(diagonal_I)} inputs, but the weight takes {n_inputs}; the inputs of a weight that is "
+            f"{place} is of {len(gram_II)} inputs, but the weight takes {n_inputs}; the inputs of a weight that is "
             "stored (in, out) are its rows: give `input_side`"
         )
-    if one.count < 1 or not bool(torch.isfinite(diagonal_I).all() and (diagonal_I >= 0).all()):
+    diagonal_I = gram_II.diagonal()
+    if not one.count >= 1 or not bool(torch.isfinite(diagonal_I).all() and (diagonal_I >= 0).all()):
         raise MethodError(
             f"{place} is of {one.count} tokens and its diagonal goes from {float(diagonal_I.min()):g} to "
             f"{float(diagonal_I.max()):g}; squares of at least one token are finite and not negative"
+        )
+    _check_range(place, diagonal_I, GRAM_RANGE)
+    slack = max(ASYMMETRY, 4 * torch.finfo(gram_II.dtype).eps) * float(diagonal_I.max())
+    apart = float((gram_II - gram_II.T).abs().max())
+    if not apart <= slack:  # NaN is not
+        raise MethodError(
+            f"{place}.gram differs from its transpose by up to {apart:g} with a diagonal of up to "
+            f"{float(diagonal_I.max()):g}; a Gram matrix X^T X is symmetric and finite"
+        )
+
+
+def _check_range(place: str, values: Tensor, allowed: tuple[float, float]) -> None:
+    largest = float(values.max()) if values.numel() else 0.0
+    if largest and not allowed[0] <= largest <= allowed[1]:
+        raise MethodError(
+            f"{place} goes up to {largest:g}, expected 0 or {allowed[0]:g} to {allowed[1]:g}; multiply what the model "
+            "is differentiated by, or its inputs, by a constant"
         )

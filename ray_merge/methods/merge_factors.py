@@ -42,7 +42,7 @@ def merge_factors(
         factors: one per adapter: B (O, R_i), A (R_i, I) of any floating dtype, and its scale.
         base: the base weight (O, I), only for methods that need it and for factors with a DoRA magnitude.
         moments: only for methods that need them, one for each factor: `Moments` of the weight's inputs for regmean,
-            the Fisher diagonal (O, I) for fisher.
+            the Fisher diagonal (O, I) for fisher; None with `without_moments="average"`.
         phi: learned coefficients, only for methods that need them.
         seed: of random masks; adapter i is called "i" there.
         input_side: "rows" for the weight of a HF Conv1D, which is stored (in, out); asked by regmean alone.
@@ -57,14 +57,14 @@ def merge_factors(
     """
     declared = get(method)
     is_dora = any(isinstance(factor, Factor) and factor.magnitude is not None for factor in factors)
-    inputs = _inputs(declared, {"base": None if is_dora else base, "moments": moments, "phi": phi})
     names = tuple(str(index) for index in range(len(factors)))
     given = _as_recipe(declared, parameters, names)
     resolved = resolve_parameters(declared, given, names)
+    inputs = _inputs(declared, {"base": None if is_dora else base, "moments": moments, "phi": phi}, resolved)
     _check_factors(factors)
     if is_dora:
         _check_dora(declared, resolved, factors, base)
-    if declared.statistics:
+    if declared.statistics and "moments" in inputs:
         inputs |= given_statistics(declared, moments, factors, input_side)
     chosen = at_site(declared, resolved, names, site="")
     site = SiteFactors(factors, base if is_dora else None)
@@ -96,8 +96,11 @@ def _check_dora(
             )
 
 
-def _inputs(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+def _inputs(method: Method, given: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    averaged = parameters.get("without_moments") == "average"
     for word, value in given.items():
+        if word == "moments" and value is None and averaged:
+            continue
         if (value is not None) != (word in method.needs):
             verb = "needs" if word in method.needs else "takes no"
             raise MethodError(f"{method.name} {verb} `{word}`")

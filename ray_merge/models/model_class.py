@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import RLock
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_merge.errors import AdapterError, CheckpointError
@@ -124,23 +124,54 @@ def build_model(
     return cast("nn.Module", model)
 
 
+class _Quiet:
+    """transformers' notices and Python's warnings off, the Hub out of reach, for as long as anyone wants it.
+
+    The settings belong to the process and stages are built on several threads: the first one in saves them, the last
+    one out restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._undo = ExitStack()
+
+    def enter(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._silence()
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._undo.close()
+
+    def _silence(self) -> None:
+        from huggingface_hub import constants
+        from transformers.utils import logging as untyped
+
+        logging: Any = untyped
+        self._undo.callback(logging.set_verbosity, logging.get_verbosity())
+        self._undo.callback(setattr, constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
+        self._undo.enter_context(warnings.catch_warnings())
+        logging.set_verbosity(logging.CRITICAL)
+        constants.HF_HUB_OFFLINE = True
+        warnings.simplefilter("ignore")
+
+
+_QUIET = _Quiet()
+
+
 @contextmanager
 def quiet_and_offline() -> Iterator[None]:
     """No notice of transformers on the terminal, no request to the Hub; restores both."""
-    from huggingface_hub import constants
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    verbosity, offline = logging.get_verbosity(), constants.HF_HUB_OFFLINE
-    logging.set_verbosity(logging.CRITICAL)
-    constants.HF_HUB_OFFLINE = True
+    _QUIET.enter()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        logging.set_verbosity(verbosity)
-        constants.HF_HUB_OFFLINE = offline
+        _QUIET.leave()
 
 
 @contextmanager

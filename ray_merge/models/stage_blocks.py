@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ray_merge.errors import CheckpointError
+from ray_merge.errors import CheckpointError, NotCuttable
 from ray_merge.models.block_list import hidden_name
 from ray_merge.models.stage_calls import Alter, StageInput, Watch, WeightGrad
 
@@ -134,8 +134,8 @@ class StageBlocks:
             "its blocks or head use what it computed before its first block (or their values overflow to NaN)"
         )
 
-    def _refusal(self, why: str) -> CheckpointError:
-        return CheckpointError(
+    def _refusal(self, why: str) -> NotCuttable:
+        return NotCuttable(
             f"{self._model_name} cannot be cut into stages (this one: blocks {self.own.start} to {self.own.stop - 1} "
             f"of {self.count}): {why}; write `stages: 1` in the recipe"
         )

@@ -201,7 +201,7 @@ def _likelihood(recipe: Recipe, task: TaskData, skeleton: Skeleton, labels: Labe
                 "sampled"
             )
         return Likelihood(head=head, labels=labels, n_outputs=0)
-    n_outputs = min((e.shape[0] for e in adapter.heads if len(e.shape) == 2), default=int(config.num_labels))
+    n_outputs = _n_outputs(adapter, skeleton)
     if recipe.adapters[task.name].task == "regression" or problem == "regression" or n_outputs == 1:
         head = "regression"
     if labels == "expected" and n_outputs > MAX_EXPECTED:
@@ -217,6 +217,21 @@ def _likelihood(recipe: Recipe, task: TaskData, skeleton: Skeleton, labels: Labe
             "the data, or write labels: sampled"
         )
     return Likelihood(head=cast("Head", head), labels=labels, n_outputs=n_outputs, evaluation=evaluation)
+
+
+def _n_outputs(adapter: Adapter, skeleton: Skeleton) -> int:
+    """Rows of the head's last linear layer as it was saved; heads have hidden layers of their own (RoBERTa, DistilBERT)."""
+    from torch import nn
+
+    config: Any = skeleton.model.config
+    inner = f"{getattr(skeleton.model, 'base_model_prefix', '')}."
+    layers = [
+        name
+        for name, module in skeleton.model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(inner)
+    ]
+    saved = {entry.name: entry.shape[0] for entry in adapter.heads}
+    return saved.get(f"{layers[-1]}.weight" if layers else "", int(config.num_labels))
 
 
 def _check_complete(task: TaskData, skeleton: Skeleton) -> None:

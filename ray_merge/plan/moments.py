@@ -104,6 +104,39 @@ class MomentsPlan:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFacts:
+    """What a computation of moments takes, for whoever reads a plan.
+
+    Args:
+        kind: "gram", or "fisher/" and whose labels.
+        class_name: of the model that is run.
+        tasks: how many.
+        parts: of the base that moments are made of.
+        stages: how many.
+        peak_bytes: estimated resident bytes of the largest stage.
+    """
+
+    kind: str
+    class_name: str
+    tasks: int
+    parts: int
+    stages: int
+    peak_bytes: int
+
+
+def stage_facts(kind: str, plan: MomentsPlan) -> StageFacts:
+    """The facts of one plan."""
+    return StageFacts(
+        kind=kind,
+        class_name=plan.class_name,
+        tasks=len(plan.tasks),
+        parts=len(plan.parts),
+        stages=len(plan.stages),
+        peak_bytes=plan.peak_bytes,
+    )
+
+
 def tasks_with_data(recipe: Recipe, names: Sequence[str], why: str) -> list[TaskData]:
     """The tasks called `names`, all of which must have data.
 
@@ -155,7 +188,7 @@ def plan_moments(
     # What comes in is held while what goes out grows; Ray's copies of both are shared with other processes.
     held = STAGE_RUNTIME_BYTES + HANDED_COPIES * handed + _passing_bytes(skeleton, layers, calibration)
     room = None if memory_bytes is None else max(1, memory_bytes - held)
-    sizes = _block_bytes(skeleton, base, parts)
+    sizes = _block_bytes(skeleton, base, parts, calibration)
     stages, stage_bytes = _stages(skeleton, base, sizes, recipe.stages, room, workers)
     return MomentsPlan(
         base=base,
@@ -194,11 +227,23 @@ def _modules(
     skeleton: Skeleton, layers: Mapping[str, bool], sites: Mapping[str, Site]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Site -> module, and why a site has no module with rows of inputs."""
-    plain = {slots[0].tensor: name for name, slots in skeleton.slots.items() if _is_plain(slots)}
+    plain: dict[str, list[str]] = {}
+    for name, slots in skeleton.slots.items():
+        if _is_plain(slots):
+            plain.setdefault(slots[0].tensor, []).append(name)
+    beside_text = _beside_text(skeleton)
     watched: dict[str, str] = {}
     unwatched: dict[str, str] = {}
     for name, site in sites.items():
-        path, _, leaf = plain.get(site.tensor, "").rpartition(".")
+        names = plain.get(site.tensor, [""])
+        path, _, leaf = names[0].rpartition(".")
+        linear = [one for one in names if one.rpartition(".")[0] in layers]
+        if len(linear) > 1:
+            unwatched[name] = f"{site.tensor} is the weight of {len(linear)} layers of {skeleton.name}"
+            continue
+        if path in beside_text:
+            unwatched[name] = f"{path} is called with parts of images, which the tokens' mask does not know"
+            continue
         is_whole = leaf == "weight" and path in layers and site.layout in WATCHED_LAYOUTS and not site.start
         if is_whole and "[" not in name:
             watched[name] = path
@@ -207,6 +252,19 @@ def _modules(
                 f"{site.tensor} is no linear layer of {skeleton.name} that is called with inputs"
             )
     return watched, unwatched
+
+
+def _beside_text(skeleton: Skeleton) -> frozenset[str]:
+    """Modules of a vision-language model that stand before its blocks: tower and projector."""
+    config = skeleton.model.config
+    if (
+        skeleton.blocks is None
+        or getattr(config, "vision_config", None) is None
+        or not hasattr(config, "text_config")
+    ):
+        return frozenset()
+    paths = [path for path, _ in skeleton.model.named_modules()]
+    return frozenset(paths[: paths.index(skeleton.blocks.path)])
 
 
 def _is_plain(slots: Sequence[Slot]) -> bool:
@@ -259,19 +317,36 @@ def _passing_bytes(skeleton: Skeleton, layers: Mapping[str, bool], calibration: 
     return 4 * (PASSING_COPIES * tokens * widest + max((shape.numel() for shape in shapes), default=0))
 
 
-def _block_bytes(skeleton: Skeleton, base: Checkpoint, parts: Sequence[Part]) -> list[int]:
-    """Of each block: its weights as stored, with what stands before or behind the blocks, and its sums in float64."""
+def _block_bytes(
+    skeleton: Skeleton, base: Checkpoint, parts: Sequence[Part], calibration: Calibration
+) -> list[int]:
+    """Of each block: its weights as stored, with what stands before or behind the blocks, and its sums.
+
+    Sites that share their input are counted as if each had sums of its own.
+    """
     from ray_merge.models.block_list import part_bytes
 
     n_bytes = {name: entry.n_bytes for name, entry in base.tensors.items()}
     sizes, rest = part_bytes(skeleton.slots, n_bytes, skeleton.blocks)
+    sizes = sizes or [rest]
     for part in parts:
-        columns = [
-            skeleton.model.get_submodule(path).get_parameter("weight").shape for path in part.modules.values()
-        ]
-        if part.block is not None:
-            sizes[part.block] += sum(8 * shape[-1] ** 2 for shape in columns)
-    return sizes or [rest]
+        sums = sum(_sum_bytes(skeleton, path, calibration) for path in part.modules.values())
+        # Outside of the blocks a site runs in the first stage or in the last one.
+        for index in {0, len(sizes) - 1} if part.block is None else {part.block}:
+            sizes[index] += sums
+    return sizes
+
+
+def _sum_bytes(skeleton: Skeleton, path: str, calibration: Calibration) -> int:
+    """The Gram matrix of one module's inputs, or its sketch with what is added to it at once, in float64."""
+    from torch import nn
+
+    module = skeleton.model.get_submodule(path)
+    shape = module.get_parameter("weight").shape
+    inputs: int = shape[1] if isinstance(module, nn.Linear) else shape[0]
+    if calibration.precision == "sketch" and inputs > 2 * calibration.sketch_rows:
+        return 8 * 2 * calibration.sketch_rows * inputs
+    return 8 * inputs * inputs
 
 
 def _stages(

@@ -24,6 +24,7 @@ from ray_merge.plan.emr import check_emr, emr_bytes
 from ray_merge.plan.export import check_export
 from ray_merge.plan.layout import OutTensor, Shard, file_bytes, plan_shards, with_replaced
 from ray_merge.plan.memory import DEFAULT_MEMORY_BYTES, fit_group
+from ray_merge.plan.moments import StageFacts
 from ray_merge.plan.statistics import check_data, diagnosis_bytes
 from ray_merge.plan.vocabulary import with_vocabulary
 from ray_merge.recipe import Recipe
@@ -50,6 +51,7 @@ class Plan:
         groups: indices into `merges` that share one pass over the base, in order.
         peak_bytes: estimated resident bytes of one worker.
         warnings: what a person should know; none of it stops the run.
+        moments: what the moments that merges need take, where that was asked for.
     """
 
     recipe: Recipe
@@ -62,6 +64,7 @@ class Plan:
     groups: tuple[tuple[int, ...], ...]
     peak_bytes: int
     warnings: tuple[str, ...]
+    moments: tuple[StageFacts, ...] = ()
 
     def touched(self, merge: Merge) -> tuple[Site, ...]:
         """The sites that `merge` changes, by tensor and place."""

@@ -19,15 +19,14 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import ray
 from ray import ObjectRef
 from ray.exceptions import RayError
 
 from ray_merge.errors import RayMergeError, Refusal, RunFailed
-from ray_merge.pool import Done
+from ray_merge.pool import Closing, Done
 from ray_merge.runtime.crew import Crew, Job, Slot
 from ray_merge.runtime.fetch import SETTLE_SECONDS, answer, wait_for
 
@@ -36,7 +35,7 @@ TICK_SECONDS = 1.0  # between two looks at the clock
 AnyJob = TypeVar("AnyJob", bound=Job)
 
 
-class CrewPool(ABC, Generic[AnyJob]):
+class CrewPool(Closing, ABC, Generic[AnyJob]):
     """One run at a time over the actors of a crew; a context manager that kills them on exit.
 
     Args:
@@ -152,14 +151,6 @@ class CrewPool(ABC, Generic[AnyJob]):
     def close(self) -> None:
         """Kill the actors and free their places; the session stays open."""
         self._crew.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def done_by(slot: Slot[AnyJob], job: AnyJob, value: Any) -> Done:

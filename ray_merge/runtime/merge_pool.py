@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Self
 
 import ray
 
 from ray_merge.errors import Refusal
-from ray_merge.pool import Done, Pool, Task, Worker
+from ray_merge.pool import Closing, Done, Pool, Task, Worker
 from ray_merge.runtime.placement import Placement
 from ray_merge.runtime.ray_pool import RayPool
 from ray_merge.runtime.session import open_session
@@ -18,7 +16,7 @@ from ray_merge.work.factory import WorkerFactory
 from ray_merge.work.job import Job
 
 
-class JobPool:
+class JobPool(Closing):
     """A `RayPool` together with the session that it runs on; closing it closes both.
 
     Args:
@@ -76,14 +74,6 @@ class JobPool:
     def close(self) -> None:
         """End the workers and leave (or end) the cluster."""
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class MergePool(JobPool):

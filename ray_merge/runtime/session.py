@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import FrameType
+from typing import Any
 
 import ray
 
 from ray_merge.errors import Refusal, RunFailed
+from ray_merge.pool import Closing
 
 OBJECT_STORE_BYTES = 100_000_000  # of merges: results are a few hundred bytes, no tensor enters Ray's store
 CONNECT_SECONDS = 5.0
@@ -39,7 +40,7 @@ logger = logging.getLogger("ray_merge.runtime")
 
 
 @dataclass
-class Session:
+class Session(Closing):
     """A connection to Ray; a context manager that undoes what opening it did, and no more.
 
     Attributes:
@@ -57,14 +58,6 @@ class Session:
         """Leave the cluster, and end it if it was embedded; a second call does nothing."""
         while self._undo:
             self._undo.pop()()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_session(

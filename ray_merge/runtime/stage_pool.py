@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Self
 
-from ray_merge.pool import Done
+from ray_merge.pool import Closing, Done
 from ray_merge.pool_steps import StepPool
 from ray_merge.runtime.session import open_session
 from ray_merge.runtime.step_pool import RayStepPool
@@ -20,7 +18,7 @@ STORE_SHARE = 0.2
 """Of this machine's memory that an embedded Ray may use for what stages hand on; beyond it Ray spills to disk."""
 
 
-class StagePool:
+class StagePool(Closing):
     """A `RayStepPool` together with the session that it runs on; closing it closes both.
 
     Args:
@@ -58,11 +56,3 @@ class StagePool:
     def close(self) -> None:
         """End the actors and leave (or end) the cluster."""
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

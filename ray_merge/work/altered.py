@@ -49,30 +49,34 @@ def altered_by(
         def alter(parameter: str, weight: Tensor) -> Tensor:
             if parameter in heads:
                 return files.open(adapter).read(heads[parameter]).to(weight.device, weight.dtype)
+            used = weight
             for slot in slots.get(parameter, ()):
                 if slot.tensor in adapter.replaced:
-                    return (
+                    used = (
                         files.open(adapter)
                         .read(adapter.replaced[slot.tensor])
                         .to(weight.device, weight.dtype)
                     )
                 for site in sites.get(slot.tensor, ()):
-                    weight = _with_update(files, task.name, site, weight, slot)
-            return weight
+                    # One copy for all sites: a stack of experts has as many of them as experts.
+                    used = used.clone() if used is weight else used
+                    _add_update(files, task.name, site, _part(used, slot))
+            return used
 
         yield alter
 
 
-def _with_update(files: AdapterFiles, name: str, site: Site, weight: Tensor, slot: Slot) -> Tensor:
-    """A copy of the weight with the update of one site, which is a part of it or all."""
-    changed = weight.clone()
-    part = changed if slot.expert is None else changed[slot.expert]
-    if slot.rows is not None:
-        part = part.narrow(slot.axis, slot.rows[0], slot.rows[1] - slot.rows[0])
+def _part(weight: Tensor, slot: Slot) -> Tensor:
+    """The view of a parameter that one disk tensor fills."""
+    part = weight if slot.expert is None else weight[slot.expert]
+    return part if slot.rows is None else part.narrow(slot.axis, slot.rows[0], slot.rows[1] - slot.rows[0])
+
+
+def _add_update(files: AdapterFiles, name: str, site: Site, part: Tensor) -> None:
+    """Add the update of one site to what its disk tensor fills, in place."""
     rows, columns = site.shape
-    before_OI = part.reshape(-1, columns)[site.start : site.start + rows]
-    delta_OI = files.site([name], site, lambda: before_OI).sum([1.0]).dense(weight.dtype)
-    after = part.reshape(-1, columns).clone()
-    after[site.start : site.start + rows] += delta_OI
-    part.copy_(after.reshape(part.shape))
-    return changed
+    matrix_OI = part.reshape(-1, columns)  # a view where it can be one
+    before_OI = matrix_OI[site.start : site.start + rows]
+    before_OI += files.site([name], site, lambda: before_OI.clone()).sum([1.0]).dense(part.dtype)
+    if matrix_OI.data_ptr() != part.data_ptr():
+        part.copy_(matrix_OI.reshape(part.shape))

@@ -28,7 +28,7 @@ class Collector:
         self._done: dict[str, AnyMoments] = {}
         self._leaders: dict[str, str] = {}
         # The inputs of this forward pass that were summed already; kept, so that their identity stays theirs.
-        self._seen: list[tuple[Tensor, str]] = []
+        self._seen: list[tuple[Tensor, int, str]] = []
         self._mask: Tensor | None = None
 
     def begin(self, mask: Tensor | None) -> None:
@@ -41,7 +41,9 @@ class Collector:
         site = self._sites.get(module)
         if site is None:
             return
-        leader = next((leader for seen, leader in self._seen if seen is x), site)
+        version = 0 if x.is_inference() else x._version
+        shared = (leader for seen, then, leader in self._seen if seen is x and then == version)
+        leader = next(shared, site)
         if self._leaders.setdefault(site, leader) != leader:
             raise RunFailed(
                 f"{site} shared its input with {self._leaders[site]} in one batch and with {leader} in another, so its "
@@ -49,8 +51,11 @@ class Collector:
             )
         if leader != site:
             return
-        self._seen.append((x, site))
-        rows_NI = token_rows(x, self._mask)
+        self._seen.append((x, version, site))
+        try:
+            rows_NI = token_rows(x, self._mask)
+        except ValueError as error:
+            raise RunFailed(f"{site}: {error}; leave {module} out of the adapters' modules") from error
         if site not in self._sums:
             self._sums[site] = self._new(rows_NI.shape[1])
         self._sums[site].add(rows_NI)

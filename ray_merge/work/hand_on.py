@@ -17,6 +17,9 @@ from torch import Tensor
 
 from ray_merge.models.stage_calls import StageInput
 
+START_KEYS = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+"""What config.json may call the token that a decoder begins with."""
+
 Handed = Sequence[Mapping[str, Any]]
 """One mapping of arrays for each batch."""
 
@@ -48,3 +51,15 @@ def _tensor(values: Any) -> Tensor:
         # Arrays of the object store are read-only; nothing here writes to an input.
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(values)
+
+
+def with_decoder_inputs(given: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs of an encoder-decoder with those of its decoder: the same tokens, one to the right, as in training."""
+    if "input_ids" not in given or "decoder_input_ids" in given:
+        return given
+    ids = given["input_ids"]
+    start = next((config[key] for key in START_KEYS if isinstance(config.get(key), int)), 0)
+    return {
+        **given,
+        "decoder_input_ids": np.concatenate([np.full_like(ids[:, :1], start), ids[:, :-1]], axis=1),
+    }

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ray_merge.algebra.moments import Moments, pack, unpack
 from ray_merge.algebra.sketch import SketchedMoments
-from ray_merge.errors import RunFailed
+from ray_merge.errors import CheckpointError, RunFailed
 from ray_merge.identity import canonical_json
 from ray_merge.storage.headers import parse_header
 from ray_merge.storage.writer import ScratchFile
@@ -89,21 +89,30 @@ def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) 
 class MomentsFile:
     """One such object on this node's disk.
 
+    Args:
+        path: the local file.
+        object_id: the id that it must have; "" takes any.
+
     Raises:
-        RunFailed: it is none, or damaged.
+        RunFailed: it is none, damaged, or another one.
     """
 
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            header = parse_header(
-                raw.read(length), file=path.name, file_bytes=path.stat().st_size, where=str(path)
-            )
+    def __init__(self, path: Path, object_id: str = "") -> None:
         try:
+            with path.open("rb") as raw:
+                length = int.from_bytes(raw.read(8), "little")
+                header = parse_header(
+                    raw.read(length), file=path.name, file_bytes=path.stat().st_size, where=str(path)
+                )
             self._about: dict[str, Any] = json.loads(header.metadata[METADATA_KEY])
             self.leaders: dict[str, str] = dict(self._about["sites"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise RunFailed(f"{path} holds no moments of this package; remove it and run again") from error
+            is_it = not object_id or self._about["id"] == object_id
+        except (CheckpointError, KeyError, ValueError, TypeError) as error:
+            raise RunFailed(
+                f"{object_id or path} is damaged or holds no moments; remove it and run again"
+            ) from error
+        if not is_it:
+            raise RunFailed(f"{object_id} holds the moments {self._about['id']}; remove it and run again")
         self._entries = header.tensors
         self._file = TensorFile(path)
         self._path = path

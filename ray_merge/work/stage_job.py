@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ray_merge.plan.fisher import Likelihood
-from ray_merge.plan.moments import MomentsPlan
+from ray_merge.plan.moments import MomentsPlan, TaskData
 from ray_merge.spec import Adapter, Site
 
 
@@ -20,6 +20,7 @@ class StageJob:
         adapters: by name, those that are active while their task's inputs run.
         sites: of those adapters, by name.
         likelihoods: task -> what its Fisher diagonals are of; empty for moments.
+        versions: task -> digest of the content of its data, which must still be that when they are read.
         store: URL of the store that moments go to.
         scratch: folder for unfinished files where the store is remote.
         cache: node-local folder.
@@ -32,6 +33,7 @@ class StageJob:
     adapters: Mapping[str, Adapter]
     sites: Mapping[str, Site]
     likelihoods: Mapping[str, Likelihood]
+    versions: Mapping[str, str]
     store: str
     scratch: str
     cache: str
@@ -42,14 +44,50 @@ class StageJob:
 
 @dataclass(frozen=True, slots=True)
 class CheckUnit:
-    """Read the data of one task and look at every row, before anything is written."""
+    """Read the data of one task and look at every row, before anything is written; any place can do it.
 
-    task: str
+    Args:
+        task: whose data.
+        likelihood: what is to be differentiated, whose labels are looked at too.
+    """
+
+    task: TaskData
+    likelihood: Likelihood | None = None
 
     @property
     def id(self) -> str:
         """Unit id."""
-        return f"check/{self.task}"
+        labels = "" if self.likelihood is None else f"/{self.likelihood.labels}"
+        return f"check/{self.task.name}{labels}"
+
+
+@dataclass(frozen=True, slots=True)
+class RehearsalUnit:
+    """Run the first input of one task through one stage, to find out whether the model can be cut at all."""
+
+    task: str
+    stage: int
+    hand_on: bool
+
+    @property
+    def id(self) -> str:
+        """Unit id."""
+        return f"rehearsal/stage-{self.stage}"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One object to be made.
+
+    Args:
+        part: of the base.
+        id: of the object, 64 hex digits.
+        sites: of the part that it is to hold; others may be there already.
+    """
+
+    part: str
+    id: str
+    sites: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +97,13 @@ class ForwardUnit:
     Args:
         task: whose inputs.
         stage: which.
-        wanted: part -> id of the moments to make of it; empty where this stage only hands on.
+        wanted: the objects to make; empty where this stage only hands on.
         hand_on: whether a later step needs the hidden states.
     """
 
     task: str
     stage: int
-    wanted: tuple[tuple[str, str], ...]
+    wanted: tuple[Wanted, ...]
     hand_on: bool
 
     @property
@@ -81,13 +119,13 @@ class BackwardUnit:
     Args:
         task: whose inputs.
         stage: which.
-        wanted: part -> id of the Fisher diagonals to make of it; empty where this stage only hands on.
+        wanted: the objects to make; empty where this stage only hands on.
         hand_on: whether the stage before needs the gradients.
     """
 
     task: str
     stage: int
-    wanted: tuple[tuple[str, str], ...]
+    wanted: tuple[Wanted, ...]
     hand_on: bool
 
     @property
@@ -96,7 +134,7 @@ class BackwardUnit:
         return f"{self.task}/backward-{self.stage}"
 
 
-StageUnit = CheckUnit | ForwardUnit | BackwardUnit
+StageUnit = CheckUnit | RehearsalUnit | ForwardUnit | BackwardUnit
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,29 +6,36 @@ as committed objects; sums live inside the call. So any call may be repeated, in
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ray_merge.calibration import Batch, Calibrated, load_batches
+from ray_merge.calibration import Batch, Calibrated, data_identity, load_batches
+from ray_merge.errors import RecipeError, RunFailed
+from ray_merge.identity import digest
 from ray_merge.models.conversion import Slot
 from ray_merge.models.skeleton import build_skeleton
 from ray_merge.models.stage import Stage
 from ray_merge.models.stage_calls import Alter, StageInput
 from ray_merge.models.stored_weights import StoredWeights
+from ray_merge.plan.fisher import Likelihood
 from ray_merge.plan.moments import Part, TaskData
 from ray_merge.pool import Turn
+from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.store import Stores
 from ray_merge.work.altered import altered_by
 from ray_merge.work.collect import Collector
 from ray_merge.work.device import ONE_THREAD, STAGING, check_device, tune_malloc
 from ray_merge.work.fisher_units import ROWS, Descent, drawing, model_inputs, stated_pad, with_rows
-from ray_merge.work.hand_on import Handed, handed_on, stage_input
+from ray_merge.work.hand_on import Handed, handed_on, stage_input, with_decoder_inputs
 from ray_merge.work.moments_file import write_fisher, write_moments
 from ray_merge.work.squares import Squares
 from ray_merge.work.stage_job import (
@@ -36,6 +43,7 @@ from ray_merge.work.stage_job import (
     CheckUnit,
     DataCheck,
     ForwardUnit,
+    RehearsalUnit,
     StageJob,
     StageUnit,
     Stored,
@@ -66,6 +74,8 @@ class StageWorker:
         self._stage: Stage | None = None
         self._slots: Mapping[str, Sequence[Slot]] = {}
         self._text_config: Any = None
+        self._config: Mapping[str, Any] = {}
+        self._decodes = False
         self._pad: int | None = None
 
     def run(self, unit: StageUnit, given: Sequence[Any], turn: Turn) -> tuple[Any, Any]:
@@ -74,26 +84,69 @@ class StageWorker:
         with ONE_THREAD, torch.no_grad():
             if isinstance(unit, CheckUnit):
                 return self._check(unit), None
+            if isinstance(unit, RehearsalUnit):
+                return None, self._rehearse(unit, given)
             if isinstance(unit, BackwardUnit):
                 return self._backward(unit, given, turn)
             return self._forward(unit, given, turn)
 
     def _check(self, unit: CheckUnit) -> DataCheck:
-        task = self._task(unit.task)
-        found = self._load(task)
-        self._batches(task, found)
-        return DataCheck(unit.task, found.rows, found.tokens, found.sha256)
+        found = self._load(unit.task)
+        self._batches(unit.task, found, unit.likelihood)
+        if unit.likelihood is not None and unit.likelihood.head == "causal" and found.tokens <= found.rows:
+            raise RecipeError(
+                f"adapters.{unit.task.name}.data: none of the {found.rows} rows has two tokens, so no token follows "
+                "another and there is no likelihood; give longer texts"
+            )
+        return DataCheck(unit.task.name, found.rows, found.tokens, found.sha256)
 
     def _load(self, task: TaskData) -> Calibrated:
         plan = self._job.plan
-        return load_batches(
+        found = load_batches(
             task.data, plan.calibration, task.name, plan.base, Path(self._job.cache), self._stores
         )
+        self._check_unchanged(task)
+        return found
 
-    def _batches(self, task: TaskData, found: Calibrated) -> list[Mapping[str, Any]]:
-        """What the first stage gets, as arrays; with rows and labels where likelihoods are differentiated."""
+    def _check_unchanged(self, task: TaskData) -> None:
+        """What was read must be what the ids were made of.
+
+        Raises:
+            RunFailed: the data or the base's tokenizer changed since the run was planned.
+        """
+        wanted = self._job.versions.get(task.name)
+        digests = DigestCache(Path(self._job.cache) / "digests")
+        if wanted is not None and digest(dict(data_identity(task.data, self._stores, digests))) != wanted:
+            raise RunFailed(
+                f"{task.data.path}, the data of {task.name}, changed since the run was planned; run again"
+            )
+        base = self._job.plan.base
+        there = {info.path: info for info in self._stores.open(base.url).list()}
+        changed = next((info.path for info in base.side_files if there.get(info.path) != info), None)
+        if changed is not None:
+            raise RunFailed(f"{base.url}/{changed} has changed since the run was planned; run again")
+
+    def _rehearse(self, unit: RehearsalUnit, given: Sequence[Any]) -> Handed | None:
+        """Through this stage with one input and the base's own weights; a model that cannot be cut is refused here."""
+        self._held()
+        inputs = given[0] if given else self._first_inputs(self._task(unit.task))
+        one = {name: values[:1] for name, values in model_inputs(inputs[0]).items() if name != "pixel_shape"}
+        if "pixel_shape" in inputs[0]:
+            one["pixel_shape"] = np.array([1, *inputs[0]["pixel_shape"][1:]])
+        hidden = self._held().forward(stage_input(one, self._job.device)).hidden
+        return [handed_on(one, hidden)] if unit.hand_on else None
+
+    def _first_inputs(self, task: TaskData) -> list[Mapping[str, Any]]:
+        """What the first stage gets of a task."""
+        self._held()
+        inputs = self._batches(task, self._load(task), self._job.likelihoods.get(task.name))
+        return [with_decoder_inputs(one, self._config) for one in inputs] if self._decodes else inputs
+
+    def _batches(
+        self, task: TaskData, found: Calibrated, likelihood: Likelihood | None
+    ) -> list[Mapping[str, Any]]:
+        """The batches as arrays; with rows and labels where likelihoods are differentiated."""
         batches = [_as_input(batch) for batch in found.batches]
-        likelihood = self._job.likelihoods.get(task.name)
         if likelihood is None:
             return batches
         names = self._job.plan.base.config.get("label2id") or {}
@@ -105,8 +158,8 @@ class StageWorker:
     def _forward(self, unit: ForwardUnit, given: Sequence[Any], turn: Turn) -> tuple[list[Stored], Handed]:
         started = time.perf_counter()
         plan, task = self._job.plan, self._task(unit.task)
-        parts = [part for part in plan.parts_of(self._place) if part.name in dict(unit.wanted)]
-        inputs = given[0] if given else self._batches(task, self._load(task))
+        parts = self._wanted_parts(unit)
+        inputs = given[0] if given else self._first_inputs(task)
         collect = Collector(
             {module: site for part in parts for site, module in part.modules.items()}, plan.calibration
         )
@@ -132,9 +185,8 @@ class StageWorker:
     ) -> tuple[list[Stored], list[Any]]:
         started = time.perf_counter()
         plan, task = self._job.plan, self._task(unit.task)
-        wanted = dict(unit.wanted)
-        parts = [part for part in plan.parts_of(self._place) if part.name in wanted]
-        inputs = given[0] if self._place else self._batches(task, self._load(task))
+        parts = self._wanted_parts(unit)
+        inputs = given[0] if self._place else self._first_inputs(task)
         above = given[-1] if self._place < len(plan.stages) - 1 else None
         stage = self._held()
         with altered_by(self._job, task, self._slots, self._stores) as altered:
@@ -163,6 +215,17 @@ class StageWorker:
 
         return self._commit_all(unit, made, write, started), handed
 
+    def _wanted_parts(self, unit: ForwardUnit | BackwardUnit) -> list[Part]:
+        """The parts that this stage makes of a task, with the sites that are wanted."""
+        wanted = {one.part: set(one.sites) for one in unit.wanted}
+        return [
+            replace(
+                part, modules={site: path for site, path in part.modules.items() if site in wanted[part.name]}
+            )
+            for part in self._job.plan.parts_of(self._place)
+            if part.name in wanted
+        ]
+
     def _through(
         self, given: StageInput, altered: Alter | None, collect: Collector, *, to_end: bool
     ) -> Tensor | None:
@@ -182,6 +245,9 @@ class StageWorker:
             weights = StoredWeights(base, self._stores.open(base.url), skeleton.slots, skeleton.unsupported)
             watched = [path for part in plan.parts for path in part.modules.values()]
             config: Any = skeleton.model.config
+            self._config = plan.base.config
+            named = inspect.signature(skeleton.model.forward).parameters
+            self._decodes = bool(plan.base.config.get("is_encoder_decoder")) and "decoder_input_ids" in named
             self._text_config = config.get_text_config()
             self._pad = stated_pad(self._text_config)
             self._slots = skeleton.slots
@@ -193,8 +259,8 @@ class StageWorker:
         self, unit: ForwardUnit | BackwardUnit, parts: Sequence[Part], write: Write, started: float
     ) -> list[Stored]:
         """Commit what was found for some parts; sites outside of the blocks run in the first stage or in the last."""
-        wanted = dict(unit.wanted)
-        return [self._commit(unit.task, part, wanted[part.name], write, started) for part in parts]
+        ids = {one.part: one.id for one in unit.wanted}
+        return [self._commit(unit.task, part, ids[part.name], write, started) for part in parts]
 
     def _commit(self, task: str, part: Part, moments_id: str, write: Write, started: float) -> Stored:
         store = self._stores.open(self._job.store)

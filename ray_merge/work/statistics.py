@@ -70,7 +70,7 @@ class Statistics:
         key = (index.store, info.path)
         if key not in self._open:
             cached = self._cache.fetch(self._stores.open(index.store), info.path, info)
-            self._open[key] = MomentsFile(cached.path)
+            self._open[key] = MomentsFile(cached.path, Path(info.path).stem)
         file = self._open[key]
         return file.fisher(site, index.norms[adapter]) if index.norms else file.moments(site)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from algebra_cases import delta_of, random_factors
 
-from ray_merge.algebra.interference import BaseOutputs, interference, mean_product, mean_square
+from ray_merge.algebra.interference import interference, mean_product, mean_square
 from ray_merge.algebra.moments import MomentSums
 from ray_merge.algebra.osrm import osrm_directions
 from ray_merge.algebra.sketch import FrequentDirections
@@ -42,20 +42,6 @@ def test_the_means_are_those_over_the_tokens():
     torch.testing.assert_close(
         got.activations, torch.tensor(activations, dtype=torch.float64), rtol=1e-10, atol=0
     )
-
-
-@pytest.mark.parametrize("step", [1, 7, 24, 100])
-def test_the_base_is_summed_over_chunks_of_rows(step):
-    W = torch.randn(24, 17, generator=torch.Generator().manual_seed(3))
-    outputs = BaseOutputs([moments_of(H) for H in TASKS])
-    for chunk in W.split(step):
-        outputs.add(chunk)
-    base = outputs.finish()
-    want = torch.tensor([root_mean_square(H @ W.double().T) for H in TASKS], dtype=torch.float64)
-    torch.testing.assert_close(base, want, rtol=1e-10, atol=0)
-    factors = random_factors((24, 17), (3, 5))
-    got = interference(factors, [moments_of(H) for H in TASKS])
-    assert float(got.ratios(base)[1, 0]) == pytest.approx(float(got.updates[1, 0] / want[1]), rel=1e-10)
 
 
 def test_sketches_are_within_their_bound():
@@ -99,4 +85,4 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"\(3, 17\) was given moments of 16 columns"):
         interference([one], [moments_of(tokens(9, 1, 16))])
     with pytest.raises(ValueError, match="0 token rows"):
-        BaseOutputs([MomentSums(17).finish()]).add(one.A)
+        mean_square(one.A, MomentSums(17).finish())

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from calibration_cases import json_lines, open_rows, parquet, values
 
-from ray_merge.calibration import data_identity, labels_of, line_rows, require_data
+from ray_merge.calibration import data_identity, labels_of, line_rows
 from ray_merge.calibration.rows import sample_rows
 from ray_merge.errors import RecipeError, StoreError
-from ray_merge.recipe import AdapterSource, DataSource
+from ray_merge.recipe import DataSource
 from ray_merge.recipe.model import Evaluation
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.store import Stores
@@ -270,15 +270,6 @@ def test_the_identity_of_data_is_their_content_and_what_is_taken_of_them(tmp_pat
     assert identity(path="memory://calibration_identity") != remote
     with pytest.raises(RecipeError, match=r"data: .*none\.txt does not exist"):
         identity(path=str(tmp_path / "none.txt"))
-
-
-def test_a_task_without_data_is_named_with_what_needs_them():
-    adapters = {"a": AdapterSource(path="/a", data="/a.txt"), "b": AdapterSource(path="/b")}
-    assert require_data(adapters, ["a"], "merge 'm' (regmean)") == {"a": DataSource(path="/a.txt")}
-    with pytest.raises(
-        RecipeError, match=r"adapters\.b: merge 'm' \(regmean\) needs unlabelled inputs .* add data:"
-    ):
-        require_data(adapters, ["a", "b"], "merge 'm' (regmean)")
 
 
 def test_labels_are_read_for_given_rows_in_their_order(tmp_path):

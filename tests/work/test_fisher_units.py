@@ -12,14 +12,15 @@ import torch
 from safetensors import safe_open
 
 import ray_merge
-from ray_merge.drive.fisher import fisher_kind
-from ray_merge.drive.moments import object_ids
+from ray_merge.drive.fisher import ensure_fisher, fisher_kind
+from ray_merge.drive.moments import Work, object_stems
+from ray_merge.drive.outputs import store_url
 from ray_merge.errors import RecipeError, Refusal, RunFailed
 from ray_merge.methods.merge_factors import merge_factors
 from ray_merge.models.losses import drawn_labels, expected_passes, expected_score, label_score, next_tokens
-from ray_merge.moments import Engines, compute_fisher, fit_all
+from ray_merge.moments import Engines, fit_all
 from ray_merge.plan.fisher import Likelihood, plan_fisher
-from ray_merge.plan.moments import STAGE_RUNTIME_BYTES, TaskData
+from ray_merge.plan.moments import STAGE_RUNTIME_BYTES, TaskData, tasks_with_data
 from ray_merge.recipe import load_recipe
 from ray_merge.recipe.model import Evaluation
 from ray_merge.spec import Factor
@@ -121,8 +122,19 @@ def computed(recipe, labels: str, cache: Path):
     parsed, _ = load_recipe(recipe)
     fitted = fit_all(parsed, cache)
     engines = Engines(engine="local", workers=2, cache=cache)
-    result = compute_fisher(parsed, fitted, list(parsed.adapters), labels, engines, progress=lambda _: None)
-    return result, fitted
+    found = tasks_with_data(parsed, list(parsed.adapters), "fisher")
+    tasks = [TaskData(task.name, task.data, fitted.adapters[task.name]) for task in found]
+    work = Work(
+        store=store_url(parsed),
+        adapters=fitted.adapters,
+        sites=fitted.sites,
+        cache=cache,
+        device="cpu",
+        make_pool=engines.make_pool,
+    )
+    return ensure_fisher(
+        plan_fisher(parsed, fitted.base, tasks, fitted.sites, labels, workers=2), work
+    ), fitted
 
 
 def diagonals(result, task: str) -> dict[str, torch.Tensor]:
@@ -367,7 +379,9 @@ def test_ids_depend_on_labels_their_column_and_the_seed(bert, tmp_path):
 
 def ids_of(recipe, labels: str, tmp_path: Path):
     plan = fisher_plan(recipe, labels, tmp_path)
-    return object_ids(plan.stages, fisher_kind(plan.likelihoods), DigestCache(tmp_path / "digests"), Stores())
+    return object_stems(
+        plan.stages, fisher_kind(plan.likelihoods), DigestCache(tmp_path / "digests"), Stores()
+    )[0]
 
 
 def fisher_plan(recipe, labels: str, tmp_path: Path, memory_bytes: int | None = None):
