@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray_merge.algebra.delta import Delta
     from ray_merge.algebra.moments import Moments
+    from ray_merge.algebra.osrm import osrm_project
     from ray_merge.api import methods, plan, run
     from ray_merge.emr import load_emr
     from ray_merge.errors import RayMergeError, Refusal, RunFailed
@@ -39,6 +40,7 @@ _HOME = {
     "load_head": "ray_merge.heads",
     "merge_factors": "ray_merge.methods.merge_factors",
     "methods": "ray_merge.api",
+    "osrm_project": "ray_merge.algebra.osrm",
     "plan": "ray_merge.api",
     "run": "ray_merge.api",
     "verify": "ray_merge.verify",
@@ -79,6 +81,7 @@ __all__ = [
     "load_head",
     "merge_factors",
     "methods",
+    "osrm_project",
     "plan",
     "run",
     "verify",

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray_merge.drive.events import Event
 from ray_merge.drive.moments import MomentsResult
-from ray_merge.drive.osrm import InitialAdapter, OsrmResult, Place, look, osrm_ids, write_adapters
+from ray_merge.drive.osrm import InitialAdapter, OsrmResult, Place, look, osrm_inputs, write_adapters
 from ray_merge.drive.osrm_files import remarks
 from ray_merge.engines import Engine, memory_ceiling, osrm_pools
 from ray_merge.errors import RecipeError, Refusal
@@ -85,12 +85,13 @@ def init_adapters(
     peak_bytes = _peak_bytes(parsed, init, tasks, engines)
     _refuse_inside_base(init, fitted.base.url)
     stores = Stores()
-    ids = osrm_ids(parsed, tasks, plan, fitted.adapters, DigestCache(engines.cache / "digests"), stores)
-    places = look(parsed, tasks, ids, fitted.base.url, stores)
+    digests = DigestCache(engines.cache / "digests")
+    inputs = osrm_inputs(parsed, tasks, plan, fitted.adapters, digests, stores)
+    places = look(parsed, tasks, inputs, fitted.base.url, stores)
     if all(place.complete for place in places):
         return _result(init, places, places, None, 0, started)
     moments = compute(parsed, fitted, names, "init", engines, targets=init.target_modules, progress=progress)
-    job = _job(parsed, init, fitted, tasks, ids, moments, engines, peak_bytes)
+    job = _job(parsed, init, fitted, places, inputs, moments, engines, peak_bytes)
     pools = osrm_pools(engines.engine, engines.address, engines.workers)
     after, units_run = write_adapters(job, parsed, places, fitted.base.url, pools, progress)
     return _result(init, places, after, moments, units_run, started)
@@ -136,8 +137,8 @@ def _job(
     recipe: Recipe,
     init: Init,
     fitted: Fitted,
-    tasks: Sequence[OsrmTask],
-    ids: Mapping[str, str],
+    places: Sequence[Place],
+    inputs: Mapping[str, Mapping[str, Any]],
     moments: MomentsResult,
     engines: Engines,
     peak_bytes: int,
@@ -145,8 +146,9 @@ def _job(
     return OsrmJob(
         init=init,
         seed=(recipe.calibration or Calibration()).seed,
-        tasks={task.name: task for task in tasks},
-        ids=ids,
+        tasks={place.task.name: place.task for place in places},
+        inputs=inputs,
+        ids={place.task.name: place.task_id for place in places},
         index=moments.index,
         adapters=fitted.adapters if init.project else {},
         sites=fitted.sites if init.project else {},

@@ -350,6 +350,22 @@ def test_another_rank_in_the_same_place_is_a_conflict_that_says_so(bert):
     assert _exit_code(["init", str(path), "--engine", "local", "--cache-dir", str(bert / "out-cache")]) == 2
 
 
+@pytest.mark.parametrize(
+    ("key", "given", "says"),
+    [
+        ("init", {"mode": "means"}, r'init\.mode: "covariance" there, "means" here'),
+        ("calibration", {"samples": 4}, r"others\[0\]\.calibration\.samples: 128 there, 4 here"),
+    ],
+)
+def test_other_factors_in_the_same_place_are_a_conflict_that_names_the_changed_input(bert, key, given, says):
+    recipe = recipe_of(bert, "bert")
+    before = listing(bert / "init")
+    recipe[key].update(given)
+    with pytest.raises(OutputConflict, match=says):
+        init(recipe)
+    assert listing(bert / "init") == before
+
+
 def change(recipe: dict[str, Any], what: str) -> dict[str, Any]:
     """A recipe with one thing wrong."""
     if what == "no init":
@@ -436,16 +452,7 @@ def test_trained_adapters_are_projected_and_the_loss_is_stated(tmp_path, family)
     kind = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
     deltas = {}
     for task in recipe["adapters"]:
-        config = LoraConfig(
-            r=2, lora_alpha=3, target_modules=recipe["init"]["target_modules"], task_type=kind
-        )
-        model = get_peft_model(fresh(family), config)
-        for name, value in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(value)
-        model.peft_config["default"].base_model_name_or_path = recipe["base_model"]
-        model.save_pretrained(tmp_path / task)
-        recipe["adapters"][task]["path"] = str(tmp_path / task)
+        train(recipe, family, task, tmp_path, lora_alpha=3, task_type=kind)
         deltas[task] = dense(tmp_path / task, 1.5)
     result = init(recipe)
     for adapter in result.adapters:
@@ -465,6 +472,49 @@ def test_trained_adapters_are_projected_and_the_loss_is_stated(tmp_path, family)
         kept = [name for name in heads[1] if ".lora_" not in name]
         assert len(kept) == (2 if family == "bert" else 0)
         assert all(torch.equal(heads[0][name], heads[1][name]) for name in kept)
+
+
+def train(recipe: dict[str, Any], family: str, task: str, folder: Path, **options: Any) -> None:
+    """Give a task of the recipe an adapter with the recipe's target modules."""
+    config = LoraConfig(r=2, target_modules=recipe["init"]["target_modules"], **options)
+    model = get_peft_model(fresh(family), config)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value)
+    model.peft_config["default"].base_model_name_or_path = recipe["base_model"]
+    model.save_pretrained(folder / task)
+    recipe["adapters"][task]["path"] = str(folder / task)
+
+
+def test_what_a_projected_adapters_tensors_are_taken_for_is_part_of_its_id(tmp_path):
+    recipe = recipe_of(tmp_path, "llama", project=True, target_modules=["q_proj", "o_proj"], r=8)
+    for task in recipe["adapters"]:
+        train(recipe, "llama", task, tmp_path, task_type="CAUSAL_LM")
+    before = init(recipe)
+    swap = {r"q_proj": "none", "o_proj": "q_proj", "none": "o_proj"}  # of one shape
+    recipe["adapters"]["b"]["key_mapping"] = swap
+    with pytest.raises(OutputConflict, match=r"init/b/.* \(projected\.fitted: "):
+        init(recipe)
+    recipe["init"]["output"] = str(tmp_path / "again")
+    again = init(recipe)
+    same = [one.id == other.id for one, other in zip(before.adapters, again.adapters, strict=True)]
+    assert same == [True, False, True]
+
+
+def test_a_dora_adapter_cannot_be_projected_and_is_told_so(tmp_path):
+    recipe = recipe_of(tmp_path, "bert", project=True)
+    for task in recipe["adapters"]:
+        train(recipe, "bert", task, tmp_path, task_type="SEQ_CLS", use_dora=task == "b")
+    with pytest.raises(
+        RecipeError, match=r"adapter b has .*, and it is DoRA there, .*; leave the adapter out$"
+    ):
+        init(recipe)
+    recipe["init"]["target_modules"] = ["key"]
+    with pytest.raises(
+        RecipeError, match=r"adapter a has .*target_modules does not name it; name it there, or"
+    ):
+        init(recipe)
+    assert not (tmp_path / "init").exists()
 
 
 def dense(folder: Path, scale: float) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ from functools import partial
 from typing import Any
 
 from ray_merge.calibration import data_identity
+from ray_merge.drive.cover import Key
 from ray_merge.drive.moments import (
-    Key,
     Kind,
     MomentsResult,
     Work,
@@ -25,7 +25,7 @@ from ray_merge.drive.moments import (
     task_inputs,
     wanted_objects,
 )
-from ray_merge.errors import RecipeError, RunFailed
+from ray_merge.errors import CheckpointError, RecipeError, RunFailed
 from ray_merge.plan.fisher import FisherPlan, Likelihood
 from ray_merge.plan.moments import MomentsPlan, TaskData
 from ray_merge.pool_steps import Step
@@ -36,7 +36,7 @@ from ray_merge.storage.headers import read_header
 from ray_merge.storage.ordered import in_order
 from ray_merge.storage.store import Stores
 from ray_merge.work.job import MomentsIndex
-from ray_merge.work.stage_job import BackwardUnit, Wanted
+from ray_merge.work.stage_job import METADATA_KEY, BackwardUnit, Wanted
 
 
 def ensure_fisher(plans: Sequence[FisherPlan], work: Work) -> MomentsResult:
@@ -55,10 +55,11 @@ def ensure_fisher(plans: Sequence[FisherPlan], work: Work) -> MomentsResult:
     if checks is None and len(plans) > 1:  # the data of all classes, before any of them writes
         pairs = zip(plans, kinds, strict=True)
         checks = [unit for plan, kind in pairs for unit in check_units(plan.stages, kind)]
-    results = [
-        ensure_moments(plan.stages, replace(work, checks=checks), kind)
-        for plan, kind in zip(plans, kinds, strict=True)
-    ]
+    results = []
+    for plan, kind in zip(plans, kinds, strict=True):
+        results.append(ensure_moments(plan.stages, replace(work, checks=checks), kind))
+        if checks is not None and results[-1].units_run:
+            checks = []  # they were looked at in that pool
     found = _joined(results)
     return replace(found, index=replace(found.index, norms=norms(found.index, work.adapters, Stores())))
 
@@ -129,7 +130,7 @@ def norms(index: MomentsIndex, adapters: Mapping[str, Adapter], stores: Stores) 
     for task, objects in index.objects.items():
         own = [by_path[info.path][site] for site, info in objects.items() if site in adapters[task].factors]
         found[task] = math.sqrt(math.fsum(one * one for one in own))
-        if not found[task]:
+        if own and not found[task]:
             raise RunFailed(
                 f"the Fisher information of {task} is zero at every site: no gradient of its likelihood reaches the "
                 "adapter with this data; give other data, or leave the task out"
@@ -138,13 +139,13 @@ def norms(index: MomentsIndex, adapters: Mapping[str, Adapter], stores: Stores) 
 
 
 def _site_norms(store: Any, path: str) -> dict[str, float]:
-    from ray_merge.work.moments_file import METADATA_KEY
-
     try:
         about = json.loads(read_header(store, path).metadata[METADATA_KEY])
         return {site: float(norm) for site, norm in about["norm"].items()}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise RunFailed(f"{store.url}/{path} holds no Fisher information; remove it and run again") from error
+    except (CheckpointError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise RunFailed(
+            f"{store.url}/{path} is damaged or holds no Fisher information; remove it and run again"
+        ) from error
 
 
 def _joined(results: Sequence[MomentsResult]) -> MomentsResult:

@@ -1,27 +1,25 @@
 """The loop that computes moments: ids -> what is in the store -> check the data -> stages -> objects.
 
-An object's name is its id. The first half of an id covers everything that decides the bytes of a site's entry: base,
-data, sampling, the part, and the adapter where that is active; the second half names the sites. A site that any object
-of the same first half holds is reused by every later run, whatever its other adapters are; what is missing is computed,
-and a run that was killed anywhere is finished by running it again.
+What is there already (drive/cover.py) is reused by every later run; what is missing is computed, and a run that was
+killed anywhere is finished by running it again.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ray_merge.calibration import data_identity
+from ray_merge.drive.cover import Key, by_task, check_free, covered, missing_objects, object_stem
 from ray_merge.drive.events import Event
 from ray_merge.drive.identify import Versions, calibration_inputs, file_versions, model_versions
-from ray_merge.errors import CheckpointError, RunFailed
+from ray_merge.errors import RunFailed
 from ray_merge.identity import MOMENTS_VERSION, digest
 from ray_merge.plan.fisher import Likelihood
 from ray_merge.plan.moments import MomentsPlan, TaskData
@@ -29,8 +27,7 @@ from ray_merge.pool_steps import Step, StepPool
 from ray_merge.spec import Adapter, Site
 from ray_merge.storage.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from ray_merge.storage.digest import DigestCache
-from ray_merge.storage.headers import read_header
-from ray_merge.storage.store import ObjectInfo, Store, Stores
+from ray_merge.storage.store import Stores
 from ray_merge.work.job import MomentsIndex
 from ray_merge.work.stage_job import (
     CheckUnit,
@@ -40,19 +37,12 @@ from ray_merge.work.stage_job import (
     StageJob,
     Stored,
     Wanted,
-    moments_path,
 )
 
 StepPoolFactory = Callable[[StageJob], StepPool]
 """Makes the pool with one place for each stage; called only when something is missing."""
 
 Placement = Literal["spread", "one_per_node"]
-
-Key = tuple[str, str]
-"""Task and part."""
-
-STEM = 32
-"""Hex digits of either half of an id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +68,9 @@ class MomentsResult:
 
     Args:
         index: where they lie.
-        ids: (task, part) -> id of the object of its wanted sites, or of those of them that this run made.
+        ids: (task, part) -> id of the object that this run made, or else of the one that holds the part's first site.
         computed: objects that this run made.
-        reused: objects that were there.
+        reused: parts of tasks that this run made nothing of.
         units_run: (task, stage) units of this run.
         checks: what each task's data held; empty where nothing was missing.
         stages: how many.
@@ -142,15 +132,17 @@ def ensure_moments(plan: MomentsPlan, work: Work, kind: Kind | None = None) -> M
     stores, kind = Stores(), kind or MOMENTS
     digests = DigestCache(work.cache / "digests")
     stems, versions = object_stems(plan, kind, digests, stores)
-    cover = _cover(plan, stems, stores, work.store)
-    missing = _missing(plan, stems, cover)
+    store = stores.open(work.store)
+    cover = covered(plan, stems, store)
+    missing = missing_objects(plan, stems, cover)
+    check_free(missing.values(), store)
     job = StageJob(
         plan=plan,
         adapters=work.adapters,
         sites=work.sites,
         likelihoods=kind.likelihoods,
         versions=versions,
-        store=stores.open(work.store).url,
+        store=store.url,
         scratch=str(work.cache / "scratch"),
         cache=str(work.cache),
         attempt=uuid.uuid4().hex[:12],
@@ -159,8 +151,8 @@ def ensure_moments(plan: MomentsPlan, work: Work, kind: Kind | None = None) -> M
     )
     steps = kind.steps(plan, missing)
     checks, made = _run(job, kind, steps, missing, work, stores) if steps else ([], [])
-    cover = _cover(plan, stems, stores, work.store) if steps else cover
-    lost = _missing(plan, stems, cover)
+    cover = covered(plan, stems, store) if steps else cover
+    lost = missing_objects(plan, stems, cover)
     if lost:
         (task, _), one = next(iter(lost.items()))
         raise RunFailed(
@@ -169,10 +161,11 @@ def ensure_moments(plan: MomentsPlan, work: Work, kind: Kind | None = None) -> M
         )
     return MomentsResult(
         index=MomentsIndex(
-            store=job.store, objects=_by_task(cover), conv1d=plan.conv1d, unwatched=plan.unwatched
+            store=job.store, objects=by_task(plan, cover), conv1d=plan.conv1d, unwatched=plan.unwatched
         ),
         ids={
-            key: missing[key].id if key in missing else _id(stem, plan, key[1]) for key, stem in stems.items()
+            key: missing[key].id if key in missing else Path(next(iter(sites.values())).path).stem
+            for key, sites in cover.items()
         },
         computed=len(made),
         reused=len(stems) - len(made),
@@ -194,75 +187,8 @@ def object_stems(
         inputs = kind.inputs(plan, task, digests, stores)
         versions[task.name] = digest(inputs["data"])
         for part in plan.parts:
-            stems[task.name, part.name] = digest({**inputs, "base": base, "part": part.name})[:STEM]
+            stems[task.name, part.name] = object_stem({**inputs, "base": base, "part": part.name})
     return stems, versions
-
-
-def object_id(stem: str, sites: Iterable[str]) -> str:
-    """The id of an object that holds some sites of a part, 64 hex digits."""
-    return stem + digest(sorted(sites))[:STEM]
-
-
-def _id(stem: str, plan: MomentsPlan, part: str) -> str:
-    return object_id(stem, next(one.modules for one in plan.parts if one.name == part))
-
-
-def _cover(
-    plan: MomentsPlan, stems: Mapping[Key, str], stores: Stores, url: str
-) -> dict[Key, dict[str, ObjectInfo]]:
-    """For each task and part the sites that the store has, each with the object that holds it.
-
-    An object with exactly the wanted sites is known by its name. Others of the same stem, which a run with other
-    adapters left, are asked for their sites.
-    """
-    store = stores.open(url)
-    there = {info.path: info for info in store.list("moments")}
-    by_stem: dict[str, list[ObjectInfo]] = {}
-    for path, info in sorted(there.items()):
-        by_stem.setdefault(Path(path).name[:STEM], []).append(info)
-    parts = {part.name: part for part in plan.parts}
-    cover: dict[Key, dict[str, ObjectInfo]] = {}
-    asked: dict[str, list[str]] = {}
-    for key, stem in stems.items():
-        wanted = parts[key[1]].modules
-        exact = there.get(moments_path(object_id(stem, wanted)))
-        if exact is not None and not exact.n_bytes:
-            raise RunFailed(f"{store.url}/{exact.path} is empty; remove it and run again")
-        cover[key] = dict.fromkeys(wanted, exact) if exact is not None else {}
-        for info in () if exact is not None else by_stem.get(stem, ()):
-            if info.path not in asked:
-                asked[info.path] = _sites_in(store, info.path)
-            cover[key] |= {
-                site: info for site in asked[info.path] if site in wanted and site not in cover[key]
-            }
-    return cover
-
-
-def _sites_in(store: Store, path: str) -> list[str]:
-    try:
-        return list(json.loads(read_header(store, path).metadata["ray_merge"])["sites"])
-    except (CheckpointError, KeyError, ValueError, TypeError) as error:
-        raise RunFailed(f"{store.url}/{path} is damaged; remove it and run again") from error
-
-
-def _missing(
-    plan: MomentsPlan, stems: Mapping[Key, str], cover: Mapping[Key, Mapping[str, ObjectInfo]]
-) -> dict[Key, Wanted]:
-    """The objects that have to be made, each of the sites that no other holds."""
-    parts = {part.name: part for part in plan.parts}
-    missing = {}
-    for key, stem in stems.items():
-        sites = tuple(site for site in parts[key[1]].modules if site not in cover[key])
-        if sites:
-            missing[key] = Wanted(key[1], object_id(stem, sites), sites)
-    return missing
-
-
-def _by_task(cover: Mapping[Key, Mapping[str, ObjectInfo]]) -> dict[str, dict[str, ObjectInfo]]:
-    found: dict[str, dict[str, ObjectInfo]] = {}
-    for (task, _), sites in cover.items():
-        found.setdefault(task, {}).update(sites)
-    return found
 
 
 def task_inputs(
@@ -273,7 +199,7 @@ def task_inputs(
         "moments": MOMENTS_VERSION,
         "class": plan.class_name,
         "task": task.name,  # the sample depends on it
-        "data": dict(data_identity(task.data, stores, digests)),
+        "data": dict(data_identity(task.data, stores, digests, where=f"adapters.{task.name}.data")),
         "calibration": calibration_inputs(plan.calibration, fisher=fisher),
         "adapter": None if task.adapter is None else adapter_inputs(task.adapter, digests, stores),
     }
@@ -297,10 +223,11 @@ def _files(adapter: Adapter, digests: DigestCache, stores: Stores) -> Versions:
     return file_versions(stores.open(adapter.url), [ADAPTER_CONFIG, adapter.file], digests)
 
 
-def check_units(plan: MomentsPlan, kind: Kind, names: Iterable[str] | None = None) -> list[CheckUnit]:
+def check_units(plan: MomentsPlan, kind: Kind, names: Collection[str] | None = None) -> list[CheckUnit]:
     """What has to be looked at before anything of a plan is written; of all tasks by default."""
-    chosen = [task for task in plan.tasks if names is None or task.name in set(names)]
-    return [CheckUnit(task, kind.likelihoods.get(task.name)) for task in chosen]
+    chosen = [task for task in plan.tasks if names is None or task.name in names]
+    # Without its adapter, which is large and tells nothing about data.
+    return [CheckUnit(replace(task, adapter=None), kind.likelihoods.get(task.name)) for task in chosen]
 
 
 def forward_steps(plan: MomentsPlan, missing: Mapping[Key, Wanted]) -> list[Step]:
@@ -359,7 +286,8 @@ def _run(
             # Any place can look at data; all of them do, so that it is done sooner.
             looks = [Step(unit.id, unit, index % n_stages) for index, unit in enumerate(units)]
             checks = [done.value for done in pool.run(looks)] if looks else []
-            progress(Event(kind="check", text=f"looked at the data of {len(names)} task(s)"))
+            if looks:
+                progress(Event(kind="check", text=f"looked at the data of {len(looks)} task(s)"))
             if n_stages > 1:
                 list(pool.run(_rehearsal(names[0], n_stages)))
             for count, done in enumerate(pool.run(steps), start=1):

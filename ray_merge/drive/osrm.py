@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ray_merge.drive.events import Event
-from ray_merge.drive.identify import base_versions, file_versions
-from ray_merge.drive.moments import MomentsResult, task_inputs
+from ray_merge.drive.identify import base_versions
+from ray_merge.drive.moments import MomentsResult, adapter_inputs, task_inputs
 from ray_merge.drive.osrm_files import initial_card, initial_config
 from ray_merge.errors import CheckpointError, OutputConflict
 from ray_merge.identity import difference, digest
@@ -31,9 +32,9 @@ from ray_merge.storage.commit import commit_bytes, pretty_json
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.headers import read_header
 from ray_merge.storage.store import Store, Stores, join
-from ray_merge.work.osrm_job import JoinUnit, OsrmJob, PartUnit, SiteInit, part_path, read_state
+from ray_merge.work.osrm_job import JoinUnit, OsrmJob, PartUnit, SiteInit, part_path, read_inputs, read_state
 
-OSRM_VERSION = 1
+OSRM_VERSION = 2
 """Raised whenever the same inputs would give other factors, or another header (work/osrm_job.py); part of the ids."""
 
 OsrmPoolFactory = Callable[[OsrmJob, int], Pool]
@@ -96,17 +97,17 @@ class OsrmResult:
     remarks: Mapping[str, Sequence[str]]
 
 
-def osrm_ids(
+def osrm_inputs(
     recipe: Recipe,
     tasks: Sequence[OsrmTask],
     plan: MomentsPlan,
     adapters: Mapping[str, Adapter],
     digests: DigestCache,
     stores: Stores,
-) -> dict[str, str]:
-    """Task -> id of its adapter's factors: what the others' moments are made of, and how the rows are chosen.
+) -> dict[str, dict[str, Any]]:
+    """Task -> everything that decides its adapter's factors: the others' inputs, and how the rows are chosen.
 
-    Not the ids of the moments: those also depend on which other sites are watched along with these.
+    Its digest is the id. Not the ids of the moments: those also depend on which other sites are watched along.
     """
     init, base = required_init(recipe), dict(base_versions(plan.base, digests, stores))
     active = (recipe.calibration or Calibration()).features == "adapter"
@@ -114,10 +115,10 @@ def osrm_ids(
     for one in plan.tasks:
         own = adapters.get(one.name) if active else None
         seen[one.name] = task_inputs(plan, TaskData(one.name, one.data, own), digests, stores)
-    ids = {}
+    found = {}
     for task in tasks:
         projected = adapters[task.name] if init.project else None
-        document = {
+        found[task.name] = {
             "osrm": OSRM_VERSION,
             "task": task.name,
             "base": base,
@@ -125,35 +126,39 @@ def osrm_ids(
             "init": init.model_dump(exclude={"output", "others", "target_modules"}),
             "seed": plan.calibration.seed,
             "sites": {site.site: site.module for site in task.sites},
-            "projected": projected and _files(projected, digests, stores),
+            "projected": projected and adapter_inputs(projected, digests, stores),
         }
-        ids[task.name] = digest(document)
-    return ids
-
-
-def _files(adapter: Adapter, digests: DigestCache, stores: Stores) -> dict[str, object]:
-    """Versions of an adapter's files and of those that its training started from."""
-    versions: dict[str, object] = dict(
-        file_versions(stores.open(adapter.url), [CONFIG_FILE, adapter.file], digests)
-    )
-    if adapter.initial is not None:
-        versions["initial"] = _files(adapter.initial, digests, stores)
-    return versions
+    return found
 
 
 def look(
-    recipe: Recipe, tasks: Sequence[OsrmTask], ids: Mapping[str, str], base_url: str, stores: Stores
+    recipe: Recipe,
+    tasks: Sequence[OsrmTask],
+    inputs: Mapping[str, Mapping[str, Any]],
+    base_url: str,
+    stores: Stores,
 ) -> list[Place]:
     """Where each adapter goes and what is there.
+
+    Args:
+        recipe: with an init.
+        tasks: all of them.
+        inputs: from `osrm_inputs`.
+        base_url: where the base lies.
+        stores: opens the output.
 
     Raises:
         OutputConflict: something else is there.
     """
     output = required_init(recipe).output
-    return [_look(recipe, task, ids[task.name], join(output, task.name), base_url, stores) for task in tasks]
+    return [
+        _look(recipe, task, inputs[task.name], join(output, task.name), base_url, stores) for task in tasks
+    ]
 
 
-def _look(recipe: Recipe, task: OsrmTask, task_id: str, url: str, base_url: str, stores: Stores) -> Place:
+def _look(
+    recipe: Recipe, task: OsrmTask, inputs: Mapping[str, Any], url: str, base_url: str, stores: Stores
+) -> Place:
     store, ours = stores.open(url), initial_config(recipe, task, base_url)
     config = pretty_json(ours)
     has_config = store.info(CONFIG_FILE) is not None
@@ -162,21 +167,26 @@ def _look(recipe: Recipe, task: OsrmTask, task_id: str, url: str, base_url: str,
             f"{store.url}/{CONFIG_FILE} has sha256 {_sha256(there)}, this recipe makes {_sha256(config)} "
             f"({_changed(there, ours)}); choose another init.output, or remove that folder"
         )
-    found = _found(store, task_id)
-    return Place(task=task, url=store.url, task_id=task_id, config=config, found=found, has_config=has_config)
+    found = _found(store, inputs)
+    return Place(
+        task=task, url=store.url, task_id=digest(inputs), config=config, found=found, has_config=has_config
+    )
 
 
-def _found(store: Store, task_id: str) -> dict[str, SiteInit]:
+def _found(store: Store, inputs: Mapping[str, Any]) -> dict[str, SiteInit]:
     if store.info(WEIGHTS_FILE) is None:
         return {}
     try:
-        owner, found = read_state(read_header(store, WEIGHTS_FILE).metadata)
+        metadata = read_header(store, WEIGHTS_FILE).metadata
     except CheckpointError:
-        owner, found = "", {}
+        metadata = {}
+    (owner, found), task_id = read_state(metadata), digest(inputs)
     if owner != task_id:
         what = f"id {owner[:12]}" if owner else "something that init did not write"
+        before = read_inputs(metadata)
+        changed = f" ({difference(before, inputs)})" if before else ""
         raise OutputConflict(
-            f"{store.url}/{WEIGHTS_FILE} holds {what}, this recipe makes id {task_id[:12]}; choose another "
+            f"{store.url}/{WEIGHTS_FILE} holds {what}, this recipe makes id {task_id[:12]}{changed}; choose another "
             "init.output, or remove that folder"
         )
     return found

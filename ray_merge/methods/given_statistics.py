@@ -73,14 +73,15 @@ def _check_gram(place: str, one: Any, n_inputs: int) -> None:
     if not hasattr(one, "gram") or not hasattr(one, "count"):
         raise MethodError(f"{place} is a {type(one).__name__}, expected ray_merge.Moments")
     gram_II = one.gram
-    if not isinstance(gram_II, Tensor) or not gram_II.is_floating_point() or gram_II.ndim != 2:
+    square = isinstance(gram_II, Tensor) and gram_II.ndim == 2 and gram_II.shape[0] == gram_II.shape[1]
+    if not square or not gram_II.is_floating_point():
         got = (
             f"{gram_II.dtype} {tuple(gram_II.shape)}"
             if isinstance(gram_II, Tensor)
             else type(gram_II).__name__
         )
         raise MethodError(f"{place}.gram is {got}, expected a floating tensor {(n_inputs, n_inputs)}")
-    if gram_II.shape != (n_inputs, n_inputs):
+    if len(gram_II) != n_inputs:
         raise MethodError(
             f"{place} is of {len(gram_II)} inputs, but the weight takes {n_inputs}; the inputs of a weight that is "
             "stored (in, out) are its rows: give `input_side`"

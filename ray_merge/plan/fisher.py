@@ -220,7 +220,7 @@ def _likelihood(recipe: Recipe, task: TaskData, skeleton: Skeleton, labels: Labe
 
 
 def _n_outputs(adapter: Adapter, skeleton: Skeleton) -> int:
-    """Rows of the head's last linear layer as it was saved; heads have hidden layers of their own (RoBERTa, DistilBERT)."""
+    """Rows of the head's last linear layer as it was saved; RoBERTa's and DistilBERT's have a hidden one before it."""
     from torch import nn
 
     config: Any = skeleton.model.config

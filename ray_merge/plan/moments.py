@@ -9,10 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ray_merge.errors import RecipeError, Refusal
+from ray_merge.errors import RecipeError
 from ray_merge.models.blocks import natural_key
+from ray_merge.plan.stages import (
+    HANDED_COPIES,
+    STAGE_RUNTIME_BYTES,
+    block_bytes,
+    cut,
+    handed_bytes,
+    passing_bytes,
+)
 from ray_merge.recipe import Calibration, DataSource, Recipe
 from ray_merge.spec import Adapter, Site
 from ray_merge.storage.checkpoint import Checkpoint
@@ -23,18 +31,6 @@ if TYPE_CHECKING:
 
 WATCHED_LAYOUTS = ("linear", "conv1d")
 """Layouts whose module is called with one row of inputs for each token."""
-
-HANDED_COPIES = 3
-"""Of one task's hidden states in a stage: what came in, what goes out, and Ray's copy of that."""
-
-WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
-"""What config.json calls the width of the hidden state."""
-
-STAGE_RUNTIME_BYTES = 470 * 10**6
-"""A Ray worker with torch, transformers and this package loaded (measured: 410 MB, and 55 MB of Ray's)."""
-
-PASSING_COPIES = 4
-"""Of the widest module's outputs for one batch in float32: what goes by inside one block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +75,7 @@ class MomentsPlan:
         stages: first block and last + 1 of each stage; one stage of (0, 0) runs a model without blocks.
         conv1d: the sites whose weight is stored (in, out).
         unwatched: site -> why it has no moments.
+        unmasked: paths of modules whose rows are no tokens, so that all of them count.
         calibration: which inputs, and how.
         handed_bytes: that one task's hidden states take between two stages, at most.
         peak_bytes: estimated resident bytes of the largest stage.
@@ -91,6 +88,7 @@ class MomentsPlan:
     stages: tuple[tuple[int, int], ...]
     conv1d: frozenset[str]
     unwatched: Mapping[str, str]
+    unmasked: frozenset[str]
     calibration: Calibration
     handed_bytes: int
     peak_bytes: int
@@ -184,12 +182,12 @@ def plan_moments(
     watched |= dict(_targets(skeleton, layers, base, targets))
     calibration = recipe.calibration or Calibration()
     parts = tuple(_parts(skeleton, watched))
-    handed = _handed_bytes(base.config, calibration) if skeleton.blocks else 0
+    handed = handed_bytes(base.config, calibration) if skeleton.blocks else 0
     # What comes in is held while what goes out grows; Ray's copies of both are shared with other processes.
-    held = STAGE_RUNTIME_BYTES + HANDED_COPIES * handed + _passing_bytes(skeleton, layers, calibration)
+    held = STAGE_RUNTIME_BYTES + HANDED_COPIES * handed + passing_bytes(skeleton, layers, calibration)
     room = None if memory_bytes is None else max(1, memory_bytes - held)
-    sizes = _block_bytes(skeleton, base, parts, calibration)
-    stages, stage_bytes = _stages(skeleton, base, sizes, recipe.stages, room, workers)
+    sizes = block_bytes(skeleton, base, parts, calibration)
+    stages, stage_bytes = cut(skeleton, base, sizes, recipe.stages, room, workers)
     return MomentsPlan(
         base=base,
         class_name=skeleton.name,
@@ -198,17 +196,11 @@ def plan_moments(
         stages=stages,
         conv1d=frozenset(site for site, path in watched.items() if layers[path]),
         unwatched=unwatched,
+        unmasked=_beside_text(skeleton) & set(watched.values()),
         calibration=calibration,
         handed_bytes=handed,
         peak_bytes=held + stage_bytes,
     )
-
-
-def _handed_bytes(config: Mapping[str, Any], calibration: Calibration) -> int:
-    """float32 hidden states of all tokens of one task."""
-    text = config.get("text_config") or config
-    width = next((text[key] for key in WIDTH_KEYS if isinstance(text.get(key), int)), 0)
-    return 4 * int(width) * calibration.samples * calibration.max_length
 
 
 def _layers(skeleton: Skeleton) -> dict[str, bool]:
@@ -231,7 +223,6 @@ def _modules(
     for name, slots in skeleton.slots.items():
         if _is_plain(slots):
             plain.setdefault(slots[0].tensor, []).append(name)
-    beside_text = _beside_text(skeleton)
     watched: dict[str, str] = {}
     unwatched: dict[str, str] = {}
     for name, site in sites.items():
@@ -240,9 +231,6 @@ def _modules(
         linear = [one for one in names if one.rpartition(".")[0] in layers]
         if len(linear) > 1:
             unwatched[name] = f"{site.tensor} is the weight of {len(linear)} layers of {skeleton.name}"
-            continue
-        if path in beside_text:
-            unwatched[name] = f"{path} is called with parts of images, which the tokens' mask does not know"
             continue
         is_whole = leaf == "weight" and path in layers and site.layout in WATCHED_LAYOUTS and not site.start
         if is_whole and "[" not in name:
@@ -255,7 +243,7 @@ def _modules(
 
 
 def _beside_text(skeleton: Skeleton) -> frozenset[str]:
-    """Modules of a vision-language model that stand before its blocks: tower and projector."""
+    """Modules of a vision-language model that stand before its blocks: tower and projector see parts of images."""
     config = skeleton.model.config
     if (
         skeleton.blocks is None
@@ -290,6 +278,14 @@ def _targets(
                     f"init.target_modules: {target!r}: {path}.weight is not one tensor in {base.url}; name other "
                     "modules"
                 )
+            shared = [
+                name for name, other in skeleton.slots.items() if other == slots and name.endswith(".weight")
+            ]
+            if sum(name.removesuffix(".weight") in layers for name in shared) > 1:
+                raise RecipeError(
+                    f"init.target_modules: {target!r}: {slots[0].tensor} is the weight of several layers of "
+                    f"{skeleton.name}, whose inputs cannot be told apart; name other modules"
+                )
             yield slots[0].tensor.removesuffix(".weight"), path
 
 
@@ -304,81 +300,3 @@ def _parts(skeleton: Skeleton, watched: Mapping[str, str]) -> Iterator[Part]:
         yield Part(f"{skeleton.blocks.path}.{block}", block, modules)
     for site, path in outside.items():
         yield Part(site, None, {site: path})
-
-
-def _passing_bytes(skeleton: Skeleton, layers: Mapping[str, bool], calibration: Calibration) -> int:
-    """What one block takes while a batch goes by: its widest outputs, and its largest weight in float32."""
-    inside = [
-        path for path in layers if skeleton.blocks is None or skeleton.blocks.block_of(path) is not None
-    ]
-    shapes = [skeleton.model.get_submodule(path).get_parameter("weight").shape for path in inside]
-    widest = max((max(shape) for shape in shapes), default=0)
-    tokens = calibration.batch_size * calibration.max_length
-    return 4 * (PASSING_COPIES * tokens * widest + max((shape.numel() for shape in shapes), default=0))
-
-
-def _block_bytes(
-    skeleton: Skeleton, base: Checkpoint, parts: Sequence[Part], calibration: Calibration
-) -> list[int]:
-    """Of each block: its weights as stored, with what stands before or behind the blocks, and its sums.
-
-    Sites that share their input are counted as if each had sums of its own.
-    """
-    from ray_merge.models.block_list import part_bytes
-
-    n_bytes = {name: entry.n_bytes for name, entry in base.tensors.items()}
-    sizes, rest = part_bytes(skeleton.slots, n_bytes, skeleton.blocks)
-    sizes = sizes or [rest]
-    for part in parts:
-        sums = sum(_sum_bytes(skeleton, path, calibration) for path in part.modules.values())
-        # Outside of the blocks a site runs in the first stage or in the last one.
-        for index in {0, len(sizes) - 1} if part.block is None else {part.block}:
-            sizes[index] += sums
-    return sizes
-
-
-def _sum_bytes(skeleton: Skeleton, path: str, calibration: Calibration) -> int:
-    """The Gram matrix of one module's inputs, or its sketch with what is added to it at once, in float64."""
-    from torch import nn
-
-    module = skeleton.model.get_submodule(path)
-    shape = module.get_parameter("weight").shape
-    inputs: int = shape[1] if isinstance(module, nn.Linear) else shape[0]
-    if calibration.precision == "sketch" and inputs > 2 * calibration.sketch_rows:
-        return 8 * 2 * calibration.sketch_rows * inputs
-    return 8 * inputs * inputs
-
-
-def _stages(
-    skeleton: Skeleton,
-    base: Checkpoint,
-    sizes: Sequence[int],
-    asked: int | None,
-    room: int | None,
-    workers: int,
-) -> tuple[tuple[tuple[int, int], ...], int]:
-    """The stages, and the bytes of the largest one's weights and sums."""
-    from ray_merge.models.block_list import cut_stages, fewest_stages
-
-    if asked is not None and asked > len(sizes):
-        has = f"has {len(sizes)} blocks" if skeleton.blocks else "has no single list of blocks to cut"
-        raise RecipeError(f"stages: {asked}, but {skeleton.name} {has}; use at most {len(sizes)}")
-    count = asked or max(min(workers, len(sizes)), 1 if room is None else fewest_stages(sizes, 0, room))
-    # Equal work, as long as memory does not ask for equal bytes: an embedding table costs no time.
-    ranges = cut_stages([1] * len(sizes), 0, count)
-    if room is not None and _largest(sizes, ranges) > room:
-        ranges = cut_stages(sizes, 0, count)
-    largest = _largest(sizes, ranges)
-    if room is not None and asked is None and largest > room:
-        raise Refusal(
-            f"--memory: one block of {base.url} with what belongs to it takes {largest / 1e6:.0f} MB, but only "
-            f"{room / 1e6:.0f} MB of the ceiling are left beside the process itself, one batch and the hidden states "
-            "of one task; raise it, or set fewer calibration samples or a smaller batch_size"
-        )
-    if skeleton.blocks is None:
-        return ((0, 0),), largest
-    return tuple((blocks.start, blocks.stop) for blocks in ranges), largest
-
-
-def _largest(sizes: Sequence[int], ranges: Sequence[range]) -> int:
-    return max(sum(sizes[index] for index in blocks) for blocks in ranges)

@@ -5,7 +5,7 @@ Owns: every refusal of an init that headers can show. Reads no weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,19 +220,10 @@ def _projected(adapter: Adapter, init: Init, moments: MomentsPlan) -> dict[str, 
         RecipeError: a part of it cannot be written as factors on OSRM's rows, or is not asked for.
     """
     watched = {site for part in moments.parts for site in part.modules}
-    for site, update in adapter.factors.items():
-        why = ""
-        if not isinstance(update, FactorEntry) or update.magnitude is not None:
-            why = "its update there is no product of two factors"
-        elif site not in watched:
-            why = moments.unwatched.get(site, "the inputs of that module are not watched")
-        elif not any(_matches(adapter.modules[site], target) for target in init.target_modules):
-            why = "init.target_modules does not name it"
+    for site in adapter.factors:
+        why = _unprojected(adapter, site, init, moments, watched)
         if why:
-            raise RecipeError(
-                f"init.project: adapter {adapter.name} has {site}, and {why}; name it in target_modules if it is a "
-                "linear layer, else leave the adapter out"
-            )
+            raise RecipeError(f"init.project: adapter {adapter.name} has {site}, and {why}")
     odd = next(iter([*adapter.replaced, *adapter.tokens]), None)
     if odd is not None or not adapter.factors:
         raise RecipeError(
@@ -240,6 +231,23 @@ def _projected(adapter: Adapter, init: Init, moments: MomentsPlan) -> dict[str, 
             "projected; leave it out"
         )
     return dict(adapter.modules)
+
+
+def _unprojected(
+    adapter: Adapter, site: str, init: Init, moments: MomentsPlan, watched: Collection[str]
+) -> str:
+    """Why the update at a site cannot be written on OSRM's rows, and what to do; "" where it can."""
+    update = adapter.factors[site]
+    if not isinstance(update, FactorEntry):
+        return "its update there is no product of two factors; leave the adapter out"
+    if update.magnitude is not None:
+        return "it is DoRA there, whose update depends on the base weight; leave the adapter out"
+    if site not in watched:
+        why = moments.unwatched.get(site, "the inputs of that module are not watched")
+        return f"{why}; leave the adapter out"
+    if not any(_matches(adapter.modules[site], target) for target in init.target_modules):
+        return "init.target_modules does not name it; name it there, or leave the adapter out"
+    return ""
 
 
 def _parts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -19,10 +19,14 @@ class Collector:
     Args:
         sites: module path -> site.
         calibration: whether and how Grams are sketched.
+        unmasked: modules whose rows are no tokens (parts of images beside a text): all of them count.
     """
 
-    def __init__(self, sites: Mapping[str, str], calibration: Calibration) -> None:
+    def __init__(
+        self, sites: Mapping[str, str], calibration: Calibration, unmasked: Collection[str] = ()
+    ) -> None:
         self._sites = sites
+        self._unmasked = frozenset(unmasked)
         self._calibration = calibration
         self._sums: dict[str, MomentSums | FrequentDirections] = {}
         self._done: dict[str, AnyMoments] = {}
@@ -53,7 +57,7 @@ class Collector:
             return
         self._seen.append((x, version, site))
         try:
-            rows_NI = token_rows(x, self._mask)
+            rows_NI = token_rows(x, None if module in self._unmasked else self._mask)
         except ValueError as error:
             raise RunFailed(f"{site}: {error}; leave {module} out of the adapters' modules") from error
         if site not in self._sums:

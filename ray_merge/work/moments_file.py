@@ -26,9 +26,9 @@ from ray_merge.errors import CheckpointError, RunFailed
 from ray_merge.identity import canonical_json
 from ray_merge.storage.headers import parse_header
 from ray_merge.storage.writer import ScratchFile
+from ray_merge.work.stage_job import METADATA_KEY
 from ray_merge.work.tensors import TensorFile, to_bytes
 
-METADATA_KEY = "ray_merge"
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32"}
 
 AnyMoments = Moments | SketchedMoments
@@ -92,12 +92,14 @@ class MomentsFile:
     Args:
         path: the local file.
         object_id: the id that it must have; "" takes any.
+        where: what messages call it; the path by default.
 
     Raises:
         RunFailed: it is none, damaged, or another one.
     """
 
-    def __init__(self, path: Path, object_id: str = "") -> None:
+    def __init__(self, path: Path, object_id: str = "", where: str = "") -> None:
+        where = where or str(path)
         try:
             with path.open("rb") as raw:
                 length = int.from_bytes(raw.read(8), "little")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ray_merge.identity import canonical_json
 from ray_merge.plan.osrm import OsrmTask
@@ -14,7 +15,7 @@ from ray_merge.spec import Adapter, Site
 from ray_merge.work.job import MomentsIndex
 
 STATE_KEY = "ray_merge"
-"""Of the metadata of what is written: the id, and what was found at each site."""
+"""Of the metadata of what is written: the id, what an adapter is made of, and what was found at each site."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,8 @@ class OsrmJob:
         init: the recipe's.
         seed: of the recipe's calibration; it also decides among directions that no other task reaches.
         tasks: by name.
-        ids: task -> 64 hex digits, made of everything that decides its factors.
+        inputs: task -> everything that decides its factors.
+        ids: task -> the digest of that, 64 hex digits.
         index: where the moments lie.
         adapters: by name, those that are projected.
         sites: of those adapters, by name.
@@ -39,6 +41,7 @@ class OsrmJob:
     init: Init
     seed: int
     tasks: Mapping[str, OsrmTask]
+    inputs: Mapping[str, Mapping[str, Any]]
     ids: Mapping[str, str]
     index: MomentsIndex
     adapters: Mapping[str, Adapter]
@@ -100,8 +103,8 @@ def part_path(job_id: str, part: int) -> str:
     return f"osrm/{job_id}/{part:05d}.safetensors"
 
 
-def state_text(about: Mapping[str, str], found: Mapping[str, SiteInit]) -> str:
-    """What `read_state` reads, for a file's header."""
+def state_text(about: Mapping[str, Any], found: Mapping[str, SiteInit]) -> str:
+    """What `read_state` and `read_inputs` read, for a file's header."""
     return canonical_json({**about, "sites": {site: asdict(one) for site, one in found.items()}})
 
 
@@ -112,6 +115,14 @@ def read_state(metadata: Mapping[str, str]) -> tuple[str, dict[str, SiteInit]]:
         return str(state["id"]), {site: SiteInit(**one) for site, one in state["sites"].items()}
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return "", {}
+
+
+def read_inputs(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What an adapter that `init` wrote is made of, from its header; empty where it does not say."""
+    try:
+        return dict(json.loads(metadata[STATE_KEY])["inputs"])
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ class OsrmWorker:
             found |= some
         layout = _layout(task.sites, self._job.init.r)
         layout += [(f"{PREFIX}{head.name}", head.dtype, head.shape) for head in task.heads]
-        about = {"kind": "osrm", "id": task_id}
+        about = {"kind": "osrm", "id": task_id, "inputs": self._job.inputs[task.name]}
         file = ScratchFile(self._scratch(), layout, {"format": "pt", STATE_KEY: state_text(about, found)})
         try:
             for index, sites in enumerate(task.parts.values()):

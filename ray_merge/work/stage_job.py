@@ -10,6 +10,9 @@ from ray_merge.plan.fisher import Likelihood
 from ray_merge.plan.moments import MomentsPlan, TaskData
 from ray_merge.spec import Adapter, Site
 
+METADATA_KEY = "ray_merge"
+"""Where the header of an object says what it holds."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageJob:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ray_merge.calibration import Batch, Calibrated, data_identity, load_batches
-from ray_merge.errors import RecipeError, RunFailed
+from ray_merge.errors import NotCuttable, RayMergeError, RecipeError, RunFailed
 from ray_merge.identity import digest
 from ray_merge.models.conversion import Slot
 from ray_merge.models.skeleton import build_skeleton
@@ -133,7 +133,18 @@ class StageWorker:
         one = {name: values[:1] for name, values in model_inputs(inputs[0]).items() if name != "pixel_shape"}
         if "pixel_shape" in inputs[0]:
             one["pixel_shape"] = np.array([1, *inputs[0]["pixel_shape"][1:]])
-        hidden = self._held().forward(stage_input(one, self._job.device)).hidden
+        try:
+            hidden = self._held().forward(stage_input(one, self._job.device)).hidden
+        except RayMergeError:
+            raise
+        except Exception as error:
+            if not self._place:
+                raise
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise NotCuttable(
+                f"{self._job.plan.class_name} cannot be cut into stages: stage {self._place} failed with what stage "
+                f"{self._place - 1} handed on ({why}); write `stages: 1` in the recipe"
+            ) from error
         return [handed_on(one, hidden)] if unit.hand_on else None
 
     def _first_inputs(self, task: TaskData) -> list[Mapping[str, Any]]:
@@ -161,7 +172,9 @@ class StageWorker:
         parts = self._wanted_parts(unit)
         inputs = given[0] if given else self._first_inputs(task)
         collect = Collector(
-            {module: site for part in parts for site, module in part.modules.items()}, plan.calibration
+            {module: site for part in parts for site, module in part.modules.items()},
+            plan.calibration,
+            plan.unmasked,
         )
         to_end = self._place == len(plan.stages) - 1 and any(part.block is None for part in parts)
         handed: list[Mapping[str, Any]] = []

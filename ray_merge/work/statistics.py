@@ -13,7 +13,7 @@ from ray_merge.methods.registry import statistics_kind
 from ray_merge.methods.statistics import InputSide
 from ray_merge.spec import Site
 from ray_merge.storage.cache import NodeCache
-from ray_merge.storage.store import Stores
+from ray_merge.storage.store import Stores, join
 from ray_merge.work.job import MomentsIndex
 from ray_merge.work.moments_file import AnyMoments, FisherRows, MomentsFile
 
@@ -70,7 +70,7 @@ class Statistics:
         key = (index.store, info.path)
         if key not in self._open:
             cached = self._cache.fetch(self._stores.open(index.store), info.path, info)
-            self._open[key] = MomentsFile(cached.path, Path(info.path).stem)
+            self._open[key] = MomentsFile(cached.path, Path(info.path).stem, join(*key))
         file = self._open[key]
         return file.fisher(site, index.norms[adapter]) if index.norms else file.moments(site)
 

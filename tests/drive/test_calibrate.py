@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_merge.errors import RayMergeError, Refusal
+from ray_merge.errors import RayMergeError, Refusal, RunFailed
 from ray_merge.moments import calibrate
 from ray_merge.work.moments_file import MomentsFile
 from stage_workers import inputs_by_hooks, make_model, recipe_for, write_pixels, write_tokens
@@ -80,6 +81,74 @@ def test_a_sketch_takes_the_place_of_wide_grams_and_keeps_its_bound(recipe, tmp_
         assert found.sketch.shape[0] <= 8
         assert -1e-6 * values[-1] <= values[0]
         assert 0 < values[-1] <= found.shrinkage * (1 + 1e-9)
+
+
+def watching(recipe: dict[str, Any], *targets: str, **more: Any) -> dict[str, Any]:
+    """The recipe with other modules to watch."""
+    return {**recipe, "init": {**recipe["init"], "target_modules": list(targets)}, **more}
+
+
+def statistics_at(result: Any, task: str) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Site -> what is stored of it, whichever object holds it."""
+    found = {}
+    for site, info in result.index.objects[task].items():
+        one = MomentsFile(Path(result.index.store) / info.path).moments(site)
+        found[site] = (one.mean, one.gram if hasattr(one, "gram") else one.sketch)
+    return found
+
+
+@pytest.mark.parametrize("precision", ["full", "sketch"])
+def test_other_modules_add_objects_and_a_site_has_the_same_bytes_whatever_else_is_watched(
+    precision, recipe, tmp_path
+):
+    recipe["calibration"] |= {"precision": precision, "sketch_rows": 8}
+    both = run(watching(recipe, "query", "value", output=str(tmp_path / "both")), tmp_path)
+    first = run(watching(recipe, "query", stages=2), tmp_path)
+    before = moments_files(tmp_path / "out")
+    added = run(watching(recipe, "query", "value", stages=3), tmp_path)
+    after = moments_files(tmp_path / "out")
+    assert (first.computed, added.computed) == (8, 8)
+    assert {name: after[name] for name in before} == before
+    assert {f"{one}.safetensors" for one in added.ids.values()} == set(after) - set(before)
+    for task in "ab":
+        found, wanted = statistics_at(added, task), statistics_at(both, task)
+        assert list(found) == list(wanted)
+        for site in wanted:
+            assert all(map(torch.equal, found[site], wanted[site])), site
+    again = run(watching(recipe, "value", "query"), tmp_path)
+    assert (again.computed, again.reused, again.units_run) == (0, 8, 0)
+    # Sites of objects that hold more.
+    less = run(watching(recipe, "value", output=str(tmp_path / "both")), tmp_path)
+    assert (less.computed, less.ids) == (0, both.ids)
+
+
+def test_rows_of_a_sketch_are_no_part_of_whole_grams(recipe, tmp_path):
+    run(recipe, tmp_path)
+    recipe["calibration"]["sketch_rows"] = 7
+    assert run(recipe, tmp_path).computed == 0
+
+
+def test_a_damaged_object_is_named_where_it_is_in_the_way_and_nowhere_else(recipe, tmp_path):
+    first = run(watching(recipe, "query", "value"), tmp_path)
+    (task, part), one = next(iter(first.ids.items()))
+    path = Path(first.index.store) / f"moments/{one}.safetensors"
+    whole = path.read_bytes()
+    for left in (b"", whole[:100]):
+        path.write_bytes(left)
+        # Other sites of that part: the damaged object holds none.
+        store = tmp_path / f"store-{len(left)}"
+        shutil.copytree(first.index.store, store)
+        other = run(watching(recipe, "query", store=str(store)), tmp_path)
+        assert (other.computed, next(iter(other.ids))) == (1, (task, part))
+    path.write_bytes(b"")
+    with pytest.raises(RunFailed, match=f"{path} is damaged; remove it"):
+        run(watching(recipe, "query", "value"), tmp_path)
+    path.unlink()
+    assert run(watching(recipe, "query", "value"), tmp_path).computed == 1
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:-8])
+    with pytest.raises(RunFailed, match=f"{one}.*remove it"):
+        MomentsFile(path)
 
 
 def recipe_model(recipe: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import ray_merge
@@ -95,6 +96,30 @@ def test_the_id_follows_the_data_and_a_second_run_does_nothing(inputs, tmp_path)
         {**recipe, "output": str(tmp_path / "out2")}, engine="local", cache_dir=tmp_path / "cache"
     )
     assert other.merges[0].id != first.id
+
+
+def test_moments_that_hold_more_serve_a_run_and_its_verification(inputs, tmp_path):
+    _, _, targets = inputs
+    recipe = recipe_of(inputs, tmp_path / "out", adapters=["a", "b"])
+    recipe["init"] = {
+        "method": "osrm", "target_modules": [*targets, "mlp.c_fc" if "c_attn" in targets else "k_proj"],
+        "output": str(tmp_path / "init"),
+    }  # fmt: skip
+    # Another task of the recipe, which the merge does not use and nobody can load.
+    recipe["adapters"]["c"] = {"path": str(tmp_path / "gone"), "data": recipe["adapters"]["a"]["data"]}
+    without = {**recipe, "adapters": {name: recipe["adapters"][name] for name in "ab"}}
+    ray_merge.calibrate(without, engine="local", cache_dir=tmp_path / "cache")
+    before = moments_in(tmp_path / "out")
+    ray_merge.run(recipe, engine="local", cache_dir=tmp_path / "cache")
+    assert moments_in(tmp_path / "out") == before
+    resolved = yaml.safe_load((tmp_path / "out/m/ray_merge/recipe.yaml").read_text())
+    assert (list(resolved["adapters"]), "init" in resolved) == (["a", "b"], False)
+    (verified,) = ray_merge.verify(str(tmp_path / "out"), cache_dir=tmp_path / "cache")
+    assert (verified.probed > 0, verified.unprobed) == (True, "")
+
+
+def moments_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.rglob("moments/*"))
 
 
 def test_a_merge_by_moments_of_a_task_without_data_is_refused_by_plan(inputs, tmp_path):

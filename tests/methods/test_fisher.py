@@ -192,6 +192,12 @@ def test_a_site_without_information_is_refused_or_averaged_where_that_was_asked_
     assert relative(merged.dense(), weighted(deltas(factors), [0.75, 0.25]).sum(0)) < CLOSE
 
 
+def test_without_any_information_factors_are_averaged_where_that_was_asked_for():
+    factors = random_factors((5, 6), (2, 3))
+    mean = merge_factors("fisher", factors, without_moments="average", weight=[3, 1]).dense()
+    assert relative(mean, weighted(deltas(factors), [0.75, 0.25]).sum(0)) < CLOSE
+
+
 F = torch.ones(5, 6)
 
 
@@ -208,6 +214,11 @@ F = torch.ones(5, 6)
         ({"moments": [F, 3]}, r"moments\[1\] is a int"),
         ({"moments": [F, -F]}, r"moments\[1\] holds NaN, Inf or negative numbers"),
         ({"moments": [F, F / 0]}, r"moments\[1\] holds NaN, Inf or negative numbers"),
+        (
+            {"moments": [F, F.double() * 1e300]},
+            r"moments\[1\] goes up to 1e\+300, expected 0 or 1e-150 to 1e\+32",
+        ),
+        ({"moments": [F, F.double() * 1e-300]}, r"moments\[1\] goes up to 1e-300, expected 0 or"),
         ({"moments": [F, F], "epsilon": 0}, "epsilon is 0, expected"),
         (
             {"moments": [F, F], "labels": "true"},

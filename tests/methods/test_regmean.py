@@ -1,6 +1,7 @@
 """RegMean against the dense formula on whole weights, W = (sum w G~ W_i^T)^-1, in float64."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -251,6 +252,28 @@ def test_sketched_moments_are_taken_as_well():
     assert relative(merge_factors("regmean", factors, moments=sketches).dense(), want) < 1e-9
 
 
+def with_entry(row: int, column: int, value: float) -> list[Moments]:
+    """Moments of two tasks of 6 inputs, with one entry of the second's Gram matrix set."""
+    moments = random_moments(6, 2)
+    moments[1].gram[row, column] = value
+    return moments
+
+
+def of_gram(gram: object) -> list[SimpleNamespace]:
+    return [SimpleNamespace(gram=gram, count=3)] * 2
+
+
+def test_low_precision_grams_and_no_moments_are_taken_where_that_was_asked_for():
+    factors, moments = random_factors((5, 6), (2, 3)), random_moments(6, 2)
+    want = merge_factors("regmean", factors, moments=moments).dense()
+    single = [dataclasses.replace(one, gram=one.gram.float()) for one in moments]
+    assert relative(merge_factors("regmean", factors, moments=single).dense(), want) < 1e-4
+    half = [dataclasses.replace(one, gram=one.gram.bfloat16()) for one in moments]
+    assert merge_factors("regmean", factors, moments=half).shape == (5, 6)
+    mean = merge_factors("regmean", factors, without_moments="average", weight=[3, 1]).dense()
+    assert relative(mean, weighted(deltas(factors), [0.75, 0.25]).sum(0)) < CLOSE
+
+
 NAN = Moments(torch.full((6, 6), float("nan"), dtype=torch.float64), torch.zeros(6), 3)
 
 
@@ -265,6 +288,20 @@ NAN = Moments(torch.full((6, 6), float("nan"), dtype=torch.float64), torch.zeros
         ({"moments": random_moments(6, 2), "input_side": "rows"}, "6 inputs, but the weight takes 5"),
         ({"moments": random_moments(6, 2), "input_side": "left"}, "input_side is 'left'"),
         ({"moments": [NAN, NAN]}, r"moments\[0\] is of 3 tokens and its diagonal goes from nan"),
+        (
+            {"moments": with_entry(1, 4, float("nan"))},
+            r"moments\[1\].gram differs from its transpose by up to nan",
+        ),
+        ({"moments": with_entry(1, 4, 1e9)}, r"moments\[1\].gram differs from its transpose by up to 1e\+09"),
+        ({"moments": with_entry(2, 2, 1e300)}, r"moments\[1\] goes up to 1e\+300, expected 0 or 1e-150 to"),
+        ({"moments": of_gram(torch.eye(6).double() * 1e-300)}, r"moments\[0\] goes up to 1e-300, expected"),
+        (
+            {"moments": of_gram(torch.eye(6).numpy())},
+            r"moments\[0\].gram is ndarray, expected a floating tensor",
+        ),
+        ({"moments": of_gram(torch.eye(6).long())}, r"moments\[0\].gram is torch.int64 \(6, 6\), expected"),
+        ({"moments": of_gram(torch.ones(6))}, r"moments\[0\].gram is torch.float32 \(6,\), expected"),
+        ({"moments": of_gram(torch.ones(6, 5))}, r"moments\[0\].gram is torch.float32 \(6, 5\), expected"),
         ({"moments": random_moments(6, 2), "off_diagonal": 1.5}, "off_diagonal is 1.5, expected"),
         ({"moments": random_moments(6, 2), "ridge": -1}, "ridge is -1, expected"),
         ({"moments": random_moments(6, 2), "weight": [1, -1]}, "weight for 1 is -1.0|weight for 1 is -1"),

@@ -15,7 +15,12 @@ from ray_merge.recipe import load_recipe
 
 HIDDEN = 8
 SIZES = {
-    "Roberta": {"hidden_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
+    "Roberta": {
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    },
     "DistilBert": {"dim": HIDDEN, "n_layers": 1, "n_heads": 2, "hidden_dim": 8},
 }
 LABELS = {"few": 3, "as_many": HIDDEN, "many": 12}

@@ -2,26 +2,33 @@
 
 import json
 import math
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import NormalDist
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import ray_merge
-from ray_merge.drive.fisher import ensure_fisher, fisher_kind
+from ray_merge.drive.fisher import ensure_fisher, fisher_kind, norms
+from ray_merge.drive.identify import merge_inputs, read_inputs_identity
 from ray_merge.drive.moments import Work, object_stems
 from ray_merge.drive.outputs import store_url
+from ray_merge.drive.resolved import resolved_recipe
 from ray_merge.errors import RecipeError, Refusal, RunFailed
 from ray_merge.methods.merge_factors import merge_factors
 from ray_merge.models.losses import drawn_labels, expected_passes, expected_score, label_score, next_tokens
 from ray_merge.moments import Engines, fit_all
+from ray_merge.plan import make_plan, read_inputs
 from ray_merge.plan.fisher import Likelihood, plan_fisher
 from ray_merge.plan.moments import STAGE_RUNTIME_BYTES, TaskData, tasks_with_data
-from ray_merge.recipe import load_recipe
+from ray_merge.recipe import expand, load_recipe
 from ray_merge.recipe.model import Evaluation
 from ray_merge.spec import Factor
 from ray_merge.storage.digest import DigestCache
@@ -375,6 +382,96 @@ def test_ids_depend_on_labels_their_column_and_the_seed(bert, tmp_path):
     assert len({one for some in found for one in some}) == sum(map(len, found)) == 5 * 4
     recipe["calibration"]["precision"] = "sketch"
     assert list(ids_of(recipe, "sampled", tmp_path).values()) == found[-1]
+
+
+def test_ids_depend_on_what_the_adapter_does_with_its_tensors(bert, tmp_path):
+    recipe = recipe_of(bert, tmp_path / "out", ["three"])
+    before = ids_of(recipe, "sampled", tmp_path)
+    recipe["adapters"]["three"]["key_mapping"] = {
+        r"layer\.0\.": "layer.7.", r"layer\.1\.": "layer.0.", r"layer\.7\.": "layer.1."
+    }  # fmt: skip
+    after = ids_of(recipe, "sampled", tmp_path)
+    assert before.keys() == after.keys()
+    assert not set(before.values()) & set(after.values())
+
+
+def merge_document(recipe, method: str, **parameters):
+    parsed, source = load_recipe(
+        {**recipe, "merges": [{"name": "m", "merge_method": method, "parameters": parameters}]}
+    )
+    merges = expand(parsed, source)
+    plan = make_plan(parsed, merges, *read_inputs(parsed, merges))
+    digests = DigestCache(Path(recipe["output"]) / "digests")
+    document = merge_inputs(plan, merges[0], read_inputs_identity(plan, digests, Stores()))
+    return document, plan
+
+
+def test_the_id_of_a_merge_by_fisher_covers_what_decides_it_and_no_more(llama, tmp_path, monkeypatch):
+    recipe = recipe_of(llama, tmp_path / "out", ["text"])  # its adapter has no head
+    before, _ = merge_document(recipe, "fisher", labels="sampled")
+    recipe["calibration"] |= {"features": "adapter", "precision": "sketch", "sketch_rows": 9}
+    assert merge_document(recipe, "fisher", labels="sampled")[0] == before
+    diagnosed, _ = merge_document({**recipe, "diagnostics": True}, "fisher", labels="sampled")
+    assert diagnosed["calibration"]["features"] == "adapter"
+    sketched, _ = merge_document(recipe, "regmean")
+    assert sketched["calibration"]["sketch_rows"] == 9
+    recipe["calibration"]["precision"] = "full"
+    assert "sketch_rows" not in merge_document(recipe, "regmean")[0]["calibration"]
+    recipe["adapters"]["text"]["task"] = "generation"
+    assert merge_document(recipe, "fisher", labels="sampled")[0] != before
+    assert "task" not in merge_document(recipe, "regmean")[0]["adapters"][0]
+
+    monkeypatch.chdir(llama)
+    recipe["adapters"]["text"]["eval"]["path"] = "text.jsonl"
+    empirical, plan = merge_document(recipe, "fisher", labels="empirical")
+    assert empirical["data"]["text"]["labels"]["column"] == "label"
+    written = yaml.safe_load(resolved_recipe(plan, plan.merges[0], "0" * 64))
+    assert written["adapters"]["text"]["eval"]["path"] == str(llama / "text.jsonl")
+    recipe["adapters"]["text"]["eval"]["path"] = "nowhere.jsonl"
+    with pytest.raises(RecipeError, match=r"adapters\.text\.eval: nowhere\.jsonl"):
+        merge_document(recipe, "fisher", labels="empirical")
+
+
+def test_a_task_without_any_fisher_information_is_named(bert, tmp_path):
+    shutil.copytree(bert / "three", tmp_path / "flat")
+    shutil.copytree(bert / "base", tmp_path / "base")
+    shutil.copy(bert / "three.jsonl", tmp_path / "flat.jsonl")
+    weights = load_file(tmp_path / "flat/adapter_model.safetensors")
+    heads = {name: torch.zeros_like(value) for name, value in weights.items() if "classifier" in name}
+    assert heads
+    save_file({**weights, **heads}, tmp_path / "flat/adapter_model.safetensors")
+    recipe = recipe_of(tmp_path, tmp_path / "out", ["flat"])
+    with pytest.raises(RunFailed, match="of flat is zero at every site"):
+        computed(recipe, "expected", tmp_path / "cache")
+
+
+def test_norms_are_read_from_whole_objects_of_the_tasks_own_sites(bert, tmp_path):
+    recipe = recipe_of(bert, tmp_path / "out", ["one"])
+    result, fitted = computed(recipe, "sampled", tmp_path / "cache")
+    # All of its own sites may be such as have no Fisher information (without_moments: average).
+    elsewhere = replace(fitted.adapters["one"], factors={})
+    assert norms(result.index, {"one": elsewhere}, Stores()) == {"one": 0.0}
+    info = next(iter(result.index.objects["one"].values()))
+    path = Path(result.index.store) / info.path
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(RunFailed, match=f"{info.path} is damaged .*remove it"):
+        computed(recipe, "sampled", tmp_path / "cache")
+
+
+def test_the_data_of_every_class_are_looked_at_before_any_class_writes(llama, tmp_path):
+    for name in ("base", "four", "text"):
+        shutil.copytree(llama / name, tmp_path / name)
+    shutil.copy(llama / "four.jsonl", tmp_path / "four.jsonl")
+    (tmp_path / "text.jsonl").write_text('{"input_ids": [3]}\n{"input_ids": [5]}\n')
+    recipe = recipe_of(tmp_path, tmp_path / "out", ["four", "text"])
+    refuse(recipe, "sampled", tmp_path, "adapters.text.data", "two tokens")
+    # Nothing is missing of the first class, so it starts no pool.
+    whole, _ = computed(
+        {**recipe, "adapters": {"four": recipe["adapters"]["four"]}}, "sampled", tmp_path / "cache"
+    )
+    assert [check.task for check in whole.checks] == ["four"]
+    with pytest.raises(RecipeError, match="two tokens"):
+        computed(recipe, "sampled", tmp_path / "cache")
 
 
 def ids_of(recipe, labels: str, tmp_path: Path):
