@@ -17,7 +17,8 @@ from ray_merge.drive.run import run as drive_run
 from ray_merge.engines import Engine, memory_ceiling, unit_pools
 from ray_merge.errors import Refusal
 from ray_merge.methods.registry import METHODS, describe
-from ray_merge.moments import Engines, plan_needed, statistics_of
+from ray_merge.moments import Engines
+from ray_merge.needed import plan_needed, statistics_of
 from ray_merge.plan import DEFAULT_MEMORY_BYTES, Plan, make_plan, read_inputs
 from ray_merge.recipe import expand, require_merges, select
 from ray_merge.recipe.read import read_recipe

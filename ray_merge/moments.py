@@ -5,38 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ray_merge.drive.events import Event
-from ray_merge.drive.fisher import ensure_fisher, fisher_kind
 from ray_merge.drive.moments import (
-    MOMENTS,
     MomentsResult,
     StepPoolFactory,
     Work,
-    check_units,
     ensure_moments,
 )
 from ray_merge.drive.outputs import store_url
-from ray_merge.drive.run import Statistics, StatisticsMaker
 from ray_merge.engines import Engine, local_room, stage_ceiling, stage_pools
 from ray_merge.errors import NotCuttable, RecipeError
 from ray_merge.fit import fit_adapters
-from ray_merge.methods.registry import get, statistics_kind
-from ray_merge.plan import Plan, read_named
-from ray_merge.plan.fisher import FisherPlan, Labels, plan_fisher
+from ray_merge.plan import read_named
 from ray_merge.plan.moments import (
     MomentsPlan,
-    StageFacts,
     TaskData,
     plan_moments,
-    stage_facts,
     tasks_with_data,
 )
 from ray_merge.pool_steps import StepPool
 from ray_merge.recipe import Calibration, Recipe
 from ray_merge.recipe.read import read_recipe
-from ray_merge.spec import Adapter, Merge, Site
+from ray_merge.spec import Adapter, Site
 from ray_merge.storage.cache import cache_folder
 from ray_merge.storage.checkpoint import Checkpoint
 from ray_merge.work.pickles import unpickler
@@ -164,16 +156,16 @@ def compute(
         targets: modules besides those of adapters.
         progress: called with every event.
     """
-    tasks = _with_adapters(recipe, fitted, tasks_with_data(recipe, names, why))
+    tasks = with_adapters(recipe, fitted, tasks_with_data(recipe, names, why))
 
     def ensure(recipe: Recipe) -> MomentsResult:
         plan = moments_plan(recipe, fitted, tasks, engines, targets)
-        return ensure_moments(plan, _work(recipe, fitted, names, engines, progress))
+        return ensure_moments(plan, work_of(recipe, fitted, names, engines, progress))
 
-    return _cut_or_whole(recipe, ensure, progress)
+    return cut_or_whole(recipe, ensure, progress)
 
 
-def _cut_or_whole(
+def cut_or_whole(
     recipe: Recipe, ensure: Callable[[Recipe], MomentsResult], progress: Callable[[Event], None]
 ) -> MomentsResult:
     """In stages, or in one where the model turns out not to be cuttable and the recipe did not ask for more."""
@@ -186,7 +178,7 @@ def _cut_or_whole(
         return ensure(recipe.model_copy(update={"stages": 1}))
 
 
-def _work(
+def work_of(
     recipe: Recipe,
     fitted: Fitted,
     active: Sequence[str],
@@ -194,6 +186,7 @@ def _work(
     progress: Callable[[Event], None],
     checks: Sequence[CheckUnit] | None = None,
 ) -> Work:
+    """Where and how the moments of a recipe are computed, with some adapters active."""
     return Work(
         store=store_url(recipe),
         adapters={name: fitted.adapters[name] for name in active if name in fitted.adapters},
@@ -218,7 +211,12 @@ def moments_plan(
     )
 
 
-def _with_adapters(recipe: Recipe, fitted: Fitted, tasks: Sequence[TaskData]) -> list[TaskData]:
+def with_adapters(recipe: Recipe, fitted: Fitted, tasks: Sequence[TaskData]) -> list[TaskData]:
+    """The tasks, with their own adapters where `calibration.features` says so.
+
+    Raises:
+        RecipeError: an adapter that is to be active has no path, or cannot be active.
+    """
     calibration = recipe.calibration or Calibration()
     if calibration.features == "base":
         return list(tasks)
@@ -234,144 +232,3 @@ def _with_adapters(recipe: Recipe, fitted: Fitted, tasks: Sequence[TaskData]) ->
             "be active while inputs run through stages; use features: base"
         )
     return [TaskData(task.name, task.data, fitted.adapters[task.name]) for task in tasks]
-
-
-@dataclass(frozen=True, slots=True)
-class Needed:
-    """The moments of one kind that merges need, laid out.
-
-    Args:
-        kind: "gram", or "fisher/" and whose labels.
-        why: what needs them.
-        fitted: the adapters of those merges and their sites, and no others.
-        plans: one for each model class that is run.
-    """
-
-    kind: str
-    why: str
-    fitted: Fitted
-    plans: tuple[MomentsPlan, ...] | tuple[FisherPlan, ...]
-
-    @property
-    def stages(self) -> tuple[MomentsPlan, ...]:
-        """The plan of stages of each model class."""
-        return tuple(one.stages if isinstance(one, FisherPlan) else one for one in self.plans)
-
-    @property
-    def facts(self) -> tuple[StageFacts, ...]:
-        """What each plan takes."""
-        return tuple(stage_facts(self.kind, one) for one in self.stages)
-
-    def checks(self) -> list[CheckUnit]:
-        """The data to be looked at."""
-        kinds = [
-            fisher_kind(one.likelihoods) if isinstance(one, FisherPlan) else MOMENTS for one in self.plans
-        ]
-        pairs = zip(self.stages, kinds, strict=True)
-        return [unit for stages, kind in pairs for unit in check_units(stages, kind)]
-
-    def as_one_stage(self, recipe: Recipe, engines: Engines) -> Needed:
-        """The same with a recipe that asks for one stage."""
-        return Needed(
-            self.kind, self.why, self.fitted, _plans(recipe, self.kind, self.why, self.fitted, engines)
-        )
-
-
-def plan_needed(plan: Plan, merges: Sequence[Merge], engines: Engines) -> list[Needed]:
-    """Lay out the moments that merges need; reads headers alone.
-
-    Raises:
-        Refusal: a task without data, a site that has no moments, a model that cannot be cut as asked.
-    """
-    needed = []
-    for kind, some in by_kind(merges, diagnostics=plan.recipe.diagnostics).items():
-        names = [name for name in plan.adapters if any(name in merge.adapters for merge in some)]
-        adapters = {name: plan.adapters[name] for name in names}
-        sites = {site: plan.sites[site] for adapter in adapters.values() for site in adapter.factors}
-        fitted = Fitted(plan.base, adapters, sites)
-        why = some[0].method if get(some[0].method).statistics else "diagnostics: true"
-        needed.append(Needed(kind, why, fitted, _plans(plan.recipe, kind, why, fitted, engines)))
-        for stages in needed[-1].stages:
-            check_watched(some, fitted, stages.unwatched)
-    return needed
-
-
-def _plans(
-    recipe: Recipe, kind: str, why: str, fitted: Fitted, engines: Engines
-) -> tuple[MomentsPlan, ...] | tuple[FisherPlan, ...]:
-    tasks = tasks_with_data(recipe, list(fitted.adapters), why)
-    method, _, labels = kind.partition("/")
-    if method == "fisher":
-        return tuple(_fisher_plans(recipe, fitted, tasks, cast("Labels", labels), engines))
-    return (moments_plan(recipe, fitted, _with_adapters(recipe, fitted, tasks), engines, ()),)
-
-
-def _fisher_plans(
-    recipe: Recipe, fitted: Fitted, tasks: Sequence[TaskData], labels: Labels, engines: Engines
-) -> list[FisherPlan]:
-    own = [TaskData(task.name, task.data, fitted.adapters[task.name]) for task in tasks]
-    workers = local_room(engines.device, engines.workers)
-    ceiling = stage_ceiling(engines.memory, workers)
-    return plan_fisher(recipe, fitted.base, own, fitted.sites, labels, memory_bytes=ceiling, workers=workers)
-
-
-def statistics_of(plan: Plan, engines: Engines, progress: Callable[[Event], None]) -> StatisticsMaker:
-    """Finds or computes the moments that merges of a plan need, for `drive.run`."""
-
-    def make(merges: Sequence[Merge]) -> Callable[[], Statistics] | None:
-        needed = plan_needed(plan, merges, engines)
-        return (lambda: _compute_needed(plan, needed, engines, progress)) if needed else None
-
-    return make
-
-
-def _compute_needed(
-    plan: Plan, needed: Sequence[Needed], engines: Engines, progress: Callable[[Event], None]
-) -> Statistics:
-    """Compute what is missing of every kind; the data of all kinds are looked at before any of them writes."""
-    checks = [unit for one in needed for unit in one.checks()]
-    found = {}
-    for index, one in enumerate(needed):
-        given = checks if index == 0 else None  # a later kind looks at its own, should it lack something
-
-        def ensure(
-            recipe: Recipe, one: Needed = one, given: Sequence[CheckUnit] | None = given
-        ) -> MomentsResult:
-            again = one if recipe is plan.recipe else one.as_one_stage(recipe, engines)
-            work = _work(recipe, one.fitted, list(one.fitted.adapters), engines, progress, given)
-            fisher = [plan for plan in again.plans if isinstance(plan, FisherPlan)]
-            return ensure_fisher(fisher, work) if fisher else ensure_moments(again.stages[0], work)
-
-        found[one.kind] = _cut_or_whole(plan.recipe, ensure, progress).index
-    return found
-
-
-def by_kind(merges: Sequence[Merge], *, diagnostics: bool = False) -> dict[str, list[Merge]]:
-    """Merges by the kind of statistics that they need; those that need none are left out.
-
-    Diagnostics take the Gram matrices of every merge.
-    """
-    kinds: dict[str, list[Merge]] = {}
-    for merge in merges:
-        kind = statistics_kind(get(merge.method), merge.parameters)
-        if kind:
-            kinds.setdefault(kind, []).append(merge)
-    if diagnostics and merges:
-        kinds["gram"] = list(merges)
-    return kinds
-
-
-def check_watched(merges: Sequence[Merge], fitted: Fitted, unwatched: Mapping[str, str]) -> None:
-    """Refuse a merge by moments that touches a site which has none.
-
-    Raises:
-        RecipeError: the site, why, and the way out.
-    """
-    for merge in merges:
-        touched = {site for name in merge.adapters for site in fitted.adapters[name].factors}
-        odd = next((site for site in unwatched if site in touched), None)
-        if odd is not None and merge.parameters.get("without_moments") == "refuse":
-            raise RecipeError(
-                f"merge {merge.name!r}: {odd} is not watched, which {merge.method} needs ({unwatched[odd]}); leave "
-                "that module out, or write without_moments: average, which averages the updates there"
-            )

@@ -22,7 +22,8 @@ from ray_merge.drive.thresholds import read_thresholds
 from ray_merge.errors import Refusal, RunFailed
 from ray_merge.identity import difference
 from ray_merge.methods.context import Thresholds
-from ray_merge.moments import Engines, statistics_of
+from ray_merge.moments import Engines
+from ray_merge.needed import statistics_of
 from ray_merge.plan import OutTensor, Plan, make_plan, read_inputs
 from ray_merge.pool_steps import StepPool
 from ray_merge.recipe import expand, load_recipe

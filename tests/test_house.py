@@ -27,6 +27,7 @@ LAYERS = (
     ("emr", "heads", "runtime"),
     ("engines",),
     ("moments",),
+    ("needed",),
     ("api", "osrm", "verify"),
     ("demo", "inspect"),
     ("show",),

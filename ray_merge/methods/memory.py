@@ -50,7 +50,8 @@ class SiteBytes:
 
 
 Sizes = Callable[[str, tuple[int, int], Sequence[int]], SiteBytes]
-"""(space, (O, I), ranks of the adapters that touch the site) -> bytes of one merge there."""
+"""(space, (O, I), ranks of the adapters that touch the site) -> bytes of one merge there. I is the number of inputs
+of a method that merges by Gram matrices."""
 
 
 def factors(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> SiteBytes:

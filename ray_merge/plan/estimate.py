@@ -166,7 +166,8 @@ def flops(plan: Plan) -> float:
         key = (method.name, space, merge.adapters)
         if key not in known:
             known[key] = sum(
-                count * site_flops(method, space, kind) for kind, count in of_set[merge.adapters].items()
+                count * site_flops(method, space, (kinds.seen_by(method, shape), ranks, needed))
+                for (shape, ranks, needed), count in of_set[merge.adapters].items()
             )
         total += known[key]
     return total + selection_flops(plan.merges, kinds)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ray_merge.fit.ranked import RankedFactors, alike
+from ray_merge.methods.declare import Method
 from ray_merge.spec import DTYPE_BYTES, Adapter, FactorEntry, Site, TensorEntry, Update, needs_base
 
 Kind = tuple[tuple[int, int], tuple[int, ...], int]
@@ -40,6 +41,7 @@ class SiteKinds:
         self._places = {
             name: (site.shape, DTYPE_BYTES[tensors[site.tensor].dtype]) for name, site in sites.items()
         }
+        self._by_rows = frozenset(site.shape for site in sites.values() if site.layout == "conv1d")
 
     def of(self, names: Sequence[str]) -> Counter[Kind]:
         """The kinds of sites that the adapters called `names` touch, ranks in that order, and how many of each."""
@@ -54,6 +56,13 @@ class SiteKinds:
         for ((shape, item), touched), count in found.items():
             kinds[self._kind(names, shape, item, touched)] += count
         return kinds
+
+    def seen_by(self, method: Method, shape: tuple[int, int]) -> tuple[int, int]:
+        """A kind's shape as `Method.sizes` and `work` take it: (O, I), I the inputs where Gram matrices are merged by.
+
+        A HF Conv1D is stored (I, O); a linear layer that has its very shape is taken for one.
+        """
+        return shape[::-1] if method.statistics == "gram" and shape in self._by_rows else shape
 
     def file_bytes(self, names: Sequence[str]) -> int:
         """What is held of adapter files: lora_B of two stacks of experts, and the trained rows of a table."""

@@ -47,7 +47,7 @@ def fit_group(
     kinds = {names: all_kinds.of(names) for names in {merge.adapters for merge in merges}}
     files = max(map(all_kinds.file_bytes, kinds), default=0)
     for merge in merges:
-        worst = _worst_site(merge, kinds[merge.adapters])
+        worst = _worst_site(merge, kinds[merge.adapters], all_kinds)
         held, passing = max(held, worst.held), max(passing, worst.passing)
         shared[merge.adapters] = max(shared.get(merge.adapters, 0), worst.shared)
     # A set of adapters is kept as long as one of its merges is in the group; at most one set per merge.
@@ -63,10 +63,10 @@ def fit_group(
     raise AssertionError("unreachable: a group of one is always returned")
 
 
-def _worst_site(merge: Merge, kinds: Iterable[Kind]) -> SiteBytes:
+def _worst_site(merge: Merge, kinds: Iterable[Kind], all_kinds: SiteKinds) -> SiteBytes:
     method, space = get(merge.method), merge.parameters.get("space")
     sizes = []
     for shape, ranks, base_bytes in kinds:
-        size = working_bytes(method, space, shape, ranks)
+        size = working_bytes(method, space, all_kinds.seen_by(method, shape), ranks)
         sizes.append(SiteBytes(size.shared + base_bytes, size.held, size.passing))
     return max(sizes, key=lambda size: size.total, default=SiteBytes(0, 0, 0))

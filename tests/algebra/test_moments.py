@@ -110,6 +110,7 @@ def test_rows_of_padding_are_dropped():
     assert torch.equal(token_rows(x.reshape(6, 4), MASK), want)
     assert torch.equal(token_rows(x, MASK.bool()), want)
     assert torch.equal(token_rows(x, None), x.reshape(6, 4))
+    assert torch.equal(token_rows(x[None], None), x.reshape(6, 4))
 
 
 def test_a_row_for_each_example_is_not_masked():
@@ -120,7 +121,7 @@ def test_a_row_for_each_example_is_not_masked():
 
 @pytest.mark.parametrize(
     ("shape", "mask"),
-    [((2, 4, 5), (2, 3)), ((5, 4), (2, 3)), ((4,), (2, 3)), ((2, 3, 4, 5), None), ((2, 3, 4), (2, 3, 1))],
+    [((2, 4, 5), (2, 3)), ((5, 4), (2, 3)), ((4,), None), ((2, 3, 4, 5), (2, 3)), ((2, 3, 4), (2, 3, 1))],
 )
 def test_inputs_without_known_token_rows_are_refused(shape, mask):
     with pytest.raises(ValueError, match="no known token rows") as caught:

@@ -110,6 +110,11 @@ def test_other_modules_add_objects_and_a_site_has_the_same_bytes_whatever_else_i
     assert (first.computed, added.computed) == (8, 8)
     assert {name: after[name] for name in before} == before
     assert {f"{one}.safetensors" for one in added.ids.values()} == set(after) - set(before)
+    for one in added.ids.values():  # of what was missing, and no more
+        assert all(
+            "value" in site
+            for site in MomentsFile(Path(added.index.store) / f"moments/{one}.safetensors").leaders
+        )
     for task in "ab":
         found, wanted = statistics_at(added, task), statistics_at(both, task)
         assert list(found) == list(wanted)

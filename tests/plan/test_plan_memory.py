@@ -1,7 +1,9 @@
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from ray_merge.plan import DEFAULT_MEMORY_BYTES, make_plan, read_inputs
+from ray_merge.plan.estimate import flops
 from ray_merge.plan.memory import MAX_GROUP
 from ray_merge.recipe import expand, load_recipe
 from tiny import Q0, V1, factors, llama_tensors, plan_of, write_adapter, write_base, write_recipe_files
@@ -42,6 +44,23 @@ def test_a_basis_is_counted_for_methods_that_have_only_one_space(recipe):
     knots = plan_of(recipe).peak_bytes
     recipe["merges"][0] |= {"merge_method": "cat", "parameters": {}}
     assert knots > plan_of(recipe).peak_bytes
+
+
+def test_a_gram_matrix_of_a_conv1d_has_as_many_rows_as_the_weight(recipe, tmp_path):
+    """Its inputs are the rows of the weight as it is stored: 512 of `mlp.c_proj`, not 128."""
+    path = "transformer.h.0.mlp.c_proj"
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=128, n_layer=1, n_head=2, n_positions=8))
+    model.save_pretrained(tmp_path / "base")
+    for name in "ab":
+        lora = factors(path, rows=128, columns=512)
+        write_adapter(tmp_path / name, lora, fan_in_fan_out=True, target_modules=["c_proj"])
+        recipe["adapters"][name] = {"path": str(tmp_path / name), "data": str(tmp_path / "x.jsonl")}
+    plain = plan_of(recipe)
+    recipe["merges"][0]["merge_method"] = "regmean"
+    plan = plan_of(recipe)
+    assert plan.sites["transformer.h.0.mlp.c_proj"].shape == (512, 128)
+    assert plan.peak_bytes - plain.peak_bytes > 2 * 8 * 512**2
+    assert flops(plan) - flops(plain) > 512**3
 
 
 @pytest.mark.parametrize("kind", ["dora", "saved"])

@@ -50,8 +50,7 @@ class RegMean:
 def sizes(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> memory.SiteBytes:
     """`Method.sizes`: Gram matrices one after another, and a whole (O, I) in case an adapter is DoRA.
 
-    The inputs of HF Conv1D are rows, not columns; where they are more, the other half of the same MLP has as many
-    columns.
+    I is the number of inputs, for HF Conv1D too, which is stored (I, O) (plan/kinds.py).
     """
     total, plain = sum(ranks), memory.factors(space, shape, ranks)
     square = memory.FLOAT64 * GRAM_COPIES * shape[1] ** 2
