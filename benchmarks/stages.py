@@ -5,8 +5,9 @@
 speed: `ray-merge calibrate` on a synthetic Llama (12 x 1024 by default) with `--tasks` tasks, one stage per core on
 Ray, against one process that runs transformers' own forward with plain hooks on the same modules, the same batches in
 the same order, torch threads = all cores. Both sum X^T X, the sum and the count of the unmasked rows in float64 (the
-peer by one plain product); a second row of the peer sums in float32. Seconds are from the first unit to the last one,
-Ray's start and imports left out on both sides, weights already read by the peer and read inside by ours. Bar: 0.8.
+peer by one plain product); a second row of the peer sums in float32. Seconds are from the end of the checks (data read,
+model built, weights loaded, one input rehearsed) to the last unit, and of the peer's loop alone: starts, imports and
+loading are left out on both sides. S stages and T tasks leave T / (T + S - 1) of perfect overlap. Bar: 0.8.
 
 memory: the same on a synthetic bfloat16 Llama of about 3 GB, cut by `--memory`; the highest resident memory of any one
 worker, sampled 20 times a second over the whole command. Bar: 1.2 GB.

@@ -174,6 +174,7 @@ __all__ = [
     "AdapterShapeError",
     "CheckpointError",
     "MethodError",
+    "NotCuttable",
     "NotFinite",
     "OutputConflict",
     "RayMergeError",

@@ -286,10 +286,10 @@ def _run(
             # Any place can look at data; all of them do, so that it is done sooner.
             looks = [Step(unit.id, unit, index % n_stages) for index, unit in enumerate(units)]
             checks = [done.value for done in pool.run(looks)] if looks else []
-            if looks:
-                progress(Event(kind="check", text=f"looked at the data of {len(looks)} task(s)"))
             if n_stages > 1:
                 list(pool.run(_rehearsal(names[0], n_stages)))
+            if looks:
+                progress(Event(kind="check", text=f"looked at the data of {len(looks)} task(s)"))
             for count, done in enumerate(pool.run(steps), start=1):
                 made += done.value
                 progress(Event(kind="unit", text=done.id, units=(count, len(steps))))
