@@ -88,6 +88,14 @@ def minilm() -> Path:
     return Path(next(iter(spec.submodule_search_locations or []))) / "model"
 
 
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a plain checkpoint, where RAY_MERGE_SMOLLM2 names it."""
+    folder = os.environ.get("RAY_MERGE_SMOLLM2")
+    if not folder or not (Path(folder) / "config.json").is_file():
+        pytest.skip("RAY_MERGE_SMOLLM2 names no folder: python benchmarks/get_smollm2.py prints one")
+    return Path(folder)
+
+
 def suite() -> Path:
     """The folder of real adapters on MiniLM, where the environment names one."""
     folder = os.environ.get(SUITE_VARIABLE)

@@ -27,8 +27,11 @@ from stage_workers import (
     write_pixels,
     write_tokens,
 )
+from zoo import minilm, smollm2
 
 pytestmark = pytest.mark.ray
+
+REAL_TARGETS = {"minilm": ["query", "value"], "smollm2": ["q_proj", "down_proj"]}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,23 @@ def test_moments_from_three_stages_on_ray_are_those_of_hooks_on_the_whole_model(
             assert torch.linalg.norm(moments.mean - rows[site].mean(0)) <= 1e-6 * rows[site].mean(0).norm(), (
                 site
             )
+
+
+@pytest.mark.parametrize("name", ["minilm", "smollm2"])
+def test_moments_of_real_models_from_three_stages_are_those_of_hooks_on_the_whole_model(
+    name, three_places, tmp_path
+):
+    base = minilm() if name == "minilm" else smollm2()
+    recipe = recipe_for(
+        base, tmp_path / "out", {"one": write_tokens(tmp_path / "one.jsonl", 1)}, REAL_TARGETS[name], stages=3
+    )
+    found = moments_by_stages(recipe, tmp_path / "store", tmp_path, partial(JobOnPool, three_places))
+    rows = inputs_by_hooks(recipe, "one")
+    sites = dict(moments_of(found, "one"))
+    assert sorted(sites) == sorted(rows)
+    for site, moments in sites.items():
+        gram = rows[site].T @ rows[site]
+        assert torch.linalg.norm(moments.gram - gram) <= 1e-6 * torch.linalg.norm(gram), site
 
 
 def test_stages_that_are_killed_anywhere_give_the_same_bytes_and_nothing_is_computed_twice(
