@@ -1,6 +1,6 @@
 """OSRM on six real tasks: adapters fine-tuned from four starts, merged, and how well each merge keeps them.
 
-    python benchmarks/osrm_suite.py --suite /work/shared/data [--output DIR] [--seeds 0 1 2] [--extras]
+    python benchmarks/osrm_suite.py --suite FOLDER [--output DIR] [--seeds 0 1 2] [--extras]
         [--samples 8 32 128] [--tasks 2 3 4 5 6] [--processes 2] [--dry]
 
 OSRM (arXiv 2505.22934) starts LoRA's A in the directions that the other tasks' inputs use least. Its rows have norm 1
