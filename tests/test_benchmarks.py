@@ -149,6 +149,7 @@ def test_the_stores_bound_is_the_time_that_its_bytes_take(modules):
 
 
 @pytest.mark.slow
+@FULL
 def test_every_method_agrees_with_its_formula_on_dense_matrices(tmp_path):
     printed = run(
         "site_kernels.py",
@@ -217,6 +218,7 @@ def test_scaling_counts_what_goes_over_the_lines(tmp_path):
 
 
 @pytest.mark.slow
+@FULL
 def test_memory_prints_one_line_per_method(tmp_path):
     printed = run("memory.py", tmp_path, *TINY, "--engine", "local", "--methods", "task_arithmetic")
     figures = [float(word) for word in printed.splitlines()[-1].split()[1:]]
