@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import socket
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -182,12 +183,12 @@ class Pool(Protocol):
     ) -> None: ...
 
 
-class Closing:
+class Closing(ABC):
     """A context manager that closes what it is."""
 
+    @abstractmethod
     def close(self) -> None:
         """Give back what is held; a second call does nothing."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -35,7 +35,7 @@ TICK_SECONDS = 1.0  # between two looks at the clock
 AnyJob = TypeVar("AnyJob", bound=Job)
 
 
-class CrewPool(Closing, ABC, Generic[AnyJob]):
+class CrewPool(Closing, Generic[AnyJob]):
     """One run at a time over the actors of a crew; a context manager that kills them on exit.
 
     Args:
