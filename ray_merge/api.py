@@ -18,8 +18,8 @@ from ray_merge.engines import Engine, memory_ceiling, unit_pools
 from ray_merge.errors import Refusal
 from ray_merge.methods.registry import METHODS, describe
 from ray_merge.moments import Engines
-from ray_merge.needed import plan_needed, statistics_of
 from ray_merge.plan import DEFAULT_MEMORY_BYTES, Plan, make_plan, read_inputs
+from ray_merge.prepared import preparation, prepared_facts
 from ray_merge.recipe import expand, require_merges, select
 from ray_merge.recipe.read import read_recipe
 from ray_merge.storage.cache import cache_folder
@@ -48,8 +48,7 @@ def plan(
     """
     planned = _plan(recipe, output, only, memory, cache_dir)
     engines = Engines(memory=memory, cache=cache_folder(cache_dir))
-    needed = plan_needed(planned, planned.merges, engines)
-    return replace(planned, moments=tuple(facts for one in needed for facts in one.facts))
+    return replace(planned, moments=prepared_facts(planned, engines))
 
 
 def _plan(
@@ -112,8 +111,8 @@ def run(
     engines = Engines(
         engine=engine, address=address, workers=workers, memory=memory, device=device, cache=settings.cache
     )
-    statistics = statistics_of(planned, engines, progress)
-    return drive_run(planned, settings, unit_pools(engine, address, workers), progress, statistics)
+    prepare = preparation(planned, engines, progress)
+    return drive_run(planned, settings, unit_pools(engine, address, workers), progress, prepare)
 
 
 def methods() -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from ray_merge import show, show_inspect, show_moments
+from ray_merge import show, show_evaluate, show_inspect, show_moments, show_progress
 from ray_merge.errors import RayMergeError, Refusal, RunFailed
 
 app = typer.Typer(
@@ -82,7 +82,7 @@ def run(
     """Run a recipe: every merge is published once; what is complete is left alone."""
     from ray_merge import api
 
-    with show.Progress() as progress:
+    with show_progress.Progress() as progress:
         result = api.run(
             recipe,
             output=output,
@@ -118,7 +118,7 @@ def calibrate(
     """Moments of every task's inputs into the store; every later run reuses them."""
     from ray_merge import moments
 
-    with show.Progress() as progress:
+    with show_progress.Progress() as progress:
         result = moments.calibrate(
             recipe,
             output=output,
@@ -150,7 +150,7 @@ def init(
     """OSRM: adapters to fine-tune from, which the other tasks' inputs hardly reach."""
     from ray_merge import osrm
 
-    with show.Progress() as progress:
+    with show_progress.Progress() as progress:
         result = osrm.init_adapters(
             recipe,
             output=output,
@@ -163,6 +163,57 @@ def init(
             progress=progress,
         )
     show_moments.initialised(result, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeArgument,
+    output: OutputOption = None,
+    only: OnlyOption = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Also score merges without TASK on it; may be repeated."),
+    ] = None,
+    hits: Annotated[
+        bool, typer.Option("--hits", help="Also joint Hits@1,3,5 over the labels of all tasks together.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task, from the first.")] = None,
+    command: Annotated[
+        str | None,
+        typer.Option(metavar="CMD", help="Run for each complete merge, with {path} and {name} filled in."),
+    ] = None,
+    address: AddressOption = "local",
+    engine: EngineOption = "ray",
+    workers: Annotated[int | None, typer.Option(min=1, help="How many; default: one per CPU.")] = None,
+    device: DeviceOption = "cpu",
+    cache_dir: CacheOption = None,
+    date: Annotated[str | None, typer.Option(help="Day for {date} in output; default: today (UTC).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Scores of the base, single adapters and complete merges on the labelled data of every task."""
+    from ray_merge.evaluate import evaluate as score
+    from ray_merge.evaluate import unsuccessful
+
+    with show_progress.Progress() as progress:
+        result = score(
+            recipe,
+            output=output,
+            only=only or [],
+            held_out=held_out or [],
+            hits=hits,
+            limit=limit,
+            command=command,
+            engine=engine,
+            address=address,
+            workers=workers,
+            device=device,
+            cache_dir=cache_dir,
+            date=date,
+            progress=progress,
+        )
+    show_evaluate.evaluated(result, as_json=as_json)
+    if why := unsuccessful(result):
+        raise RunFailed(why)
 
 
 @app.command()

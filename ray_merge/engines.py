@@ -6,19 +6,20 @@ Owns: how many workers, and that Ray is loaded only when there is work.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
-from ray_merge.drive.moments import StepPoolFactory
 from ray_merge.drive.osrm import OsrmPoolFactory
 from ray_merge.drive.run import PoolFactory
 from ray_merge.errors import Refusal
 from ray_merge.pool import LocalPool, Pool
 from ray_merge.pool_steps import LocalStepPool, StepPool
 from ray_merge.recipe import parse_size
-from ray_merge.work.factory import StageWorkerFactory, WorkerFactory
+from ray_merge.work.evaluate_job import EvaluateJob, EvaluatePoolFactory, EvaluateWorkerFactory
+from ray_merge.work.factory import AnyStageJob, StageWorkerFactory, WorkerFactory, stages_of
 from ray_merge.work.job import Job
 from ray_merge.work.osrm_job import OsrmJob, OsrmWorkerFactory
-from ray_merge.work.stage_job import StageJob
 
 Engine = Literal["ray", "local"]
 
@@ -43,7 +44,7 @@ def unit_pools(engine: Engine, address: str, workers: int | None) -> PoolFactory
 
 def stage_pools(
     engine: Engine, address: str, workers: int | None, *, ceiling: int | None = None
-) -> StepPoolFactory:
+) -> Callable[[AnyStageJob], StepPool]:
     """Makes the pool of a job that runs inputs through stages: one place for each.
 
     Args:
@@ -53,19 +54,20 @@ def stage_pools(
         ceiling: for one stage; this process then holds one after another, so that it is one for the process.
     """
 
-    def local(job: StageJob) -> StepPool:
-        n_stages = len(job.plan.stages)
+    def local(job: AnyStageJob) -> StepPool:
+        plan = stages_of(job)
+        n_stages = len(plan.stages)
         room = USABLE_PERCENT * memory_bytes() // 100 if ceiling is None else ceiling
-        keep = min(n_stages, max(1, room // job.plan.peak_bytes)) if ceiling is None else 1
+        keep = min(n_stages, max(1, room // plan.peak_bytes)) if ceiling is None else 1
         threads = min(keep, local_room(job.device, workers))
         # Between two stages that are not held at once the hidden states of all chains under way are kept.
-        left = max(0, room - keep * job.plan.peak_bytes)
-        in_flight = None if keep == n_stages else 1 + left // max(1, job.plan.handed_bytes)
+        left = max(0, room - keep * plan.peak_bytes)
+        in_flight = None if keep == n_stages else 1 + left // max(1, plan.handed_bytes)
         return LocalStepPool(
             StageWorkerFactory(job), n_stages, threads=threads, in_flight=in_flight, keep_workers=keep
         )
 
-    def ray(job: StageJob) -> StepPool:
+    def ray(job: AnyStageJob) -> StepPool:
         from ray_merge.runtime.stage_pool import StagePool
 
         return StagePool(job, address=address)
@@ -88,6 +90,31 @@ def osrm_pools(engine: Engine, address: str, workers: int | None) -> OsrmPoolFac
             memory_bytes=job.peak_bytes,
             placement="spread",
             device="cpu",
+            address=address,
+            workers=workers,
+        )
+
+    return local if engine == "local" else ray
+
+
+def evaluate_pools(engine: Engine, address: str, workers: int | None) -> EvaluatePoolFactory:
+    """Makes the pool of an evaluation."""
+
+    def local(job: EvaluateJob, n_units: int) -> Pool:
+        # Each unit at work holds a whole model.
+        fitting = USABLE_PERCENT * memory_bytes() // 100 // job.peak_bytes
+        room = max(1, min(n_units, local_room(job.device, workers), fitting))
+        return LocalPool(EvaluateWorkerFactory(replace(job, room=room))(), room)
+
+    def ray(job: EvaluateJob, n_units: int) -> Pool:
+        from ray_merge.runtime.merge_pool import JobPool
+
+        return JobPool(
+            EvaluateWorkerFactory(job),
+            n_units,
+            memory_bytes=job.peak_bytes,
+            placement=job.placement,
+            device=job.device,
             address=address,
             workers=workers,
         )

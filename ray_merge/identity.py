@@ -16,6 +16,9 @@ ALGORITHM_VERSION = 3
 MOMENTS_VERSION = 1
 """Raised whenever the same inputs would give other moments; it is part of their ids."""
 
+LEARN_VERSION = 1
+"""Raised whenever the same inputs would give another phi; it is part of the ids of merges that learn."""
+
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces; floats by their shortest repr; NaN and Inf are a ValueError."""

@@ -10,7 +10,6 @@ from typing import Any
 from ray_merge.drive.events import Event
 from ray_merge.drive.moments import (
     MomentsResult,
-    StepPoolFactory,
     Work,
     ensure_moments,
 )
@@ -31,8 +30,9 @@ from ray_merge.recipe.read import read_recipe
 from ray_merge.spec import Adapter, Site
 from ray_merge.storage.cache import cache_folder
 from ray_merge.storage.checkpoint import Checkpoint
+from ray_merge.work.factory import AnyStageJob
 from ray_merge.work.pickles import unpickler
-from ray_merge.work.stage_job import CheckUnit, StageJob
+from ray_merge.work.stage_job import CheckUnit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +56,9 @@ class Engines:
     memory: str | int | None = None
     device: str = "cpu"
     cache: Path
-    pools: StepPoolFactory | None = None
+    pools: Callable[[AnyStageJob], StepPool] | None = None
 
-    def make_pool(self, job: StageJob) -> StepPool:
+    def make_pool(self, job: AnyStageJob) -> StepPool:
         """The pool for a job of stages."""
         if self.pools is not None:
             return self.pools(job)

@@ -10,7 +10,7 @@ from typing import cast
 from ray_merge.drive.events import Event
 from ray_merge.drive.fisher import ensure_fisher, fisher_kind
 from ray_merge.drive.moments import MOMENTS, MomentsResult, check_units, ensure_moments
-from ray_merge.drive.run import Statistics, StatisticsMaker
+from ray_merge.drive.run import Statistics
 from ray_merge.engines import local_room, stage_ceiling
 from ray_merge.errors import RecipeError
 from ray_merge.methods.registry import get, statistics_kind
@@ -102,17 +102,7 @@ def _fisher_plans(
     return plan_fisher(recipe, fitted.base, own, fitted.sites, labels, memory_bytes=ceiling, workers=workers)
 
 
-def statistics_of(plan: Plan, engines: Engines, progress: Callable[[Event], None]) -> StatisticsMaker:
-    """Finds or computes the moments that merges of a plan need, for `drive.run`."""
-
-    def make(merges: Sequence[Merge]) -> Callable[[], Statistics] | None:
-        needed = plan_needed(plan, merges, engines)
-        return (lambda: _compute_needed(plan, needed, engines, progress)) if needed else None
-
-    return make
-
-
-def _compute_needed(
+def compute_needed(
     plan: Plan, needed: Sequence[Needed], engines: Engines, progress: Callable[[Event], None]
 ) -> Statistics:
     """Compute what is missing of every kind; the data of all kinds are looked at before any of them writes."""

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from ray_merge.fit.ranked import RankedFactors
 from ray_merge.methods.gradient import has_gradient
 from ray_merge.plan.estimate import Cluster, estimate
+from ray_merge.show_progress import human_bytes
 from ray_merge.spec import Adapter, FactorEntry, SavedEntry, Update
 
 if TYPE_CHECKING:
-    from ray_merge.drive.events import Event
     from ray_merge.drive.run import RunResult
     from ray_merge.plan import Plan
     from ray_merge.verify import Verified
@@ -33,94 +29,6 @@ MAX_ADAPTERS_SHOWN = 12
 
 PIPE_WIDTH = 160
 """A pipe has no width of its own; 80 would cut the words."""
-
-PLAIN_SECONDS = 5.0
-"""Plain progress lines come at most this often; a nightly log stays readable."""
-
-
-def human_bytes(n_bytes: float) -> str:
-    """Bytes with a decimal unit: 1.5 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(n_bytes) < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} TB"
-
-
-class Progress:
-    """Shows the events of a run; call it with each one."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._live: RichProgress | None = None
-        self._task: Any = None
-        self._last = time.monotonic()
-        self._first: tuple[float, int] | None = None
-
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live = RichProgress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[units]}"),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def __call__(self, event: Event) -> None:
-        """Show one event."""
-        if self._live is not None:
-            self._show_live(self._live, event)
-        else:
-            self._show_plain(event)
-
-    def _show_live(self, live: RichProgress, event: Event) -> None:
-        units = f"{event.units[0]}/{event.units[1]} units"
-        if self._task is None:
-            self._task = live.add_task("merging", total=event.n_bytes[1] or None, units=units)
-        live.update(self._task, completed=event.n_bytes[0], units=units)
-        if event.kind != "unit":
-            live.console.print(_sentence(event))
-
-    def _show_plain(self, event: Event) -> None:
-        now = time.monotonic()
-        finished = event.units[0] == event.units[1]
-        if event.kind == "unit" and self._first is None:
-            self._first = (
-                now,
-                event.n_bytes[0],
-            )  # the clock starts here: before it Ray and torch were starting
-        if event.kind == "unit" and not finished and now - self._last < PLAIN_SECONDS:
-            return
-        self._last = now
-        line = self._unit_line(event, now) if event.kind == "unit" else _sentence(event)
-        with suppress(OSError):  # a log that nobody reads any more (`2>&1 | head`) must not end a merge
-            print(line, file=sys.stderr, flush=True)
-
-    def _unit_line(self, event: Event, now: float) -> str:
-        done, total = event.n_bytes
-        if not total:
-            return f"{event.units[0]}/{event.units[1]} units, last {event.text}"
-        line = f"{event.units[0]}/{event.units[1]} units, {human_bytes(done)} of {human_bytes(total)}"
-        since, before = self._first or (now, done)
-        rate = (done - before) / (now - since) if now > since else 0.0
-        if not rate:
-            return line
-        left = f", {(total - done) / rate:.0f} s left" if done < total else ""
-        return f"{line}, {human_bytes(rate)}/s{left}"
-
-
-def _sentence(event: Event) -> str:
-    return {"start": "starting: ", "merge": "published ", "unit": "done: "}.get(event.kind, "") + event.text
 
 
 def plan_json(plan: Plan, cluster: Cluster | None = None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ray_merge.show import human_bytes
+from ray_merge.show_progress import human_bytes
 
 if TYPE_CHECKING:
     from ray_merge.drive.moments import MomentsResult

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ray_merge.algebra.grid import chunk_spans
 from ray_merge.drive.identify import merge_id, merge_inputs, read_inputs_identity
+from ray_merge.drive.learned import PHI, is_learned
 from ray_merge.drive.thresholds import read_thresholds
 from ray_merge.errors import Refusal, RunFailed
 from ray_merge.identity import difference
 from ray_merge.methods.context import Thresholds
 from ray_merge.moments import Engines
-from ray_merge.needed import statistics_of
+from ray_merge.needed import compute_needed, plan_needed
 from ray_merge.plan import OutTensor, Plan, make_plan, read_inputs
 from ray_merge.pool_steps import StepPool
 from ray_merge.recipe import expand, load_recipe
@@ -34,9 +35,11 @@ from ray_merge.storage.headers import read_header
 from ray_merge.storage.store import Store, Stores, open_store
 from ray_merge.storage.stream import Reader
 from ray_merge.work.adapter_export import exported_tensors, truncated
+from ray_merge.work.deltas import site_deltas
 from ray_merge.work.factors import AdapterFiles
+from ray_merge.work.factory import AnyStageJob
+from ray_merge.work.job import PhiIndex
 from ray_merge.work.pickles import unpickler
-from ray_merge.work.shards import site_deltas
 from ray_merge.work.sources import Sources
 from ray_merge.work.stage_job import StageJob
 from ray_merge.work.tensors import TORCH_DTYPES, from_bytes
@@ -146,7 +149,8 @@ class _MomentsGone(Refusal):
     """The moments that a merge was made by are not in the store any more."""
 
 
-def _gone(job: StageJob) -> StepPool:
+def _gone(job: AnyStageJob) -> StepPool:
+    assert isinstance(job, StageJob), "verify computes moments only"
     raise _MomentsGone(
         f"moments that it was made by are not in {job.store} any more; run its recipe with another --output, which "
         "makes them anew"
@@ -164,8 +168,8 @@ def _probe(store: Store, manifest: Mapping[str, Any], cache: Path) -> Iterator[f
             f"{store.url}: an input has changed since the merge ({difference(manifest['inputs'], inputs)})"
         )
     dtype = torch.float64 if recipe.dtype == "float64" else torch.float32
-    find = statistics_of(plan, Engines(cache=cache, pools=_gone), lambda _: None)([merge])
-    moments = {} if find is None else find()
+    engines = Engines(cache=cache, pools=_gone)
+    moments = compute_needed(plan, plan_needed(plan, [merge], engines), engines, lambda _: None)
     merged = _merged_tensors(store, manifest)
     thresholds = read_thresholds(store, merge)
     found = {} if thresholds is None else {merge.name: thresholds}
@@ -173,13 +177,28 @@ def _probe(store: Store, manifest: Mapping[str, Any], cache: Path) -> Iterator[f
     with (
         torch.inference_mode(),
         AdapterFiles(
-            cache / "adapters", plan.adapters, stores, device="cpu", dtype=dtype, moments=moments
+            cache / "adapters",
+            plan.adapters,
+            stores,
+            device="cpu",
+            dtype=dtype,
+            moments=moments,
+            phi=_phi(plan, merge, store),
         ) as files,
         Reader(stores.open(plan.base.url)) as reader,
     ):
         probe = _Probe(plan, merge, store, merged, begins, files, Sources(plan.base, reader, files), found)
         for site in _sample(plan, merge):
             yield _probe_site(probe, site)
+
+
+def _phi(plan: Plan, merge: Merge, store: Store) -> Mapping[str, PhiIndex]:
+    """The learned coefficients that lie with the merge."""
+    info = store.info(PHI) if is_learned(merge) else None
+    if info is None:
+        return {}
+    sites = {site.name: site.name for site in plan.touched(merge)}
+    return {merge.name: PhiIndex(store.url, info, sites)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,11 +48,14 @@ class CoreBasis:
     coordinates: tuple[tuple[Tensor, Tensor], ...]
 
 
-def knots_basis(pairs: Sequence[tuple[Tensor, Tensor]]) -> KnotsBasis:
+def knots_basis(
+    pairs: Sequence[tuple[Tensor, Tensor]], smallest: float | None = SMALLEST_SINGULAR_VALUE
+) -> KnotsBasis:
     """The KnOTS basis of the deltas B_i A_i.
 
     Args:
         pairs: per adapter B_i (O, R_i) and A_i (R_i, I), scale folded in; R_i may be 0.
+        smallest: singular values up to it are dropped; None keeps min(O, sum of ranks) directions whatever they are.
     """
     lefts, rights = [], []
     for B_OR, A_RI in pairs:
@@ -62,7 +65,7 @@ def knots_basis(pairs: Sequence[tuple[Tensor, Tensor]]) -> KnotsBasis:
         rights.append(Q_Iq.T)
     Q_OP, T_PS = torch.linalg.qr(torch.cat(lefts, dim=1))
     U_PK, s_K, Vt_KS = torch.linalg.svd(T_PS, full_matrices=False)
-    keep = int((s_K > SMALLEST_SINGULAR_VALUE).sum())
+    keep = len(s_K) if smallest is None else int((s_K > smallest).sum())
     s_R = s_K[:keep]
     blocks = torch.split(s_R[:, None] * Vt_KS[:keep], [left.shape[1] for left in lefts], dim=1)
     return KnotsBasis(Q_OP @ U_PK[:, :keep], s_R, tuple(zip(blocks, rights, strict=True)))

@@ -11,7 +11,7 @@ class Event:
 
     Args:
         kind: "start" (totals are known), "check" (the data were looked at), "select" (thresholds are looked for),
-            "unit" (one more done), "merge" (one more published).
+            "learn" (one more step of phi; units are steps), "unit" (one more done), "merge" (one more published).
         text: what happened, for a person.
         units: done and all.
         n_bytes: written and all.

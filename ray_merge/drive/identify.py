@@ -15,7 +15,7 @@ from typing import Any
 
 from ray_merge.calibration import data_identity
 from ray_merge.errors import AdapterError, CheckpointError, StoreDenied
-from ray_merge.identity import ALGORITHM_VERSION, MOMENTS_VERSION, digest
+from ray_merge.identity import ALGORITHM_VERSION, LEARN_VERSION, MOMENTS_VERSION, digest
 from ray_merge.methods.registry import get
 from ray_merge.plan import Plan
 from ray_merge.plan.statistics import needs_data
@@ -67,6 +67,10 @@ def _data(plan: Plan, stores: Stores, digests: DigestCache) -> Iterator[tuple[st
                 "file": dict(data_identity(labelled, stores, digests, where=f"adapters.{name}.eval")),
                 "column": source.eval.label,
             }  # fmt: skip
+        if source.head is not None:
+            folder, _, file = source.head.path.rpartition("/")
+            version = file_versions(stores.open(folder or "."), [file], digests)[file]
+            found["head"] = {"file": version, "logit_scale": source.head.logit_scale}
         yield name, found
 
 
@@ -177,9 +181,14 @@ def merge_inputs(plan: Plan, merge: Merge, inputs: Inputs) -> dict[str, Any]:
     }
     if merge.export != "checkpoint":
         document |= {"export_rank": merge.export_rank, "export_tolerance": merge.export_tolerance}
-    if needs_data(recipe, merge):
+    method = get(merge.method)
+    if method.learned:
+        rows = recipe.calibration or Calibration()
+        document["learn"] = {"version": LEARN_VERSION, "max_length": rows.max_length, "seed": rows.seed}
+        document["data"] = {name: _used_data(merge, inputs.data[name]) for name in merge.adapters}
+    if recipe.diagnostics or method.statistics:
         calibration = recipe.calibration or Calibration()
-        fisher = get(merge.method).statistics == "fisher" and not recipe.diagnostics
+        fisher = method.statistics == "fisher" and not recipe.diagnostics
         document |= {
             "moments": MOMENTS_VERSION,
             "calibration": calibration_inputs(calibration, fisher=fisher),
@@ -195,7 +204,8 @@ def _adapter_input(plan: Plan, merge: Merge, name: str, files: Versions) -> dict
     source = plan.recipe.adapters[name]
     kept: dict[str, Any] = {}
     # Written into the saved head, and what fisher differentiates; it decides bytes nowhere else.
-    if source.task is not None and (plan.adapters[name].heads or get(merge.method).statistics == "fisher"):
+    differentiated = get(merge.method).statistics == "fisher" or get(merge.method).learned
+    if source.task is not None and (plan.adapters[name].heads or differentiated):
         kept["task"] = source.task
     if source.key_mapping:
         kept["key_mapping"] = list(source.key_mapping.items())
@@ -205,8 +215,12 @@ def _adapter_input(plan: Plan, merge: Merge, name: str, files: Versions) -> dict
 
 
 def _used_data(merge: Merge, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a merge takes from a task's data: labels only where it is told to use them."""
-    kept = ("data", "labels") if merge.parameters.get("labels") == "empirical" else ("data",)
+    """What a merge takes from a task's data: labels only where it is told to use them, a text head where it learns."""
+    kept = ["data"]
+    if merge.parameters.get("labels") == "empirical":
+        kept.append("labels")
+    if get(merge.method).learned:
+        kept.append("head")
     return {key: data[key] for key in kept if key in data}
 
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from ray_merge.drive.card import WARN_LOST_SHARE, model_card
 from ray_merge.drive.config import checkpoint_config, vocabulary_owner
 from ray_merge.drive.exported_config import exported_config
+from ray_merge.drive.learned import PHI, is_learned
 from ray_merge.drive.outputs import Target
 from ray_merge.drive.rescalers import rescalers_json
 from ray_merge.drive.thresholds import THRESHOLDS, selecting
@@ -100,6 +101,9 @@ def publish(
     if selecting([merge]):
         found = files.store.read(THRESHOLDS)
         files.note(THRESHOLDS, len(found), hashlib.sha256(found).hexdigest())
+    if is_learned(merge):
+        found = files.store.read(PHI)
+        files.note(PHI, len(found), hashlib.sha256(found).hexdigest())
     if is_emr(merge):
         files.put(RESCALERS, rescalers_json(plan, merge, receipts))
     for name in merge.adapters:

@@ -21,6 +21,7 @@ from typing import Any
 
 from ray_merge.drive.events import Event
 from ray_merge.drive.identify import Inputs, merge_id, merge_inputs, read_inputs_identity
+from ray_merge.drive.learned import PHI, phi_bytes
 from ray_merge.drive.outputs import Target, look, today
 from ray_merge.drive.preflight import preflight
 from ray_merge.drive.publish import publish
@@ -35,7 +36,7 @@ from ray_merge.spec import Merge, Receipt
 from ray_merge.storage.commit import STATE_FOLDER, commit_bytes, probe
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.store import Stores, open_store
-from ray_merge.work.job import AdapterUnit, EmrUnit, Job, MomentsIndex, ShardUnit, Unit
+from ray_merge.work.job import AdapterUnit, EmrUnit, Job, MomentsIndex, PhiIndex, ShardUnit, Unit
 
 PoolFactory = Callable[[Job, int], Pool]
 """Makes the pool for a job of so many units; called only when there is something to do."""
@@ -43,13 +44,28 @@ PoolFactory = Callable[[Job, int], Pool]
 Statistics = Mapping[str, MomentsIndex]
 """Moments by kind."""
 
-StatisticsMaker = Callable[[Sequence[Merge]], Callable[[], Statistics] | None]
-"""Plans the moments that merges need, with every refusal that headers can show; what it returns finds or computes them.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What merges need besides factors.
+
+    Args:
+        moments: by kind.
+        phi: by merge name.
+    """
+
+    moments: Statistics = field(default_factory=dict)
+    phi: Mapping[str, PhiIndex] = field(default_factory=dict)
+
+
+Preparation = Callable[[Sequence[Merge], Mapping[str, str]], Callable[[], Prepared] | None]
+"""(merges, their ids) -> plans the moments and the learning that they need, with every refusal that headers can show;
+what it returns finds or computes them.
 
 None where they need none. Called only when there is something to do."""
 
 
-def _no_statistics(_: Sequence[Merge]) -> None:
+def _nothing(_: Sequence[Merge], __: Mapping[str, str]) -> None:
     return None
 
 
@@ -110,6 +126,7 @@ class _Open:
     missing: set[str]
     receipts: dict[str, Receipt] = field(default_factory=dict)
     thresholds: Thresholds | None = None
+    phi: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +140,7 @@ class _Context:
     progress: Callable[[Event], None]
     warnings: list[str]
     base_bytes: Counter[str]
-    statistics: StatisticsMaker
+    prepare: Preparation
 
 
 def run(
@@ -131,7 +148,7 @@ def run(
     settings: Settings,
     make_pool: PoolFactory,
     progress: Callable[[Event], None] = lambda _: None,
-    statistics: StatisticsMaker = _no_statistics,
+    prepare: Preparation = _nothing,
 ) -> RunResult:
     """Complete every merge of the plan.
 
@@ -142,7 +159,7 @@ def run(
     started = time.monotonic()
     stores = Stores()
     inputs = read_inputs_identity(plan, DigestCache(settings.cache / "digests"), stores)
-    context = _Context(plan, settings, inputs, stores, progress, list(plan.warnings), Counter(), statistics)
+    context = _Context(plan, settings, inputs, stores, progress, list(plan.warnings), Counter(), prepare)
     targets = _targets(context)
     unfinished = [
         _Open(merge, target, set(object_names(plan, merge)) - set(target.receipts), dict(target.receipts))
@@ -199,7 +216,7 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
         attempt=uuid.uuid4().hex[:12],
         device=settings.device,
     )
-    statistics = context.statistics([item.merge for item in unfinished if item.missing])
+    preparing = context.prepare([item.merge for item in unfinished if item.missing], job.merge_ids)
     lacking = {item.merge.name: item.missing for item in unfinished}
     units = missing_units(plan, lacking)
     adapters = sorted({name for item in unfinished for name in item.merge.adapters if item.missing})
@@ -213,12 +230,16 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
             with _later():
                 _publish_ready(context, unfinished, (0, 0), (0, 0))
             return 0
-        checked = statistics is not None
-        if statistics is not None:
-            # Adapters are looked at before moments are made of them; the workers cannot do both at once.
+        checked = preparing is not None
+        if preparing is not None:
+            # Adapters are looked at before anything is made of them; the workers cannot do both at once.
             with make_pool(job, len(adapters)) as pool:
                 preflight(pool, adapters, context.inputs, [item.merge for item in unfinished])
-            job = replace(job, moments=statistics())
+            prepared = preparing()
+            job = replace(job, moments=prepared.moments, phi=prepared.phi)
+            for item in unfinished:
+                if item.merge.name in prepared.phi:
+                    item.phi = phi_bytes(prepared.phi[item.merge.name], item.merge, context.stores)
         with make_pool(job, max(len(units), len(adapters))) as pool:
             if not checked:
                 preflight(pool, adapters, context.inputs, [item.merge for item in unfinished])
@@ -281,6 +302,8 @@ def _probe(context: _Context, item: _Open) -> None:
     probe(store, recipe, item.target.merge_id)
     if item.thresholds is not None:
         commit_bytes(store, THRESHOLDS, to_json(item.merge, item.thresholds), item.target.merge_id)
+    if item.phi is not None:
+        commit_bytes(store, PHI, item.phi, item.target.merge_id)
 
 
 def _note_receipts(

@@ -11,12 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ray_merge.algebra.phi_shape import Coefficients
 from ray_merge.methods.cost import Work, entries
 from ray_merge.methods.memory import Sizes, entrywise
 
-Kind = Literal["number", "integer", "flag", "choice"]
+Kind = Literal["number", "integer", "flag", "choice", "text"]
 Space = Literal["dense", "core", "knots"]
 Statistics = Literal["", "gram", "fisher"]
+Check = Callable[[str], None]
+"""Raises ValueError, which says what may be written."""
+
 Rule = Callable[[dict[str, Any]], None]
 """Checks and completes resolved parameters that depend on each other, in place; raises MethodError."""
 
@@ -57,6 +61,7 @@ class Parameter:
         required: whether the recipe must give it.
         interval: allowed numbers.
         choices: allowed words.
+        check: of a text.
         per_adapter: whether it may be a mapping by adapter.
         per_site: whether it may be a list of {filter, value}.
     """
@@ -68,12 +73,13 @@ class Parameter:
     required: bool = False
     interval: Interval = ANY_NUMBER
     choices: tuple[str, ...] = ()
+    check: Check | None = None
     per_adapter: bool = False
     per_site: bool = False
 
 
 def number(
-    default: float,
+    default: float | None,
     text: str,
     interval: Interval = ANY_NUMBER,
     *,
@@ -81,15 +87,23 @@ def number(
     per_adapter: bool = False,
     per_site: bool = False,
 ) -> Any:
-    """A dataclass field that holds a finite number, or a tuple of them in adapter order if `per_adapter`."""
+    """A dataclass field that holds a finite number, or a tuple of them in adapter order if `per_adapter`.
+
+    A default of None is decided by the method's rule, or means that there is none.
+    """
     meta = {"kind": "number", "help": text, "interval": interval, "key": key, "default": default}
     return field(metadata={**meta, "per_adapter": per_adapter, "per_site": per_site or per_adapter})
 
 
-def integer(text: str, interval: Interval, default: int | None = None) -> Any:
-    """A dataclass field that holds a whole number; required if it has no default."""
+def integer(text: str, interval: Interval, default: int | None = None, *, required: bool = True) -> Any:
+    """A dataclass field that holds a whole number; one without a default is required, or decided by the rule."""
     meta = {"kind": "integer", "help": text, "interval": interval, "default": default}
-    return field(metadata={**meta, "required": default is None})
+    return field(metadata={**meta, "required": required and default is None})
+
+
+def text(default: str | None, help_: str, check: Check) -> Any:
+    """A dataclass field that holds a text that `check` takes; a default of None is decided by the method's rule."""
+    return field(metadata={"kind": "text", "help": help_, "default": default, "check": check})
 
 
 def flag(default: bool | None, text: str) -> Any:
@@ -120,6 +134,7 @@ class Method:
         needs: inputs beyond the factors: "moments", "phi", "base".
         statistics: what its moments are: "gram", the Gram matrix of a site's inputs, or "fisher", the squared gradients
             of its weight; "" where it needs none.
+        learned: what its phi multiplies (algebra/phi_shape.py); "" where it has none.
         rule: completes and checks parameters that depend on each other.
         counts: for methods that keep entries by magnitude and know `scope`: which magnitudes they need, so that
             `scope: model` can select them over all sites.
@@ -140,6 +155,7 @@ class Method:
     factors_only: bool = False
     needs: tuple[str, ...] = ()
     statistics: Statistics = ""
+    learned: Coefficients | Literal[""] = ""
     rule: Rule | None = None
     counts: Counts | None = None
     sizes: Sizes = entrywise

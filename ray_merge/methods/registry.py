@@ -21,6 +21,7 @@ from ray_merge.methods.catalogue import (
     fisher,
     free,
     isotropic,
+    learned,
     lego,
     pcb,
     prune,
@@ -55,6 +56,7 @@ METHODS: tuple[Method, ...] = (
     *emr.METHODS,
     *regmean.METHODS,
     *fisher.METHODS,
+    *learned.METHODS,
 )
 
 
@@ -145,6 +147,7 @@ def describe(method: Method) -> dict[str, Any]:
         "reference": method.reference,
         "needs": list(method.needs),
         "statistics": method.statistics,
+        "learned": method.learned,
         "spaces": list(method.spaces),
         "low_rank_spaces": list(method.low_rank_spaces),
         "parameters": {

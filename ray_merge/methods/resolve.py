@@ -215,6 +215,8 @@ def _scalar(place: str, item: Parameter, given: Any) -> Any:
         if given not in item.choices:
             raise MethodError(f"{place} is {given!r}, expected one of {', '.join(item.choices)}")
         return given
+    if item.kind == "text":
+        return _text(place, item, given)
     if isinstance(given, bool) or not isinstance(given, int | float) or not _is_finite(given):
         raise MethodError(f"{place} is {given!r}, expected a finite number")
     if item.kind == "integer" and given != int(given):
@@ -222,6 +224,18 @@ def _scalar(place: str, item: Parameter, given: Any) -> Any:
     if given not in item.interval:
         raise MethodError(f"{place} is {given!r}, expected a number in {item.interval}")
     return int(given) if item.kind == "integer" else float(given)
+
+
+def _text(place: str, item: Parameter, given: Any) -> str:
+    is_number = isinstance(given, int) and not isinstance(given, bool)  # `layers: 3`
+    if not isinstance(given, str) and not is_number:
+        raise MethodError(f"{place} is {given!r}, expected text")
+    try:
+        if item.check is not None:
+            item.check(str(given))
+    except ValueError as error:
+        raise MethodError(f"{place} is {given!r}, expected {error}") from None
+    return str(given)
 
 
 def _is_finite(value: float) -> bool:

@@ -20,10 +20,23 @@ from torch import Tensor, nn
 
 from ray_merge.models.skeleton import Skeleton
 from ray_merge.models.stage_blocks import Running, StageBlocks
-from ray_merge.models.stage_calls import Alter, Loss, StageGrads, StageInput, StageOutput, Watch, WeightGrad
-from ray_merge.models.stage_grad import told
+from ray_merge.models.stage_calls import (
+    Add,
+    Alter,
+    LocalGrad,
+    Loss,
+    StageGrads,
+    StageInput,
+    StageOutput,
+    Watch,
+    WeightGrad,
+)
+from ray_merge.models.stage_grad import nudged, told
 from ray_merge.models.stage_weights import StageWeights
 from ray_merge.models.stored_weights import StoredWeights
+
+EMBEDS = ("image_embeds", "text_embeds", "pooler_output")
+"""What a model without a classifier gives for the whole of an example, the first that there is."""
 
 
 class Stage:
@@ -36,6 +49,7 @@ class Stage:
         watched: runtime paths of the modules whose inputs may be asked for, in any stage; default: every Linear and
             Conv1D.
         dtype: of the arithmetic.
+        autocast: dtype that matrix products are made in, by torch.autocast; None for `dtype`.
         device: that holds the weights and computes; batches are moved there.
 
     Attributes:
@@ -52,12 +66,14 @@ class Stage:
         *,
         watched: Sequence[str] | None = None,
         dtype: torch.dtype = torch.float32,
+        autocast: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.blocks = blocks
         self._list = skeleton.blocks
         self._model = skeleton.model
         self._dtype = dtype
+        self._autocast = autocast
         self._device = torch.device(device)
         self._lock = Lock()
         self._check_range(skeleton.name)
@@ -96,6 +112,7 @@ class Stage:
         *,
         altered: Alter | None = None,
         watch: Watch | None = None,
+        added: Add | None = None,
         to_end: bool = False,
     ) -> StageOutput:
         """One batch through the stage, without gradients.
@@ -104,12 +121,13 @@ class Stage:
             given: the batch; `hidden` in every stage but the first.
             altered: what every weight is replaced by as it is used; an active adapter is W + dW.
             watch: called with the raw input of each module in `watched`, in the order in which they run.
+            added: what is added to the output of each module in `watched`.
             to_end: in the last stage, run norm and head too.
 
         Raises:
             CheckpointError: the model cannot be cut here, or the checkpoint lacks a weight that is used.
         """
-        run = Running(given=given, altered=altered, watch=watch, to_end=to_end and self.is_last)
+        run = Running(given=given, altered=altered, watch=watch, added=added, to_end=to_end and self.is_last)
         with self._lock, torch.no_grad():
             try:
                 run.handed_in = self._handed_in(given)
@@ -126,6 +144,8 @@ class Stage:
         phi: Sequence[Tensor] = (),
         loss: Loss | None = None,
         on_weight_grad: WeightGrad | None = None,
+        added: Add | None = None,
+        on_input: LocalGrad | None = None,
     ) -> StageGrads:
         """Gradients of one batch; runs the stage again from its input, and each block twice.
 
@@ -133,22 +153,33 @@ class Stage:
 
         Args:
             given: as for `forward`.
-            grad_out: of the hidden state that `forward` gave out, (B, L, H); unless there is a loss.
+            grad_out: of the hidden state that `forward` gave out, (B, L, H); unless there is a loss. Without either,
+                `on_input` alone makes gradients.
             altered: as for `forward`; may use `phi`.
             phi: leaves whose gradients are wanted, requires_grad.
             loss: of the last stage, which then runs to its end.
             on_weight_grad: called for each module in `watched` that runs, last one first.
+            added: as for `forward`; may use `phi`.
+            on_input: of losses on the inputs of modules in `watched`, whose gradients it adds.
 
         Raises:
             CheckpointError: as `forward`.
-            ValueError: neither or both of `grad_out` and `loss`, or a loss for a stage that is not the last one.
+            ValueError: both of `grad_out` and `loss`, nothing to go back from, or a loss for a stage that is not the
+                last one.
         """
-        if (grad_out is None) == (loss is None):
-            raise ValueError("a stage goes backwards from either grad_out or a loss")
+        nothing = grad_out is None and loss is None and on_input is None
+        if nothing or (grad_out is not None and loss is not None):
+            raise ValueError("a stage goes backwards from either grad_out or a loss, or by on_input")
         if loss is not None and not self.is_last:
             raise ValueError(f"blocks {self.blocks} are not the last ones, so they have no loss")
         run = Running(
-            given=given, altered=altered, weight_grad=on_weight_grad, to_end=loss is not None, with_grad=True
+            given=given,
+            altered=altered,
+            weight_grad=on_weight_grad,
+            added=added,
+            on_input=on_input,
+            to_end=loss is not None,
+            with_grad=True,
         )
         with self._lock, torch.enable_grad():
             try:
@@ -172,14 +203,14 @@ class Stage:
             asked["use_cache"] = False
         if not self._takes_any:
             asked = {name: value for name, value in asked.items() if name in self._named}
-        made = self._blocks.run(run, lambda: self._model(**asked))
-        hidden, logits = run.hidden, None
-        if made is not None:
-            hidden = hidden if hidden is not None else getattr(made, "last_hidden_state", None)
-            logits = getattr(made, "logits", None)
-        self._blocks.check_clean(run.handed_in, hidden)
-        self._blocks.check_clean(run.handed_in, logits)
-        return StageOutput(hidden=hidden, logits=logits)
+        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+            made = self._blocks.run(run, lambda: self._model(**asked))
+        hidden = run.hidden if run.hidden is not None else getattr(made, "last_hidden_state", None)
+        logits = getattr(made, "logits", None)
+        embeds = next((one for name in EMBEDS if (one := getattr(made, name, None)) is not None), None)
+        for one in (hidden, logits, embeds):
+            self._blocks.check_clean(run.handed_in, one)
+        return StageOutput(hidden=hidden, logits=logits, embeds=embeds)
 
     def _handed_in(self, given: StageInput) -> Tensor | None:
         if self.is_first:
@@ -198,17 +229,17 @@ class Stage:
         if leaf is not None:
             wanted.append(leaf.requires_grad_())
             run.handed_in = leaf.view_as(leaf)  # a leaf may not be written to
-        if run.weight_grad is not None:
+        if run.weight_grad is not None or run.on_input is not None:
             run.anchor = torch.zeros((), dtype=self._dtype, device=self._device, requires_grad=True)
             wanted.append(run.anchor)
         out = self._output(run)
         root = loss(out) if loss is not None else out.hidden
         assert root is not None, "a model that gives out no hidden state needs a loss"
+        if loss is None:
+            grad_out = torch.zeros_like(root) if grad_out is None else grad_out.to(root)
         grads: tuple[Tensor | None, ...] = (None,) * len(wanted)
         if root.requires_grad and wanted:
-            grads = torch.autograd.grad(
-                root, wanted, None if grad_out is None else grad_out.to(root), allow_unused=True
-            )
+            grads = torch.autograd.grad(root, wanted, grad_out, allow_unused=True)
         full = [
             torch.zeros_like(one) if grad is None else grad for one, grad in zip(wanted, grads, strict=True)
         ]
@@ -250,20 +281,37 @@ class Stage:
         block = self._weights.block_of(path)
         return (self.is_first or self.is_last) if block is None else block in self.blocks
 
-    def _saw(self, path: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _saw(self, path: str, _module: nn.Module, args: Any, kwargs: Any) -> Any:
         run = self._weights.running
-        if run is None or run.watch is None:
-            return
-        if not run.began and not self.is_first:
-            return
+        if run is None or (run.watch is None and run.on_input is None) or self._is_idle(run):
+            return None
         tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if tensor is not None:
-            if self._weights.block_of(path) is None:
-                self._blocks.check_clean(run.handed_in, tensor)
+        if tensor is None:
+            return None
+        if self._weights.block_of(path) is None:
+            self._blocks.check_clean(run.handed_in, tensor)
+        if run.watch is not None:
             run.watch(path, tensor)
+        if run.on_input is None or run.anchor is None or not torch.is_grad_enabled():
+            return None
+        made = nudged(tensor, run.anchor, partial(run.on_input, path))
+        return (
+            tuple(made if value is tensor else value for value in args),
+            {name: made if value is tensor else value for name, value in kwargs.items()},
+        )
 
     def _note(self, path: str, _module: nn.Module, args: Any, made: Any) -> Any:
         run = self._weights.running
-        if run is None or run.weight_grad is None or run.anchor is None or not isinstance(made, Tensor):
+        if run is None or not isinstance(made, Tensor) or self._is_idle(run):
             return None
-        return told(made, args[0], run.anchor, partial(run.weight_grad, path))
+        changed = None
+        if run.added is not None and (more := run.added(path, args[0])) is not None:
+            changed = made + more.to(made.dtype)
+        if run.weight_grad is not None and run.anchor is not None:
+            told_of = made if changed is None else changed
+            changed = told(told_of, args[0], run.anchor, partial(run.weight_grad, path))
+        return changed
+
+    def _is_idle(self, run: Running) -> bool:
+        """Whether the model computes what stands before this stage's blocks, with NaN and for nothing."""
+        return not run.began and not self.is_first

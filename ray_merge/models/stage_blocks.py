@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ray_merge.errors import CheckpointError, NotCuttable
 from ray_merge.models.block_list import hidden_name
-from ray_merge.models.stage_calls import Alter, StageInput, Watch, WeightGrad
+from ray_merge.models.stage_calls import Add, Alter, LocalGrad, StageInput, Watch, WeightGrad
 
 Call = Callable[..., Any]
 
@@ -41,6 +41,8 @@ class Running:
         altered: changes weights.
         watch: sees inputs of modules.
         weight_grad: sees inputs and output gradients of modules.
+        added: is added to outputs of modules.
+        on_input: adds to the gradients of modules' inputs.
         to_end: whether the forward goes on behind the last block.
         with_grad: whether a backward follows.
     """
@@ -49,6 +51,8 @@ class Running:
     altered: Alter | None = None
     watch: Watch | None = None
     weight_grad: WeightGrad | None = None
+    added: Add | None = None
+    on_input: LocalGrad | None = None
     to_end: bool = False
     with_grad: bool = False
 

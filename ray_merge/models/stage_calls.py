@@ -19,6 +19,14 @@ Watch = Callable[[str, Tensor], None]
 WeightGrad = Callable[[str, Tensor, Tensor], None]
 """(runtime path of a Linear or Conv1D, its input (B, L, I), its output's gradient (B, L, O)); last module first."""
 
+Add = Callable[[str, Tensor], Tensor | None]
+"""(runtime path of a watched module, its input (..., I)) -> what is added to its output (..., O); None for nothing."""
+
+LocalGrad = Callable[[str, Tensor], Tensor | None]
+"""(runtime path of a watched module, its input) -> gradient of a local loss with respect to that input; None for none.
+
+Called once for each run of the module while autograd goes backwards through it; what it returns is added."""
+
 Loss = Callable[["StageOutput"], Tensor]
 """What is minimised, a scalar, from the output of the last stage."""
 
@@ -49,10 +57,12 @@ class StageOutput:
         hidden: (B, L, H) for the next stage; of the last stage: what its last block gave out. None where the model
             has no list of blocks and gives out no hidden state.
         logits: of the last stage that ran to its end, if the class has a head; shape as the class gives them.
+        embeds: of the last stage that ran to its end, (B, D): a projection (CLIP), else what a pooler made.
     """
 
     hidden: Tensor | None = None
     logits: Tensor | None = None
+    embeds: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from ray_merge.errors import CheckpointError, RayMergeError, RecipeError, Refusal
+from ray_merge.errors import RecipeError, Refusal
 from ray_merge.plan.moments import MomentsPlan, TaskData, plan_moments
+from ray_merge.plan.task_heads import Classes, adapter_of, check_complete, head_kind, head_rows
 from ray_merge.recipe import Recipe
 from ray_merge.recipe.model import Evaluation
-from ray_merge.spec import Adapter, Site
+from ray_merge.spec import Site
 from ray_merge.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -29,16 +30,10 @@ MAX_EXPECTED = 100
 SUM_BYTES = 8
 """Of a running sum of squares, for each entry of a weight."""
 
-HEADS: tuple[tuple[str, Head], ...] = (
-    ("ForSequenceClassification", "classification"),
-    ("ForImageClassification", "classification"),
-    ("ForCausalLM", "causal"),
-    ("LMHeadModel", "causal"),
+NO_LIKELIHOOD = (
+    "without which there is no log-likelihood; save the adapter with its head (modules_to_save), or use "
+    "regmean"
 )
-"""How names of classes end that give one log-likelihood for an example."""
-
-TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "generation": "CAUSAL_LM"}
-"""The recipe's plain words as PEFT's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,13 +88,13 @@ def plan_fisher(
     Raises:
         Refusal: a task has no log-likelihood or no such labels, or a ceiling cannot be kept.
     """
-    classes = _Classes(base)
+    classes = Classes(base)
     groups: dict[str, list[TaskData]] = {}
     likelihoods: dict[str, Likelihood] = {}
     for task in tasks:
         skeleton = classes.of(recipe, task)
         likelihoods[task.name] = _likelihood(recipe, task, skeleton, labels)
-        _check_complete(task, skeleton)
+        check_complete(task, skeleton, NO_LIKELIHOOD)
         groups.setdefault(skeleton.name, []).append(task)
     plans = []
     for name, some in groups.items():
@@ -109,80 +104,10 @@ def plan_fisher(
     return plans
 
 
-class _Classes:
-    """The model classes of one base, each built once."""
-
-    def __init__(self, base: Checkpoint) -> None:
-        self._base = base
-        self._built: dict[str, Skeleton | RayMergeError] = {}
-
-    def of(self, recipe: Recipe, task: TaskData) -> Skeleton:
-        """The class that a task's adapter was trained in: with a head, and all of its modules, if there is one."""
-        from ray_merge.models.model_class import class_candidates
-
-        adapter = _adapter(task)
-        auto = adapter.config.get("auto_mapping")
-        named = auto.get("base_model_class") if isinstance(auto, Mapping) else None
-        names = class_candidates(
-            self._base.config,
-            class_name=named if isinstance(named, str) else None,
-            task_type=_task_type(recipe, task),
-        )
-        found = [self._get(name) for name in names]
-        built = [one for one in found if not isinstance(one, RayMergeError)]
-        modules = [module.partition("[")[0] for module in adapter.modules.values()]
-
-        def fits(one: Skeleton) -> tuple[bool, bool]:
-            paths = {path for path, _ in one.model.named_modules()}
-            return _head(one.name) is not None, all(module in paths for module in modules)
-
-        if built:
-            return max(built, key=fits)  # the first of the best
-        raise next(
-            (one for one in found if isinstance(one, RayMergeError)),
-            CheckpointError(
-                f"transformers has no class for the base's model_type {self._base.config.get('model_type')!r}, so no "
-                "Fisher information can be computed; use a merge method that needs no data"
-            ),
-        )
-
-    def n_blocks(self, name: str) -> int:
-        """How many stages a class can be cut into."""
-        skeleton = self._get(name)
-        assert not isinstance(skeleton, RayMergeError)
-        return skeleton.blocks.count if skeleton.blocks else 1
-
-    def _get(self, name: str) -> Skeleton | RayMergeError:
-        from ray_merge.models.skeleton import build_skeleton
-
-        if name not in self._built:
-            shapes = {tensor: entry.shape for tensor, entry in self._base.tensors.items()}
-            try:
-                self._built[name] = build_skeleton(self._base.config, shapes, name=name)
-            except RayMergeError as error:
-                self._built[name] = error
-        return self._built[name]
-
-
-def _adapter(task: TaskData) -> Adapter:
-    assert task.adapter is not None, "Fisher information is of a task's own adapter"
-    return task.adapter
-
-
-def _task_type(recipe: Recipe, task: TaskData) -> str | None:
-    said = recipe.adapters[task.name].task
-    kind = _adapter(task).config.get("task_type") if said is None else TASK_TYPES.get(said, said)
-    return kind if isinstance(kind, str) else None
-
-
-def _head(class_name: str) -> Head | None:
-    return next((kind for ending, kind in HEADS if class_name.endswith(ending)), None)
-
-
 def _likelihood(recipe: Recipe, task: TaskData, skeleton: Skeleton, labels: Labels) -> Likelihood:
-    place, adapter = f"adapters.{task.name}", _adapter(task)
+    place, adapter = f"adapters.{task.name}", adapter_of(task)
     config: Any = skeleton.model.config
-    head = _head(skeleton.name)
+    head: Head | None = head_kind(skeleton.name)
     problem = getattr(config, "problem_type", None)
     if head is None or problem == "multi_label_classification":
         raise RecipeError(
@@ -201,7 +126,7 @@ def _likelihood(recipe: Recipe, task: TaskData, skeleton: Skeleton, labels: Labe
                 "sampled"
             )
         return Likelihood(head=head, labels=labels, n_outputs=0)
-    n_outputs = _n_outputs(adapter, skeleton)
+    n_outputs = head_rows(adapter, skeleton)
     if recipe.adapters[task.name].task == "regression" or problem == "regression" or n_outputs == 1:
         head = "regression"
     if labels == "expected" and n_outputs > MAX_EXPECTED:
@@ -217,39 +142,6 @@ def _likelihood(recipe: Recipe, task: TaskData, skeleton: Skeleton, labels: Labe
             "the data, or write labels: sampled"
         )
     return Likelihood(head=cast("Head", head), labels=labels, n_outputs=n_outputs, evaluation=evaluation)
-
-
-def _n_outputs(adapter: Adapter, skeleton: Skeleton) -> int:
-    """Rows of the head's last linear layer as it was saved; RoBERTa's and DistilBERT's have a hidden one before it."""
-    from torch import nn
-
-    config: Any = skeleton.model.config
-    inner = f"{getattr(skeleton.model, 'base_model_prefix', '')}."
-    layers = [
-        name
-        for name, module in skeleton.model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(inner)
-    ]
-    saved = {entry.name: entry.shape[0] for entry in adapter.heads}
-    return saved.get(f"{layers[-1]}.weight" if layers else "", int(config.num_labels))
-
-
-def _check_complete(task: TaskData, skeleton: Skeleton) -> None:
-    """Refuse a head that is nowhere: neither in the base nor saved with the adapter.
-
-    Raises:
-        RecipeError: its first missing parameter.
-    """
-    adapter = _adapter(task)
-    there = {*skeleton.slots, *(entry.name for entry in adapter.heads)}
-    inner = f"{getattr(skeleton.model, 'base_model_prefix', '')}."
-    names = [name for name, _ in skeleton.model.named_parameters() if not name.startswith(inner)]
-    missing = next((name for name in names if name not in there), None)
-    if missing is not None:
-        raise RecipeError(
-            f"adapters.{task.name}: neither {adapter.url} nor the base holds {missing} of {skeleton.name}, without "
-            "which there is no log-likelihood; save the adapter with its head (modules_to_save), or use regmean"
-        )
 
 
 def _stages(

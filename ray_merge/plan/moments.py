@@ -159,6 +159,7 @@ def plan_moments(
     *,
     memory_bytes: int | None = None,
     workers: int = 1,
+    site_bytes: Mapping[str, int] | None = None,
 ) -> MomentsPlan:
     """Lay out the computation of moments.
 
@@ -170,6 +171,7 @@ def plan_moments(
         targets: names of modules to be watched besides, as PEFT's target_modules: whole names or their ends.
         memory_bytes: ceiling for one stage, where `stages` is not given; None for no ceiling.
         workers: that could hold a stage each.
+        site_bytes: that are held for each site in place of its moments, where something else is computed.
 
     Raises:
         Refusal: the model cannot be cut or built, a target names no linear layer, a ceiling cannot be kept.
@@ -186,7 +188,7 @@ def plan_moments(
     # What comes in is held while what goes out grows; Ray's copies of both are shared with other processes.
     held = STAGE_RUNTIME_BYTES + HANDED_COPIES * handed + passing_bytes(skeleton, layers, calibration)
     room = None if memory_bytes is None else max(1, memory_bytes - held)
-    sizes = block_bytes(skeleton, base, parts, calibration)
+    sizes = block_bytes(skeleton, base, parts, calibration, site_bytes)
     stages, stage_bytes = cut(skeleton, base, sizes, recipe.stages, room, workers)
     return MomentsPlan(
         base=base,

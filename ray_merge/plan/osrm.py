@@ -13,8 +13,8 @@ from ray_merge.errors import RayMergeError, RecipeError
 from ray_merge.fit.resolver import Architectures
 from ray_merge.models.architecture import Architecture
 from ray_merge.models.conversion import Slot
-from ray_merge.plan.fisher import TASK_TYPES
 from ray_merge.plan.moments import MomentsPlan
+from ray_merge.plan.task_heads import TASK_TYPES
 from ray_merge.recipe import Recipe
 from ray_merge.recipe.model import Init
 from ray_merge.spec import Adapter, FactorEntry, TensorEntry

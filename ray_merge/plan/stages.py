@@ -61,11 +61,15 @@ def passing_bytes(skeleton: Skeleton, layers: Mapping[str, bool], calibration: C
 
 
 def block_bytes(
-    skeleton: Skeleton, base: Checkpoint, parts: Sequence[Sums], calibration: Calibration
+    skeleton: Skeleton,
+    base: Checkpoint,
+    parts: Sequence[Sums],
+    calibration: Calibration,
+    site_bytes: Mapping[str, int] | None = None,
 ) -> list[int]:
     """Of each block: its weights as stored, with what stands before or behind the blocks, and its sums.
 
-    Sites that share their input are counted as if each had sums of its own.
+    Sites that share their input are counted as if each had sums of its own; `site_bytes` counts in place of sums.
     """
     from ray_merge.models.block_list import part_bytes
 
@@ -73,7 +77,10 @@ def block_bytes(
     sizes, rest = part_bytes(skeleton.slots, n_bytes, skeleton.blocks)
     sizes = sizes or [rest]
     for part in parts:
-        sums = sum(_sum_bytes(skeleton, path, calibration) for path in part.modules.values())
+        if site_bytes is None:
+            sums = sum(_sum_bytes(skeleton, path, calibration) for path in part.modules.values())
+        else:
+            sums = sum(site_bytes[site] for site in part.modules)
         # Outside of the blocks a site runs in the first stage or in the last one.
         for index in {0, len(sizes) - 1} if part.block is None else {part.block}:
             sizes[index] += sums

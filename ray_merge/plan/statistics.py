@@ -17,16 +17,17 @@ SQUARE_COPIES = 3
 
 def needs_data(recipe: Recipe, merge: Merge) -> bool:
     """Whether a merge, or what is said about it, depends on its tasks' data."""
-    return recipe.diagnostics or bool(get(merge.method).statistics)
+    method = get(merge.method)
+    return recipe.diagnostics or bool(method.statistics or method.learned)
 
 
 def check_data(recipe: Recipe, merge: Merge) -> None:
-    """Refuse a merge by moments whose tasks have no data.
+    """Refuse a merge by moments, or one that learns, whose tasks have no data.
 
     Raises:
         RecipeError: the first task without data.
     """
-    if get(merge.method).statistics:
+    if get(merge.method).statistics or get(merge.method).learned:
         tasks_with_data(recipe, merge.adapters, f"merge {merge.name!r} by {merge.method}")
     elif recipe.diagnostics:
         tasks_with_data(recipe, merge.adapters, "diagnostics: true")

@@ -137,6 +137,16 @@ TaskKind = Literal[
 """What an adapter's head is for: in plain words, or as PEFT's task types."""
 
 
+class HeadSource(_Model):
+    """A text head: a safetensors file with one matrix, a row for each class.
+
+    logits = logit_scale * cos(embedding, row). CLIP's own scale is about 100; with 1 every entropy stays near ln C.
+    """
+
+    path: str
+    logit_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
 class AdapterSource(_Model):
     """One adapter: its folder and, for methods that learn or measure, its data.
 
@@ -148,6 +158,7 @@ class AdapterSource(_Model):
     data: Annotated[DataSource | None, BeforeValidator(_only_path)] = None
     task: TaskKind | None = None
     eval: Evaluation | None = None
+    head: Annotated[HeadSource | None, BeforeValidator(_only_path)] = None
     initial: str | None = None
     allow_pickle: bool = False
     key_mapping: KeyMapping = Field(default_factory=dict)
@@ -319,6 +330,7 @@ def _known_keys(path: tuple[str | int, ...]) -> set[str]:
         (): Recipe, ("calibration",): Calibration, ("init",): Init,
         ("merges",): MergeSource, ("merges", "combinations"): Combinations,
         ("adapters",): AdapterSource, ("adapters", "data"): DataSource, ("adapters", "eval"): Evaluation,
+        ("adapters", "head"): HeadSource,
     }  # fmt: skip
     # The second part is an index or an adapter's own name, which may be a word of ours: an adapter `data`.
     return set(models[(*path[:1], *path[2:])].model_fields)

@@ -11,8 +11,7 @@ from ray_merge.pool_steps import StepPool
 from ray_merge.runtime.session import open_session
 from ray_merge.runtime.step_pool import RayStepPool
 from ray_merge.step_schedule import Step
-from ray_merge.work.factory import StageWorkerFactory
-from ray_merge.work.stage_job import StageJob
+from ray_merge.work.factory import AnyStageJob, StageWorkerFactory, stages_of
 
 STORE_SHARE = 0.2
 """Of this machine's memory that an embedded Ray may use for what stages hand on; beyond it Ray spills to disk."""
@@ -26,18 +25,19 @@ class StagePool(Closing):
         address: "local", "auto" or HOST:PORT.
     """
 
-    def __init__(self, job: StageJob, *, address: str) -> None:
+    def __init__(self, job: AnyStageJob, *, address: str) -> None:
+        plan = stages_of(job)
         with ExitStack() as stack:
             # One more chain than stages is under way, and a value is there twice while the next stage takes it.
-            wanted = 2 * (len(job.plan.stages) + 1) * job.plan.handed_bytes
+            wanted = 2 * (len(plan.stages) + 1) * plan.handed_bytes
             room = int(STORE_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
             session = stack.enter_context(open_session(address, object_store_bytes=min(wanted, room)))
             self._pool: StepPool = stack.enter_context(
                 RayStepPool(
                     StageWorkerFactory(job),
-                    len(job.plan.stages),
+                    len(plan.stages),
                     session=session,
-                    memory_bytes=job.plan.peak_bytes,
+                    memory_bytes=plan.peak_bytes,
                     placement=job.placement,
                     num_gpus=1 if job.device.startswith("cuda") else 0,
                 )

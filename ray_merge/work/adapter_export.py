@@ -25,11 +25,11 @@ from ray_merge.storage.adapter_names import PREFIX
 from ray_merge.storage.commit import commit, put_receipt
 from ray_merge.storage.store import Stores
 from ray_merge.storage.writer import ScratchFile
+from ray_merge.work.deltas import site_deltas
 from ray_merge.work.diagnostics import Diagnosis
 from ray_merge.work.factors import AdapterFiles
 from ray_merge.work.job import AdapterUnit, Job
 from ray_merge.work.scratch import scratch_folder
-from ray_merge.work.shards import site_deltas
 from ray_merge.work.tensors import TORCH_DTYPES, to_bytes
 
 if TYPE_CHECKING:

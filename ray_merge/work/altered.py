@@ -60,23 +60,31 @@ def altered_by(
                 for site in sites.get(slot.tensor, ()):
                     # One copy for all sites: a stack of experts has as many of them as experts.
                     used = used.clone() if used is weight else used
-                    _add_update(files, task.name, site, _part(used, slot))
+                    part = part_of(used, slot)
+                    before_OI = matrix_of(part, site)
+                    factors = files.site([task.name], site, before_OI.clone)
+                    add_update(part, site, factors.sum([1.0]).dense(part.dtype))
             return used
 
         yield alter
 
 
-def _part(weight: Tensor, slot: Slot) -> Tensor:
+def part_of(weight: Tensor, slot: Slot) -> Tensor:
     """The view of a parameter that one disk tensor fills."""
     part = weight if slot.expert is None else weight[slot.expert]
     return part if slot.rows is None else part.narrow(slot.axis, slot.rows[0], slot.rows[1] - slot.rows[0])
 
 
-def _add_update(files: AdapterFiles, name: str, site: Site, part: Tensor) -> None:
+def matrix_of(part: Tensor, site: Site) -> Tensor:
+    """The (O, I) matrix of a site in what its disk tensor fills; a view where it can be one."""
+    rows, columns = site.shape
+    return part.reshape(-1, columns)[site.start : site.start + rows]
+
+
+def add_update(part: Tensor, site: Site, update_OI: Tensor) -> None:
     """Add the update of one site to what its disk tensor fills, in place."""
     rows, columns = site.shape
-    matrix_OI = part.reshape(-1, columns)  # a view where it can be one
-    before_OI = matrix_OI[site.start : site.start + rows]
-    before_OI += files.site([name], site, lambda: before_OI.clone()).sum([1.0]).dense(part.dtype)
+    matrix_OI = part.reshape(-1, columns)
+    matrix_OI[site.start : site.start + rows] += update_OI
     if matrix_OI.data_ptr() != part.data_ptr():
         part.copy_(matrix_OI.reshape(part.shape))

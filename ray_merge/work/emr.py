@@ -28,10 +28,10 @@ from ray_merge.storage.commit import commit, put_receipt
 from ray_merge.storage.store import Stores
 from ray_merge.storage.stream import Reader
 from ray_merge.storage.writer import ScratchFile, WriteBehind
+from ray_merge.work.deltas import site_deltas
 from ray_merge.work.factors import AdapterFiles
 from ray_merge.work.job import EmrUnit, Job
 from ray_merge.work.scratch import scratch_folder
-from ray_merge.work.shards import site_deltas
 from ray_merge.work.sources import Sources, check_base
 from ray_merge.work.tensors import TORCH_DTYPES, to_bytes
 

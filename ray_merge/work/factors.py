@@ -29,7 +29,8 @@ from ray_merge.spec import (
 )
 from ray_merge.storage.cache import CachedFile, NodeCache
 from ray_merge.storage.store import ObjectInfo, Stores
-from ray_merge.work.job import AdapterCheck, MomentsIndex
+from ray_merge.work.job import AdapterCheck, MomentsIndex, PhiIndex
+from ray_merge.work.phi import LearnedPhi
 from ray_merge.work.pickles import converted
 from ray_merge.work.statistics import Statistics
 from ray_merge.work.tensors import TORCH_DTYPES, TensorFile, to_bytes
@@ -48,9 +49,11 @@ class AdapterFiles:
         device: where factors are put.
         dtype: arithmetic dtype; float64 makes every later step float64.
         moments: by kind of statistics, for methods that merge by them.
+        phi: by merge name, for methods that merge by learned coefficients.
 
     Attributes:
         statistics: those moments, for kernels.
+        learned: that phi, for kernels.
     """
 
     def __init__(
@@ -62,8 +65,10 @@ class AdapterFiles:
         device: str,
         dtype: torch.dtype,
         moments: Mapping[str, MomentsIndex] | None = None,
+        phi: Mapping[str, PhiIndex] | None = None,
     ) -> None:
         self.statistics = Statistics(cache_folder, moments or {}, stores)
+        self.learned = LearnedPhi(cache_folder, phi or {}, stores)
         self._folder = cache_folder
         self._cache = NodeCache(cache_folder)
         self._stores = stores

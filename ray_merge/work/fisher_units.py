@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -27,12 +27,12 @@ from ray_merge.models.losses import (
     label_score,
     next_tokens,
 )
-from ray_merge.models.stage import Stage
 from ray_merge.models.stage_calls import Alter, StageInput, StageOutput
 from ray_merge.plan.fisher import Likelihood
 from ray_merge.pool import Turn
 from ray_merge.storage.store import Stores
 from ray_merge.work.hand_on import stage_input
+from ray_merge.work.held import Held
 from ray_merge.work.squares import Squares
 
 ROWS, LABELS = "rows", "labels"
@@ -100,18 +100,14 @@ class Descent:
     """Gradients through one stage.
 
     Args:
-        stage: the frozen weights.
-        config: of the model's text part: its pad_token_id says where a decoder's classifier looks, and is set here.
-        pad: what config.json says of it; None where that is nothing, or no token.
+        held: the frozen weights.
         altered: the task's own adapter.
         likelihood: what is differentiated.
         device: torch device.
         draw: row number -> generator of its labels.
     """
 
-    stage: Stage
-    config: Any
-    pad: int | None
+    held: Held
     altered: Alter | None
     likelihood: Likelihood
     device: str
@@ -123,7 +119,7 @@ class Descent:
         first = {name: np.asarray(values)[:1] for name, values in model_inputs(one).items()}
         if "pixel_shape" in one:
             first["pixel_shape"] = np.array([1, *one["pixel_shape"][1:]])
-        self.stage.forward(
+        self.held.stage.forward(
             self._given(first), altered=self.altered, watch=lambda path, _: found.update([path]), to_end=True
         )
         return found
@@ -157,7 +153,7 @@ class Descent:
             for index in range(self._n_passes()):
                 turn.check()
                 squares.begin(n_examples, n_tokens)
-                made = self.stage.backward(
+                made = self.held.stage.backward(
                     given,
                     None if above is None else torch.tensor(above[place][index], device=self.device),
                     altered=self.altered,
@@ -207,38 +203,7 @@ class Descent:
 
     def _given(self, one: Arrays) -> StageInput:
         given = stage_input(one, self.device)
-        if (
-            self.likelihood.head == "causal"
-            or given.attention_mask is None
-            or "input_ids" not in given.extras
-        ):
-            return given
-        return self._padded(given, given.extras["input_ids"], given.attention_mask)
-
-    def _padded(self, given: StageInput, ids: Tensor, mask: Tensor) -> StageInput:
-        """Padding as the model tells it: decoders with a classifier look at the last token that is not pad_token_id.
-
-        Where config.json names none, padding gets an id that no token of the batch has.
-        """
-        size = int(self.config.vocab_size)
-        used = set(ids[mask.bool()].tolist())
-        pad = (
-            self.pad if self.pad is not None else next((one for one in range(size) if one not in used), None)
-        )
-        if pad is None and len(ids) > 1:
-            raise RunFailed(
-                f"a batch holds every one of {size} tokens, so none is left to pad with; write calibration: "
-                "{batch_size: 1}"
-            )
-        self.config.pad_token_id = pad
-        filled = ids if pad is None else ids.masked_fill(mask == 0, pad)
-        return replace(given, extras={**given.extras, "input_ids": filled})
-
-
-def stated_pad(config: Any) -> int | None:
-    """The padding token of a model's text part as its config.json has it; None for none, or one beyond its tokens."""
-    pad = getattr(config, "pad_token_id", None)
-    return pad if isinstance(pad, int) and 0 <= pad < getattr(config, "vocab_size", 0) else None
+        return given if self.likelihood.head == "causal" else self.held.padded(given)
 
 
 def drawing(seed: int, task: str) -> Callable[[int], Random]:

@@ -1,6 +1,6 @@
 """What one stage hands to the next: arrays, which Ray's object store shares between processes without a copy.
 
-hidden          (B, L, H) float32, None before the first block
+hidden          (B, L, H) float32 (float64 where that is the arithmetic), None before the first block
 attention_mask  (B, L) int64, absent for images
 input_ids ...   the model's other inputs: later stages need their shapes, and masks may need their values
 """
@@ -32,7 +32,13 @@ def handed_on(given: Mapping[str, Any], hidden: Tensor | None) -> Mapping[str, A
         kept["pixel_shape"] = np.array(np.shape(given["pixel_values"]))
     elif "pixel_shape" in given:
         kept["pixel_shape"] = given["pixel_shape"]
-    return {**kept, "hidden": hidden.float().cpu().numpy()}
+    return {**kept, "hidden": as_array(hidden)}
+
+
+def as_array(tensor: Tensor) -> Any:
+    """A tensor as numpy has it: half precision becomes float32."""
+    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+    return wide.detach().cpu().numpy()
 
 
 def stage_input(given: Mapping[str, Any], device: str) -> StageInput:

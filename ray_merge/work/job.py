@@ -30,6 +30,21 @@ class MomentsIndex:
     norms: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class PhiIndex:
+    """Where the learned coefficients of a merge lie, for the workers of a run.
+
+    Args:
+        store: URL.
+        info: the object.
+        leaves: site -> the tensor that holds its phi.
+    """
+
+    store: str
+    info: ObjectInfo
+    leaves: Mapping[str, str]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """The part of a run that never changes.
@@ -44,6 +59,7 @@ class Job:
         attempt: names this run among others on the same output.
         device: torch device for the arithmetic.
         moments: by kind of statistics ("gram", "fisher/sampled" ...), for the methods that need them.
+        phi: merge name -> its learned coefficients, for the methods that have some.
     """
 
     plan: Plan
@@ -55,6 +71,7 @@ class Job:
     attempt: str
     device: str = "cpu"
     moments: Mapping[str, MomentsIndex] = field(default_factory=dict)
+    phi: Mapping[str, PhiIndex] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

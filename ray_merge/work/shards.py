@@ -21,12 +21,8 @@ from torch import Tensor
 from ray_merge.algebra.delta import Delta
 from ray_merge.algebra.grid import chunk_rows
 from ray_merge.algebra.rounding import Rounding, add_update
-from ray_merge.algebra.site import SiteFactors
 from ray_merge.errors import RunFailed
 from ray_merge.methods.context import Thresholds
-from ray_merge.methods.kernels import Made, merge_site
-from ray_merge.methods.registry import get
-from ray_merge.methods.resolve import at_site
 from ray_merge.plan import SHARD_METADATA, OutTensor, Shard, shard_layout
 from ray_merge.pool import Turn, worker_label
 from ray_merge.spec import DTYPE_BYTES, Merge, Receipt, Site, SiteReport
@@ -34,8 +30,9 @@ from ray_merge.storage.commit import commit, put_receipt
 from ray_merge.storage.store import Stores
 from ray_merge.storage.stream import Reader
 from ray_merge.storage.writer import ScratchFile, WriteBehind
+from ray_merge.work.deltas import site_deltas
 from ray_merge.work.diagnostics import Diagnosis
-from ray_merge.work.factors import AdapterFiles, Base, token_rows
+from ray_merge.work.factors import AdapterFiles, token_rows
 from ray_merge.work.job import Job, ShardUnit
 from ray_merge.work.scratch import scratch_folder
 from ray_merge.work.sources import Sources, check_base
@@ -265,46 +262,6 @@ def _chunks(start: int, stop: int, site: Site) -> Iterator[tuple[int, int]]:
     step = chunk_rows(site.shape[1])
     for first in range(start, stop, step):
         yield first, min(first + step, stop)
-
-
-def site_deltas(
-    site: Site,
-    merges: Sequence[Merge],
-    files: AdapterFiles,
-    base: Base,
-    thresholds: Mapping[str, Thresholds],
-) -> list[Delta]:
-    """The update of one site in each merge; merges of the same adapters share factors and bases.
-
-    Args:
-        site: which.
-        merges: all begin from the same base weight.
-        files: of the adapters.
-        base: gives that base weight where an update depends on it.
-        thresholds: by name of merge, of those that select over the whole model.
-    """
-    shared: dict[tuple[str, ...], SiteFactors] = {}
-    made: Made = {}
-    deltas = []
-    for merge in merges:
-        if merge.adapters not in shared:
-            shared[merge.adapters] = files.site(merge.adapters, site, base)
-        method = get(merge.method)
-        parameters = at_site(method, merge.parameters, merge.adapters, site.name, site.depth)
-        deltas.append(
-            merge_site(
-                merge.method,
-                shared[merge.adapters],
-                parameters,
-                names=merge.adapters,
-                site=site.name,
-                seed=merge.seed,
-                inputs=files.statistics.inputs(method, merge.parameters, merge.adapters, site),
-                thresholds=thresholds.get(merge.name),
-                made=made,
-            )
-        )
-    return deltas
 
 
 def _report(

@@ -6,7 +6,6 @@ as committed objects; sums live inside the call. So any call may be repeated, in
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,25 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_merge.calibration import Batch, Calibrated, data_identity, load_batches
-from ray_merge.errors import NotCuttable, RayMergeError, RecipeError, RunFailed
-from ray_merge.identity import digest
-from ray_merge.models.conversion import Slot
-from ray_merge.models.skeleton import build_skeleton
-from ray_merge.models.stage import Stage
+from ray_merge.calibration import Calibrated
+from ray_merge.errors import NotCuttable, RayMergeError, RecipeError
 from ray_merge.models.stage_calls import Alter, StageInput
-from ray_merge.models.stored_weights import StoredWeights
 from ray_merge.plan.fisher import Likelihood
 from ray_merge.plan.moments import Part, TaskData
 from ray_merge.pool import Turn
-from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.store import Stores
 from ray_merge.work.altered import altered_by
 from ray_merge.work.collect import Collector
 from ray_merge.work.device import ONE_THREAD, STAGING, check_device, tune_malloc
-from ray_merge.work.fisher_units import ROWS, Descent, drawing, model_inputs, stated_pad, with_rows
-from ray_merge.work.hand_on import Handed, handed_on, stage_input, with_decoder_inputs
+from ray_merge.work.fisher_units import ROWS, Descent, drawing, model_inputs, with_rows
+from ray_merge.work.hand_on import Handed, handed_on, stage_input
+from ray_merge.work.held import Held
 from ray_merge.work.moments_file import write_fisher, write_moments
+from ray_merge.work.read_task import arrays_of, read_task
 from ray_merge.work.squares import Squares
 from ray_merge.work.stage_job import (
     BackwardUnit,
@@ -71,12 +66,7 @@ class StageWorker:
         torch.backends.cuda.matmul.allow_tf32 = False
         self._job, self._place = job, place
         self._stores = Stores()
-        self._stage: Stage | None = None
-        self._slots: Mapping[str, Sequence[Slot]] = {}
-        self._text_config: Any = None
-        self._config: Mapping[str, Any] = {}
-        self._decodes = False
-        self._pad: int | None = None
+        self._kept: Held | None = None
 
     def run(self, unit: StageUnit, given: Sequence[Any], turn: Turn) -> tuple[Any, Any]:
         """Do one unit; returns its small result and what it hands on."""
@@ -101,30 +91,9 @@ class StageWorker:
         return DataCheck(unit.task.name, found.rows, found.tokens, found.sha256)
 
     def _load(self, task: TaskData) -> Calibrated:
-        plan = self._job.plan
-        found = load_batches(
-            task.data, plan.calibration, task.name, plan.base, Path(self._job.cache), self._stores
-        )
-        self._check_unchanged(task)
-        return found
-
-    def _check_unchanged(self, task: TaskData) -> None:
-        """What was read must be what the ids were made of.
-
-        Raises:
-            RunFailed: the data or the base's tokenizer changed since the run was planned.
-        """
-        wanted = self._job.versions.get(task.name)
-        digests = DigestCache(Path(self._job.cache) / "digests")
-        if wanted is not None and digest(dict(data_identity(task.data, self._stores, digests))) != wanted:
-            raise RunFailed(
-                f"{task.data.path}, the data of {task.name}, changed since the run was planned; run again"
-            )
-        base = self._job.plan.base
-        there = {info.path: info for info in self._stores.open(base.url).list()}
-        changed = next((info.path for info in base.side_files if there.get(info.path) != info), None)
-        if changed is not None:
-            raise RunFailed(f"{base.url}/{changed} has changed since the run was planned; run again")
+        plan, versions = self._job.plan, self._job.versions
+        version, cache = versions.get(task.name), Path(self._job.cache)
+        return read_task(task, plan.calibration, plan.base, version, cache, self._stores)
 
     def _rehearse(self, unit: RehearsalUnit, given: Sequence[Any]) -> Handed | None:
         """Through this stage with one input and the base's own weights; a model that cannot be cut is refused here."""
@@ -134,7 +103,7 @@ class StageWorker:
         if "pixel_shape" in inputs[0]:
             one["pixel_shape"] = np.array([1, *inputs[0]["pixel_shape"][1:]])
         try:
-            hidden = self._held().forward(stage_input(one, self._job.device)).hidden
+            hidden = self._held().stage.forward(stage_input(one, self._job.device)).hidden
         except RayMergeError:
             raise
         except Exception as error:
@@ -149,15 +118,14 @@ class StageWorker:
 
     def _first_inputs(self, task: TaskData) -> list[Mapping[str, Any]]:
         """What the first stage gets of a task."""
-        self._held()
         inputs = self._batches(task, self._load(task), self._job.likelihoods.get(task.name))
-        return [with_decoder_inputs(one, self._config) for one in inputs] if self._decodes else inputs
+        return [self._held().decoding(one) for one in inputs]
 
     def _batches(
         self, task: TaskData, found: Calibrated, likelihood: Likelihood | None
     ) -> list[Mapping[str, Any]]:
         """The batches as arrays; with rows and labels where likelihoods are differentiated."""
-        batches = [_as_input(batch) for batch in found.batches]
+        batches = [arrays_of(batch) for batch in found.batches]
         if likelihood is None:
             return batches
         names = self._job.plan.base.config.get("label2id") or {}
@@ -178,8 +146,7 @@ class StageWorker:
         )
         to_end = self._place == len(plan.stages) - 1 and any(part.block is None for part in parts)
         handed: list[Mapping[str, Any]] = []
-        self._held()
-        with altered_by(self._job, task, self._slots, self._stores) as altered:
+        with altered_by(self._job, task, self._held().slots, self._stores) as altered:
             for one in inputs:
                 turn.check()
                 through = stage_input(model_inputs(one), self._job.device)
@@ -201,12 +168,9 @@ class StageWorker:
         parts = self._wanted_parts(unit)
         inputs = given[0] if self._place else self._first_inputs(task)
         above = given[-1] if self._place < len(plan.stages) - 1 else None
-        stage = self._held()
-        with altered_by(self._job, task, self._slots, self._stores) as altered:
+        with altered_by(self._job, task, self._held().slots, self._stores) as altered:
             descent = Descent(
-                stage=stage,
-                config=self._text_config,
-                pad=self._pad,
+                held=self._held(),
                 altered=altered,
                 likelihood=self._job.likelihoods[task.name],
                 device=self._job.device,
@@ -242,31 +206,16 @@ class StageWorker:
     def _through(
         self, given: StageInput, altered: Alter | None, collect: Collector, *, to_end: bool
     ) -> Tensor | None:
-        stage = self._held()
         collect.begin(given.attention_mask)
-        out = stage.forward(given, altered=altered, watch=collect, to_end=to_end)
+        out = self._held().stage.forward(given, altered=altered, watch=collect, to_end=to_end)
         collect.end()
         return out.hidden
 
-    def _held(self) -> Stage:
+    def _held(self) -> Held:
         """The frozen weights, read on first use."""
-        if self._stage is None:
-            plan = self._job.plan
-            base = plan.base
-            shapes = {name: entry.shape for name, entry in base.tensors.items()}
-            skeleton = build_skeleton(base.config, shapes, name=plan.class_name)
-            weights = StoredWeights(base, self._stores.open(base.url), skeleton.slots, skeleton.unsupported)
-            watched = [path for part in plan.parts for path in part.modules.values()]
-            config: Any = skeleton.model.config
-            self._config = plan.base.config
-            named = inspect.signature(skeleton.model.forward).parameters
-            self._decodes = bool(plan.base.config.get("is_encoder_decoder")) and "decoder_input_ids" in named
-            self._text_config = config.get_text_config()
-            self._pad = stated_pad(self._text_config)
-            self._slots = skeleton.slots
-            blocks = range(*plan.stages[self._place])
-            self._stage = Stage(skeleton, blocks, weights, watched=watched, device=self._job.device)
-        return self._stage
+        if self._kept is None:
+            self._kept = Held(self._job.plan, self._place, self._stores, self._job.device)
+        return self._kept
 
     def _commit_all(
         self, unit: ForwardUnit | BackwardUnit, parts: Sequence[Part], write: Write, started: float
@@ -292,13 +241,3 @@ class StageWorker:
         folder = folder / "attempts" / self._job.attempt
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-
-
-def _as_input(batch: Batch) -> Mapping[str, Any]:
-    tensors = {
-        "input_ids": batch.input_ids,
-        "token_type_ids": batch.token_type_ids,
-        "pixel_values": batch.pixel_values,
-        "attention_mask": batch.attention_mask,
-    }
-    return {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}

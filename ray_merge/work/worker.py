@@ -49,6 +49,7 @@ class MergeWorker:
             device=job.device,
             dtype=dtype,
             moments=job.moments,
+            phi=job.phi,
         )
         with torch.inference_mode(), ONE_THREAD, opened as files:
             if isinstance(unit, PreflightUnit):

@@ -1,0 +1,1 @@
+"""Learning phi: the outer loop in the driver, its anchors, its state in the store."""

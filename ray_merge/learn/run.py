@@ -1,0 +1,187 @@
+"""Learned merges of a run, from ids to phi: what is in the store already, the pool, and the loop of each merge.
+
+A merge whose last state is there starts nothing. Data of all tasks are looked at before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ray_merge.calibration import data_identity
+from ray_merge.drive.events import Event
+from ray_merge.drive.identify import calibration_inputs, file_versions, model_versions
+from ray_merge.drive.moments import adapter_inputs
+from ray_merge.identity import LEARN_VERSION, digest
+from ray_merge.learn.leaves import leaf_names
+from ray_merge.learn.loop import Lesson, learn
+from ray_merge.learn.state import state_path
+from ray_merge.plan.learn import Learning, LearnPlan
+from ray_merge.plan.task_heads import TaskHead
+from ray_merge.pool_steps import Step, StepPool
+from ray_merge.spec import Adapter, Site
+from ray_merge.storage.digest import DigestCache
+from ray_merge.storage.store import Store, Stores
+from ray_merge.work.job import PhiIndex
+from ray_merge.work.learn_job import DataRead, LearnJob, ReadUnit
+
+LearnPoolFactory = Callable[[LearnJob], StepPool]
+"""Makes the pool with one place for each stage; called only when something is to be learned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class School:
+    """Where and how merges learn.
+
+    Args:
+        store: URL of the recipe's store.
+        adapters: by name.
+        sites: of those adapters.
+        cache: node-local folder.
+        device: torch device of the stages.
+        make_pool: makes the pool.
+        placement: of the stages over a cluster's nodes.
+        progress: called with every event.
+    """
+
+    store: str
+    adapters: Mapping[str, Adapter]
+    sites: Mapping[str, Site]
+    cache: Path
+    device: str
+    make_pool: LearnPoolFactory
+    placement: Literal["spread", "one_per_node"] = "spread"
+    progress: Callable[[Event], None] = lambda _: None
+
+
+def ensure_learned(
+    plans: Sequence[LearnPlan], merge_ids: Mapping[str, str], school: School
+) -> dict[str, PhiIndex]:
+    """The phi of every merge of the plans, by merge name; learned where the store has no last state.
+
+    Args:
+        plans: one for each model class.
+        merge_ids: merge name -> 64 hex digits.
+        school: where and how.
+
+    Raises:
+        Refusal: found before anything was written: data that cannot be used, a model that cannot be cut.
+        RunFailed: found later; running again goes on from the last committed state.
+    """
+    stores = Stores()
+    store = stores.open(school.store)
+    for plan in plans:
+        missing = [index for index, one in enumerate(plan.learnings) if _last(store, one, merge_ids) is None]
+        if missing:
+            _learn_group(plan, missing, merge_ids, school, stores)
+    return {one.merge.name: _index(store, plan, one, merge_ids) for plan in plans for one in plan.learnings}
+
+
+def _last(store: Store, one: Learning, merge_ids: Mapping[str, str]) -> Any:
+    return store.info(state_path(merge_ids[one.merge.name], int(one.merge.parameters["steps"])))
+
+
+def _index(store: Store, plan: LearnPlan, one: Learning, merge_ids: Mapping[str, str]) -> PhiIndex:
+    info = _last(store, one, merge_ids)
+    assert info is not None, f"{one.merge.name} was learned and has no last state"
+    return PhiIndex(store.url, info, leaf_names(plan, one))
+
+
+def _learn_group(
+    plan: LearnPlan,
+    missing: Sequence[int],
+    merge_ids: Mapping[str, str],
+    school: School,
+    stores: Stores,
+) -> None:
+    digests = DigestCache(school.cache / "digests")
+    names = [task.name for task in plan.stages.tasks]
+    data = {
+        task.name: dict(data_identity(task.data, stores, digests, where=f"adapters.{task.name}.data"))
+        for task in plan.stages.tasks
+    }
+    job = LearnJob(
+        plan=plan,
+        adapters={name: school.adapters[name] for name in names},
+        sites=school.sites,
+        versions={name: digest(found) for name, found in data.items()},
+        cache=str(school.cache),
+        device=school.device,
+        placement=school.placement,
+    )
+    base = dict(model_versions(plan.stages.base, digests, stores))
+    text = f"{len(missing)} merge(s) learn in {len(plan.stages.stages)} stage(s) of {plan.stages.class_name}"
+    school.progress(Event(kind="start", text=text))
+    with school.make_pool(job) as pool:
+        rows = _read(plan, missing, pool, school)
+        for index in missing:
+            one = plan.learnings[index]
+            inputs = {
+                name: _anchor_inputs(plan, one, name, base, data[name], school, digests, stores)
+                for name in one.merge.adapters
+            }
+            lesson = Lesson(
+                plan=plan,
+                index=index,
+                merge_id=merge_ids[one.merge.name],
+                inputs=inputs,
+                n_rows={name: rows[index, name] for name in one.merge.adapters},
+                store=stores.open(school.store),
+                progress=school.progress,
+            )
+            learn(lesson, pool)
+
+
+def _read(
+    plan: LearnPlan, missing: Sequence[int], pool: StepPool, school: School
+) -> dict[tuple[int, str], int]:
+    """Look at the data of every task; returns rows by merge and task."""
+    units: dict[tuple[str, str], ReadUnit] = {}
+    keys: dict[tuple[int, str], tuple[str, str]] = {}
+    for index in missing:
+        one = plan.learnings[index]
+        for task in one.merge.adapters:
+            keys[index, task] = task, plan.calibration(one).model_dump_json()
+            units.setdefault(keys[index, task], ReadUnit(index, task))
+    # Any place can look at data; the first one keeps them.
+    steps = [Step(unit.id, unit, 0) for unit in units.values()]
+    found: dict[str, DataRead] = {done.id: done.value for done in pool.run(steps)}
+    school.progress(Event(kind="check", text=f"looked at the data of {len(units)} task(s)"))
+    return {key: found[units[sample].id].rows for key, sample in keys.items()}
+
+
+def _anchor_inputs(
+    plan: LearnPlan,
+    one: Learning,
+    name: str,
+    base: Mapping[str, str],
+    data: Mapping[str, Any],
+    school: School,
+    digests: DigestCache,
+    stores: Stores,
+) -> dict[str, Any]:
+    """Everything that decides the value of a task with its adapter alone, but for the measure's parameters."""
+    head = one.heads.get(name)
+    return {
+        "learn": LEARN_VERSION,
+        "base": dict(base),
+        "class": plan.stages.class_name,
+        "task": name,
+        "adapter": adapter_inputs(school.adapters[name], digests, stores),
+        "head": None if head is None else _head_inputs(head, digests, stores),
+        "data": dict(data),
+        "calibration": calibration_inputs(plan.calibration(one), fisher=True),
+        "dtype": plan.dtype,
+        "precision": plan.precision,
+    }
+
+
+def _head_inputs(head: TaskHead, digests: DigestCache, stores: Stores) -> dict[str, Any]:
+    found: dict[str, Any] = {"kind": head.kind, "outputs": head.n_outputs}
+    if head.file is not None:
+        name = head.file.info.path
+        found["file"] = dict(file_versions(stores.open(head.file.url), [name], digests))[name]
+        found["logit_scale"] = head.file.logit_scale
+    return found

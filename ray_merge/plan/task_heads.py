@@ -1,0 +1,278 @@
+"""What a task predicts: its model class, its head, and why an entropy of its predictions is or is not to be had.
+
+Owns: which transformers class an adapter was trained in, and the kinds of heads. Fisher diagonals (plan/fisher.py) and
+entropies of predictions (TARA, AdaMerging) ask here. Reads headers and configs only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ray_merge.errors import AdapterError, CheckpointError, RayMergeError, RecipeError
+from ray_merge.plan.moments import TaskData
+from ray_merge.recipe import Recipe
+from ray_merge.spec import Adapter, Merge, TensorEntry
+from ray_merge.storage.checkpoint import Checkpoint
+from ray_merge.storage.headers import read_header
+from ray_merge.storage.store import ObjectInfo, Stores
+
+if TYPE_CHECKING:
+    from ray_merge.models.skeleton import Skeleton
+
+Kind = Literal["classification", "causal"]
+
+HEADS: tuple[tuple[str, Kind], ...] = (
+    ("ForSequenceClassification", "classification"),
+    ("ForImageClassification", "classification"),
+    ("ForCausalLM", "causal"),
+    ("LMHeadModel", "causal"),
+)
+"""How names of classes end that give one prediction for an example, or one for each token that follows."""
+
+TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "generation": "CAUSAL_LM"}
+"""The recipe's plain words as PEFT's."""
+
+USE_NSC = "use merge_method: nsc, which looks at activations and needs no labels and no head"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadFile:
+    """A text head: one matrix in a safetensors file.
+
+    Args:
+        url: the folder that holds it.
+        info: the file.
+        entry: the matrix, (C, D).
+        logit_scale: what cosines are multiplied by; it decides how far entropies can fall.
+    """
+
+    url: str
+    info: ObjectInfo
+    entry: TensorEntry
+    logit_scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskHead:
+    """How a task predicts.
+
+    Args:
+        kind: classes of an example, tokens that follow, or cosines with texts.
+        n_outputs: C; 0 of a causal model.
+        model_class: that is run.
+        file: of a text head.
+    """
+
+    kind: Literal["classification", "causal", "text"]
+    n_outputs: int
+    model_class: str
+    file: HeadFile | None = None
+
+
+class Classes:
+    """The model classes of one base, each built once."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._base = base
+        self._built: dict[str, Skeleton | RayMergeError] = {}
+
+    def of(self, recipe: Recipe, task: TaskData) -> Skeleton:
+        """The class that a task's adapter was trained in: with a head, and all of its modules, if there is one.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        from ray_merge.models.model_class import class_candidates
+
+        adapter = adapter_of(task)
+        auto = adapter.config.get("auto_mapping")
+        named = auto.get("base_model_class") if isinstance(auto, Mapping) else None
+        names = class_candidates(
+            self._base.config,
+            class_name=named if isinstance(named, str) else None,
+            task_type=task_type(recipe, task),
+        )
+        found = [self._get(name) for name in names]
+        built = [one for one in found if not isinstance(one, RayMergeError)]
+        modules = [module.partition("[")[0] for module in adapter.modules.values()]
+
+        def fits(one: Skeleton) -> tuple[bool, bool]:
+            paths = {path for path, _ in one.model.named_modules()}
+            return head_kind(one.name) is not None, all(module in paths for module in modules)
+
+        if built:
+            return max(built, key=fits)  # the first of the best
+        raise next(
+            (one for one in found if isinstance(one, RayMergeError)),
+            CheckpointError(
+                f"transformers has no class for the base's model_type {self._base.config.get('model_type')!r}, so its "
+                "predictions cannot be computed; use a merge method that needs no data"
+            ),
+        )
+
+    def n_blocks(self, name: str) -> int:
+        """How many stages a class can be cut into."""
+        skeleton = self._get(name)
+        assert not isinstance(skeleton, RayMergeError)
+        return skeleton.blocks.count if skeleton.blocks else 1
+
+    def _get(self, name: str) -> Skeleton | RayMergeError:
+        from ray_merge.models.skeleton import build_skeleton
+
+        if name not in self._built:
+            shapes = {tensor: entry.shape for tensor, entry in self._base.tensors.items()}
+            try:
+                self._built[name] = build_skeleton(self._base.config, shapes, name=name)
+            except RayMergeError as error:
+                self._built[name] = error
+        return self._built[name]
+
+
+def adapter_of(task: TaskData) -> Adapter:
+    """The task's own adapter."""
+    assert task.adapter is not None, "predictions are of a task's own adapter"
+    return task.adapter
+
+
+def task_type(recipe: Recipe, task: TaskData) -> str | None:
+    """PEFT's word for what a task is: as the recipe says, else as the adapter does."""
+    said = recipe.adapters[task.name].task
+    kind = adapter_of(task).config.get("task_type") if said is None else TASK_TYPES.get(said, said)
+    return kind if isinstance(kind, str) else None
+
+
+def head_kind(class_name: str) -> Kind | None:
+    """What a class predicts, None where it gives no single prediction."""
+    return next((kind for ending, kind in HEADS if class_name.endswith(ending)), None)
+
+
+def head_rows(adapter: Adapter, skeleton: Skeleton) -> int:
+    """Rows of the head's last linear layer as it was saved; RoBERTa's and DistilBERT's have a hidden one before it."""
+    from torch import nn
+
+    config: Any = skeleton.model.config
+    inner = f"{getattr(skeleton.model, 'base_model_prefix', '')}."
+    layers = [
+        name
+        for name, module in skeleton.model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(inner)
+    ]
+    saved = {entry.name: entry.shape[0] for entry in adapter.heads}
+    return saved.get(f"{layers[-1]}.weight" if layers else "", int(config.num_labels))
+
+
+def check_complete(task: TaskData, skeleton: Skeleton, why: str) -> None:
+    """Refuse a head that is nowhere: neither in the base nor saved with the adapter.
+
+    Args:
+        task: with its adapter.
+        skeleton: of its class.
+        why: the consequence, and what to do besides saving the head.
+
+    Raises:
+        RecipeError: its first missing parameter.
+    """
+    adapter = adapter_of(task)
+    there = {*skeleton.slots, *(entry.name for entry in adapter.heads)}
+    inner = f"{getattr(skeleton.model, 'base_model_prefix', '')}."
+    names = [name for name, _ in skeleton.model.named_parameters() if not name.startswith(inner)]
+    missing = next((name for name in names if name not in there), None)
+    if missing is not None:
+        raise RecipeError(
+            f"adapters.{task.name}: neither {adapter.url} nor the base holds {missing} of {skeleton.name}, {why}"
+        )
+
+
+def plan_heads(
+    recipe: Recipe, base: Checkpoint, tasks: Sequence[TaskData], merge: Merge, *, tokens: int
+) -> tuple[str, dict[str, TaskHead]]:
+    """The one model class of the tasks of an entropy method, and each task's head.
+
+    Args:
+        recipe: the validated recipe.
+        base: headers of the base.
+        tasks: of the merge, each with its adapter.
+        merge: for messages.
+        tokens: predictions of a causal model that count, 0 for none.
+
+    Raises:
+        RecipeError: a task that has no entropy of classes, tasks of different classes, a head that is nowhere.
+    """
+    classes = Classes(base)
+    found = {task.name: _head(recipe, classes, task, merge, tokens) for task in tasks}
+    first = next(iter(found))
+    for name, head in found.items():
+        if head.model_class != found[first].model_class:
+            raise RecipeError(
+                f"merge {merge.name!r} by {merge.method}: {first} is a {found[first].model_class} and {name} a "
+                f"{head.model_class}, but phi is learned in one model class; merge them apart, or {USE_NSC}"
+            )
+    return found[first].model_class, found
+
+
+def _head(recipe: Recipe, classes: Classes, task: TaskData, merge: Merge, tokens: int) -> TaskHead:
+    place = f"merge {merge.name!r} by {merge.method}: adapters.{task.name}"
+    source = recipe.adapters[task.name]
+    skeleton = classes.of(recipe, task)
+    config: Any = skeleton.model.config
+    problem = getattr(config, "problem_type", None)
+    if source.head is not None:
+        file = _head_file(place, source.head.path, source.head.logit_scale)
+        return TaskHead(
+            kind="text",
+            n_outputs=file.entry.shape[0],
+            model_class=_embedding_class(base_class=skeleton),
+            file=file,
+        )
+    kind = head_kind(skeleton.name)
+    outputs = head_rows(adapter_of(task), skeleton) if kind == "classification" else 0
+    is_regression = (
+        source.task == "regression" or problem == "regression" or (kind == "classification" and outputs == 1)
+    )
+    if is_regression:
+        raise RecipeError(f"{place} is a regression, which has no entropy of classes; {USE_NSC}")
+    if problem == "multi_label_classification":
+        raise RecipeError(f"{place} has a multi-label head, which has no single entropy; {USE_NSC}")
+    if kind is None:
+        raise RecipeError(
+            f"{place} is a {skeleton.name}, which predicts no classes of an example ({task_type(recipe, task)}); "
+            f"{USE_NSC}"
+        )
+    if kind == "causal":
+        if not tokens or source.task == "generation":
+            raise RecipeError(
+                f"{place} generates text, which has no entropy of classes; {USE_NSC}, or write tokens: 1 for the "
+                "entropy of the token behind each prompt (and task: classification)"
+            )
+        return TaskHead(kind=kind, n_outputs=0, model_class=skeleton.name)
+    check_complete(
+        task,
+        skeleton,
+        f"without which it predicts nothing; save the adapter with its head (modules_to_save), or {USE_NSC}",
+    )
+    return TaskHead(kind=kind, n_outputs=outputs, model_class=skeleton.name)
+
+
+def _embedding_class(base_class: Skeleton) -> str:
+    return base_class.name
+
+
+def _head_file(place: str, path: str, logit_scale: float) -> HeadFile:
+    """The matrix of a text head, from its file's header."""
+    folder, _, name = path.rpartition("/")
+    store = Stores().open(folder or ".")
+    info = store.info(name)
+    if info is None:
+        raise AdapterError(
+            f"{place}.head: there is no {path}; give a safetensors file with one (classes, width) matrix"
+        )
+    matrices = [one for one in read_header(store, name).tensors.values() if len(one.shape) == 2]
+    if len(matrices) != 1 or matrices[0].shape[0] < 2:
+        shapes = ", ".join(f"{one.name} {one.shape}" for one in matrices) or "none"
+        raise AdapterError(
+            f"{place}.head: {path} holds the matrices {shapes}; expected one of (classes, width) with two classes or "
+            "more"
+        )
+    return HeadFile(url=store.url, info=info, entry=matrices[0], logit_scale=logit_scale)

@@ -1,0 +1,87 @@
+"""Moments and phi: what merges of a plan need before they can be made.
+
+Laid out from headers, made when a run comes to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from ray_merge.drive.events import Event
+from ray_merge.drive.outputs import store_url
+from ray_merge.drive.run import Preparation, Prepared
+from ray_merge.engines import local_room, stage_ceiling
+from ray_merge.errors import NotCuttable
+from ray_merge.learn.run import School, ensure_learned
+from ray_merge.moments import Engines
+from ray_merge.needed import compute_needed, plan_needed
+from ray_merge.plan import Plan
+from ray_merge.plan.learn import LearnPlan, plan_learning
+from ray_merge.plan.moments import StageFacts, stage_facts
+from ray_merge.spec import Merge
+from ray_merge.work.job import PhiIndex
+
+
+def preparation(plan: Plan, engines: Engines, progress: Callable[[Event], None]) -> Preparation:
+    """Finds or makes what merges of a plan need, for `drive.run`."""
+
+    def make(merges: Sequence[Merge], ids: Mapping[str, str]) -> Callable[[], Prepared] | None:
+        needed = plan_needed(plan, merges, engines)
+        learning = lessons(plan, merges, engines)
+        if not needed and not learning:
+            return None
+        return lambda: Prepared(
+            moments=compute_needed(plan, needed, engines, progress),
+            phi=_learned(plan, learning, ids, engines, progress),
+        )
+
+    return make
+
+
+def prepared_facts(plan: Plan, engines: Engines) -> tuple[StageFacts, ...]:
+    """What the stages of a plan take, with every refusal that headers can show."""
+    needed = plan_needed(plan, plan.merges, engines)
+    learning = lessons(plan, plan.merges, engines)
+    facts = [fact for one in needed for fact in one.facts]
+    return (*facts, *(stage_facts("learn", one.stages) for one in learning))
+
+
+def lessons(plan: Plan, merges: Sequence[Merge], engines: Engines) -> list[LearnPlan]:
+    """The learning of those merges that learn, in as many stages as there are workers."""
+    workers = local_room(engines.device, engines.workers)
+    return plan_learning(
+        plan,
+        merges,
+        device=engines.device,
+        memory_bytes=stage_ceiling(engines.memory, workers),
+        workers=workers,
+    )
+
+
+def _learned(
+    plan: Plan,
+    learning: Sequence[LearnPlan],
+    ids: Mapping[str, str],
+    engines: Engines,
+    progress: Callable[[Event], None],
+) -> Mapping[str, PhiIndex]:
+    school = School(
+        store=store_url(plan.recipe),
+        adapters=plan.adapters,
+        sites=plan.sites,
+        cache=engines.cache,
+        device=engines.device,
+        make_pool=engines.make_pool,
+        placement=plan.recipe.placement,
+        progress=progress,
+    )
+    try:
+        return ensure_learned(learning, ids, school)
+    except NotCuttable as error:
+        if plan.recipe.stages is not None:
+            raise
+        progress(Event(kind="start", text=f"as one stage: {error}"))
+        whole = replace(plan, recipe=plan.recipe.model_copy(update={"stages": 1}))
+        merges = [one.merge for group in learning for one in group.learnings]
+        return ensure_learned(lessons(whole, merges, engines), ids, school)
