@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ray_merge.api import methods, plan, run
     from ray_merge.emr import load_emr
     from ray_merge.errors import RayMergeError, Refusal, RunFailed
+    from ray_merge.evaluate import evaluate
     from ray_merge.heads import load_head
     from ray_merge.inspect import inspect
     from ray_merge.methods.merge_factors import merge_factors
@@ -34,6 +35,7 @@ _HOME = {
     "Refusal": "ray_merge.errors",
     "RunFailed": "ray_merge.errors",
     "calibrate": "ray_merge.moments",
+    "evaluate": "ray_merge.evaluate",
     "init_adapters": "ray_merge.osrm",
     "inspect": "ray_merge.inspect",
     "load_emr": "ray_merge.emr",
@@ -75,6 +77,7 @@ __all__ = [
     "Refusal",
     "RunFailed",
     "calibrate",
+    "evaluate",
     "init_adapters",
     "inspect",
     "load_emr",

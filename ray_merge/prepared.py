@@ -13,7 +13,6 @@ from ray_merge.drive.outputs import store_url
 from ray_merge.drive.run import Preparation, Prepared
 from ray_merge.engines import local_room, stage_ceiling
 from ray_merge.errors import NotCuttable
-from ray_merge.learn.run import School, ensure_learned
 from ray_merge.moments import Engines
 from ray_merge.needed import compute_needed, plan_needed
 from ray_merge.plan import Plan
@@ -66,6 +65,8 @@ def _learned(
     engines: Engines,
     progress: Callable[[Event], None],
 ) -> Mapping[str, PhiIndex]:
+    from ray_merge.learn.run import School, ensure_learned  # with torch, which a plan does not need
+
     school = School(
         store=store_url(plan.recipe),
         adapters=plan.adapters,

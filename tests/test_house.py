@@ -29,11 +29,11 @@ LAYERS = (
     ("moments",),
     ("needed",),
     ("prepared",),
-    ("api", "osrm", "verify"),
+    ("api", "evaluate", "osrm", "verify"),
     ("demo", "inspect"),
     ("show_progress",),
     ("show",),
-    ("show_inspect", "show_moments"),
+    ("show_evaluate", "show_inspect", "show_moments"),
     ("cli",),
     ("__main__",),
 )

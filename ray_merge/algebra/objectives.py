@@ -48,6 +48,28 @@ def information(logits_NC: Tensor, *, diversity: float = 0.0, normalise: bool = 
     return value / math.log(n_classes) if normalise else value
 
 
+def divergence(logits_NC: Tensor, own_NC: Tensor, *, normalise: bool = False) -> Tensor:
+    """mean_x KL(q_x || p_x), a scalar; 0 where the merged model predicts what the task's own adapter predicts.
+
+    It is the entropy of q's predictions under p less that of q itself: TARA's f_i - z_i with the cross-entropy to the
+    single adapter in place of the entropy.
+
+    Args:
+        logits_NC: of p, the merged model.
+        own_NC: log q, of the own adapter.
+        normalise: divide by ln C.
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
+    n_classes = logits_NC.shape[-1]
+    if n_classes < 2:
+        raise ValueError(f"{n_classes} class(es) have no entropy")
+    logp_NC = torch.log_softmax(logits_NC, dim=-1)
+    value = (own_NC.exp() * (own_NC - logp_NC)).sum(dim=-1).mean()
+    return value / math.log(n_classes) if normalise else value
+
+
 def tchebycheff(
     values_T: Tensor, preference_T: Tensor, anchors_T: Tensor, *, alpha: float, absolute: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -75,6 +97,8 @@ def row_basis(A_RI: Tensor) -> Tensor:
     depend on each other, from the eigenvectors of A A^T. A multiple of A, or G A, spans the same.
     """
     A64_RI = A_RI.double()
+    if not len(A64_RI):
+        return A64_RI
     norms_R = A64_RI.norm(dim=1, keepdim=True)
     A64_RI = A64_RI / torch.where(norms_R > 0, norms_R, 1.0)  # rows of very different lengths
     gram_RR = A64_RI @ A64_RI.T
@@ -82,8 +106,10 @@ def row_basis(A_RI: Tensor) -> Tensor:
     kept = values_R > ROUNDING * values_R.max().clamp(min=torch.finfo(torch.float64).tiny)
     if len(kept) and bool(kept.all()):
         factor_RR = torch.linalg.cholesky(gram_RR)
-        return torch.linalg.solve_triangular(factor_RR, A64_RI, upper=False)
-    return (vectors_RR[:, kept] / values_R[kept].sqrt()).T @ A64_RI
+        solved_RI: Tensor = torch.linalg.solve_triangular(factor_RR, A64_RI, upper=False)
+        return solved_RI
+    spanned_RI: Tensor = (vectors_RR[:, kept] / values_R[kept].sqrt()).T @ A64_RI
+    return spanned_RI
 
 
 def null_space_ratio(Z_NI: Tensor, basis_RI: Tensor) -> Tensor:
@@ -119,8 +145,9 @@ def rank_penalty(B_OP: Tensor, A_PI: Tensor) -> Tensor:
 
 def condition_number(J_TK: Tensor) -> Tensor:
     """kappa(J): largest over smallest singular value of the tasks' gradients of phi; inf where they depend."""
-    s_T = torch.linalg.svdvals(J_TK.double())
-    return s_T.max() / s_T.min()
+    s_T: Tensor = torch.linalg.svdvals(J_TK.double())
+    ratio: Tensor = s_T.max() / s_T.min()
+    return ratio
 
 
 def misalignment(J_TK: Tensor) -> Tensor:

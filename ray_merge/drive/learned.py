@@ -8,14 +8,11 @@ The state in the store, which the workers read, may be removed afterwards; this 
 
 from __future__ import annotations
 
-import safetensors.torch
-
 from ray_merge.identity import canonical_json
 from ray_merge.methods.registry import get
 from ray_merge.spec import Merge
 from ray_merge.storage.store import Stores
-from ray_merge.work.job import PhiIndex
-from ray_merge.work.phi import LEAF
+from ray_merge.work.job import LEAF, PhiIndex
 
 PHI = "ray_merge/phi.safetensors"
 
@@ -27,6 +24,8 @@ def is_learned(merge: Merge) -> bool:
 
 def phi_bytes(index: PhiIndex, merge: Merge, stores: Stores) -> bytes:
     """The object that is published, made of the last state in the store."""
+    import safetensors.torch
+
     tensors = safetensors.torch.load(stores.open(index.store).read(index.info.path))
     found = {f"{LEAF}{site}": tensors[LEAF + leaf].clone() for site, leaf in index.leaves.items()}
     found |= {name: tensor for name, tensor in tensors.items() if name.startswith("history.")}

@@ -43,7 +43,9 @@ def anchors_of(
     store: Store,
     note: Callable[[str], None],
 ) -> list[float]:
-    """z_i of each task, in the order of the merge's adapters; zeros where the merge has none.
+    """z_i of each task, in the order of the merge's adapters; zeros where the merge needs none.
+
+    The divergence from a task's own adapter needs none: it is 0 at its best.
 
     Args:
         passes: of the merge.
@@ -54,10 +56,11 @@ def anchors_of(
         note: told what is being computed.
     """
     merge = passes.learning.merge
-    if merge.parameters.get("anchors") != "single" or merge.parameters.get("scalarisation") != "tchebycheff":
-        return [0.0] * len(merge.adapters)
+    is_needed = merge.parameters.get("scalarisation") == "tchebycheff" and not passes.learning.compares
+    if merge.parameters.get("anchors") != "single" or not is_needed:
+        return [0.0] * len(passes.learning.tasks)
     found = []
-    for place, task in enumerate(merge.adapters):
+    for place, task in enumerate(passes.learning.tasks):
         document = {**inputs[task], **{key: merge.parameters[key] for key in MEASURES}, "seed": merge.seed}
         path = f"anchors/{digest(document)}.json"
         value = _read(store, path)

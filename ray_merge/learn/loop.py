@@ -69,7 +69,14 @@ class _Loop:
         self._learning, self._parameters = learning, learning.merge.parameters
         size = int(self._parameters["batch_size"])
         orders = [
-            Order(learning.merge.seed, task, lesson.n_rows[task], size) for task in learning.merge.adapters
+            Order(
+                learning.merge.seed,
+                task,
+                lesson.n_rows[task],
+                size,
+                grouped=bool(self._parameters["group_by_length"]),
+            )
+            for task in learning.tasks
         ]
         self._passes = Passes(lesson.plan, lesson.index, pool, orders)
         self._leaves = Leaves(lesson.plan, learning)
@@ -141,7 +148,7 @@ class _Loop:
             return
         merge = self._learning.merge
         listed = ", ".join(
-            f"{name} {value:g}" for name, value in zip(merge.adapters, found.values, strict=True)
+            f"{name} {value:g}" for name, value in zip(self._learning.tasks, found.values, strict=True)
         )
         kept = latest(self._lesson.store, self._lesson.merge_id)
         where = f"the phi of step {kept.step} is kept" if kept else "no phi was committed yet"
@@ -158,14 +165,14 @@ class _Loop:
         history.condition.append(float(condition_number(found.jacobian())))
         word = "entropy" if self._learning.heads else "omega"
         each = " ".join(
-            f"{name} {value:.3f}" for name, value in zip(merge.adapters, found.values, strict=True)
+            f"{name} {value:.3f}" for name, value in zip(self._learning.tasks, found.values, strict=True)
         )
         text = f"{merge.name}: objective {total:.4f}, {word} {each}"
         self._lesson.progress(Event(kind="learn", text=text, units=(self.step + 1, self.steps)))
 
     def _commit(self) -> None:
         store, path = self._lesson.store, state_path(self._lesson.merge_id, self.step)
-        data = pack(self._leaves, self._optimiser, self._history, len(self._learning.merge.adapters))
+        data = pack(self._leaves, self._optimiser, self._history, len(self._learning.tasks))
         if not store.put_if_absent(path, data, {}) and store.read(path) != data:
             raise RunFailed(
                 f"{store.url}/{path} holds another state than this run came to; it is damaged, or was made on another "

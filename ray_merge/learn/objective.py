@@ -39,7 +39,7 @@ def scalarise(learning: Learning, values: Sequence[float], anchors: Sequence[flo
 
 def preferences(learning: Learning) -> list[float]:
     """Rho of each task, summing up to 1; equal ones for nsc."""
-    names, given = learning.merge.adapters, learning.merge.parameters.get("preference")
+    names, given = learning.tasks, learning.merge.parameters.get("preference")
     if not isinstance(given, Mapping):
         return [1 / len(names)] * len(names)
     total = sum(given[name] for name in names)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import hashlib
 from random import Random
 
+GROUPED_BATCHES = 16
+"""Batches whose rows are put in order of length together."""
+
 
 class Order:
     """The batches of one task.
@@ -17,11 +20,12 @@ class Order:
         task: name.
         n_rows: in its sample, at least 1.
         batch_size: rows of a step; a sample with fewer rows gives some of them twice.
+        grouped: whether rows of similar lengths come together, so that little is padding.
     """
 
-    def __init__(self, seed: int, task: str, n_rows: int, batch_size: int) -> None:
+    def __init__(self, seed: int, task: str, n_rows: int, batch_size: int, *, grouped: bool = False) -> None:
         self._seed, self._task = seed, task
-        self._n_rows, self._batch_size = n_rows, batch_size
+        self._n_rows, self._batch_size, self._grouped = n_rows, batch_size, grouped
         self._last: tuple[int, list[int]] = (-1, [])
 
     def batch(self, step: int) -> tuple[int, ...]:
@@ -37,9 +41,23 @@ class Order:
 
     def _shuffled(self, round_: int) -> list[int]:
         content = hashlib.sha256(f"{self._seed}\nlearn\n{self._task}\n{round_}".encode()).digest()
+        draw = Random(int.from_bytes(content[:8], "big"))
         rows = list(range(self._n_rows))
-        Random(int.from_bytes(content[:8], "big")).shuffle(rows)
-        return rows
+        draw.shuffle(rows)
+        return self._by_length(rows, draw) if self._grouped else rows
+
+    def _by_length(self, rows: list[int], draw: Random) -> list[int]:
+        """Batches cut from some hundred shuffled rows that were put in order of length, as samples are; then shuffled.
+
+        What is left at the end of a pass stays as it was, so that batches begin where they did.
+        """
+        size, batches = self._batch_size, []
+        whole = len(rows) // size * size
+        for start in range(0, whole, size * GROUPED_BATCHES):
+            some = sorted(rows[start : min(whole, start + size * GROUPED_BATCHES)])
+            batches += [some[at : at + size] for at in range(0, len(some), size)]
+        draw.shuffle(batches)
+        return [row for batch in batches for row in batch] + rows[whole:]
 
 
 def cut(rows: tuple[int, ...], size: int) -> list[tuple[int, ...]]:

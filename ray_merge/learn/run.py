@@ -120,14 +120,14 @@ def _learn_group(
             one = plan.learnings[index]
             inputs = {
                 name: _anchor_inputs(plan, one, name, base, data[name], school, digests, stores)
-                for name in one.merge.adapters
+                for name in one.tasks
             }
             lesson = Lesson(
                 plan=plan,
                 index=index,
                 merge_id=merge_ids[one.merge.name],
                 inputs=inputs,
-                n_rows={name: rows[index, name] for name in one.merge.adapters},
+                n_rows={name: rows[index, name] for name in one.tasks},
                 store=stores.open(school.store),
                 progress=school.progress,
             )
@@ -142,7 +142,7 @@ def _read(
     keys: dict[tuple[int, str], tuple[str, str]] = {}
     for index in missing:
         one = plan.learnings[index]
-        for task in one.merge.adapters:
+        for task in one.tasks:
             keys[index, task] = task, plan.calibration(one).model_dump_json()
             units.setdefault(keys[index, task], ReadUnit(index, task))
     # Any place can look at data; the first one keeps them.

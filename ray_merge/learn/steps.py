@@ -8,7 +8,7 @@ not grow with the number of tasks but for one phi each, which also is the Jacobi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Passes:
         """
         phi: list[Phi] = [{} if alone else leaves.by_site(sites) for sites in self._sites]
         made = [batch for step in batches for batch in self._micro(place, step, alone=alone)]
-        steps = [one for batch in made for one in self._there(batch, phi, self._last)]
+        steps = [one for batch in made for one in self._there(batch, phi, self._last, batch.name)]
         found = {done.id: done.value for done in self._pool.run(steps)}
         sums = dict.fromkeys(batches, 0.0)
         for batch in made:
@@ -100,7 +100,7 @@ class Passes:
         return sum(graded.value for graded in ordered), gradients
 
     def _micro(self, place: int, step: int, *, alone: bool = False) -> list[Batched]:
-        task = self.learning.merge.adapters[place]
+        task = self.learning.tasks[place]
         rows = self._orders[place].batch(step)
         size = int(self.learning.merge.parameters["micro_batch_size"])
         return [
@@ -108,28 +108,42 @@ class Passes:
             for number, some in enumerate(cut(rows, size))
         ]
 
-    def _there(self, batch: Batched, phi: Sequence[Phi], last: int) -> list[Step]:
+    def _there(
+        self, batch: Batched, phi: Sequence[Phi], last: int, chain: str, *, predict: bool = False
+    ) -> list[Step]:
         steps: list[Step] = []
         for stage in range(last + 1):
-            unit = PassUnit(batch, stage, phi[stage])
-            steps.append(Step(unit.id, unit, stage, (steps[-1].id,) if steps else (), batch.name))
+            unit = PassUnit(batch, stage, phi[stage], predict)
+            steps.append(Step(unit.id, unit, stage, (steps[-1].id,) if steps else (), chain))
         return steps
 
     def _there_and_back(self, batch: Batched, phi: Sequence[Phi]) -> list[Step]:
-        steps = self._there(batch, phi, self._last - 1)
-        behind = ""
+        own: list[Step] = []
+        if self.learning.compares:
+            alone = replace(batch, name=f"{batch.name}/own", alone=True)
+            nothing: list[Phi] = [{} for _ in phi]
+            own = self._there(alone, nothing, self._last, batch.name, predict=True)
+        steps = self._there(batch, phi, self._last - 1, batch.name)
+        back: list[Step] = []
         for stage in range(self._last, -1, -1):
-            unit = GradUnit(batch, stage, phi[stage], from_above=bool(behind), hand_on=stage > 0)
-            before = (steps[stage - 1].id,) if stage else ()
-            steps.append(Step(unit.id, unit, stage, (*before, *((behind,) if behind else ())), batch.name))
-            behind = unit.id
-        return steps
+            unit = GradUnit(
+                batch,
+                stage,
+                phi[stage],
+                from_above=bool(back),
+                hand_on=stage > 0,
+                compared=bool(own) and not back,
+            )
+            before = [steps[stage - 1].id] if stage else []
+            behind = [back[-1].id] if back else [one.id for one in own[-1:]]
+            back.append(Step(unit.id, unit, stage, (*before, *behind), batch.name))
+        return [*own, *steps, *back]
 
     def _collected(self, batches: Sequence[Batched], found: dict[str, Graded]) -> TaskGradients:
         """Sum up by task, over micro-batches and stages in order: never as they arrived."""
         shapes = self.learning.shapes
         values, gradients = [], []
-        for task in self.learning.merge.adapters:
+        for task in self.learning.tasks:
             total, sums = (
                 0.0,
                 {site: torch.zeros(shape, dtype=torch.float64) for site, shape in shapes.items()},

@@ -111,8 +111,8 @@ def flag(default: bool | None, text: str) -> Any:
     return field(metadata={"kind": "flag", "help": text, "default": default})
 
 
-def choice(default: str, choices: tuple[str, ...], text: str) -> Any:
-    """A dataclass field that holds one of some words."""
+def choice(default: str | None, choices: tuple[str, ...], text: str) -> Any:
+    """A dataclass field that holds one of some words; a default of None is decided by the method's rule."""
     return field(metadata={"kind": "choice", "help": text, "default": default, "choices": choices})
 
 

@@ -146,10 +146,11 @@ class Stage:
         on_weight_grad: WeightGrad | None = None,
         added: Add | None = None,
         on_input: LocalGrad | None = None,
+        recompute: bool = True,
     ) -> StageGrads:
-        """Gradients of one batch; runs the stage again from its input, and each block twice.
+        """Gradients of one batch; runs the stage again from its input, and each block twice where it recomputes.
 
-        Between its blocks only hidden states are kept, so memory is that of one block's activations.
+        Then only hidden states are kept between its blocks, and memory is that of one block's activations.
 
         Args:
             given: as for `forward`.
@@ -161,6 +162,7 @@ class Stage:
             on_weight_grad: called for each module in `watched` that runs, last one first.
             added: as for `forward`; may use `phi`.
             on_input: of losses on the inputs of modules in `watched`, whose gradients it adds.
+            recompute: False keeps the activations of all blocks, which is a third faster; the bits are the same.
 
         Raises:
             CheckpointError: as `forward`.
@@ -180,6 +182,7 @@ class Stage:
             on_input=on_input,
             to_end=loss is not None,
             with_grad=True,
+            recompute=recompute,
         )
         with self._lock, torch.enable_grad():
             try:

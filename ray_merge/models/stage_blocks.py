@@ -45,6 +45,7 @@ class Running:
         on_input: adds to the gradients of modules' inputs.
         to_end: whether the forward goes on behind the last block.
         with_grad: whether a backward follows.
+        recompute: whether a block's activations are made again when the backward gets there.
     """
 
     given: StageInput
@@ -55,6 +56,7 @@ class Running:
     on_input: LocalGrad | None = None
     to_end: bool = False
     with_grad: bool = False
+    recompute: bool = True
 
     anchor: Tensor | None = None
     handed_in: Tensor | None = None
@@ -158,7 +160,7 @@ class StageBlocks:
                 args, kwargs = _with_hidden(args, kwargs, name, run.handed_in)
             run.began = True
             self._began()
-        if run.with_grad:
+        if run.with_grad and run.recompute:
             # Recomputed when the backward gets here, so that only one block's activations are there at a time.
             forward = partial(_unpacked, forward)
             made = checkpoint(forward, args, kwargs, use_reentrant=False, preserve_rng_state=False)

@@ -9,13 +9,14 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ray_merge.algebra.phi_shape import Coefficients, phi_shape
 from ray_merge.errors import RecipeError
 from ray_merge.methods.registry import get
 from ray_merge.plan.moments import MomentsPlan, TaskData, plan_moments, tasks_with_data
 from ray_merge.plan.plan import Plan
+from ray_merge.plan.stages import WIDTH_KEYS
 from ray_merge.plan.task_heads import TaskHead, plan_heads
 from ray_merge.recipe import Calibration, Recipe
 from ray_merge.spec import FactorEntry, Merge, TensorEntry
@@ -24,6 +25,16 @@ Precision = Literal["float32", "float64", "bfloat16"]
 
 FACTOR_COPIES = 3
 """Of the factors at a site in float32: as read, as a basis, and what goes by while an update is made."""
+
+KEPT_BYTES = 2**30
+"""Activations of one batch that a stage keeps at most; beyond it, it computes them again."""
+
+KEPT_WIDTHS, KEPT_INNER = 16, 4
+"""Tensors of the hidden width and of the MLP's width that autograd keeps for one token and block: inputs of norms and
+products, and what low-rank side paths add."""
+
+INNER_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim")
+HEAD_KEYS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +57,17 @@ class Learning:
     targets: Mapping[str, tuple[str, ...]]
     replaced: Mapping[str, tuple[str, TensorEntry]]
 
+    @property
+    def compares(self) -> bool:
+        """Whether predictions are compared with those of each task's own adapter."""
+        return bool(self.heads) and self.merge.parameters["objective"] == "agreement"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Those that have a loss, in the order of the merge's adapters."""
+        measured = self.heads or self.targets
+        return tuple(name for name in self.merge.adapters if name in measured)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnPlan:
@@ -56,12 +78,15 @@ class LearnPlan:
         learnings: in recipe order.
         dtype: of phi and of the arithmetic.
         precision: what matrix products of the model are made in.
+        recompute: whether a stage makes the activations of a block again when it goes back through it, because those of
+            all its blocks for one batch would not fit.
     """
 
     stages: MomentsPlan
     learnings: tuple[Learning, ...]
     dtype: Literal["float32", "float64"]
     precision: Precision
+    recompute: bool
 
     def sites_of(self, learning: Learning, stage: int) -> list[str]:
         """The sites of a merge that a stage may run; those outside of the blocks are in the first or in the last."""
@@ -119,7 +144,12 @@ def _heads(plan: Plan, merge: Merge) -> tuple[str, dict[str, TaskHead]]:
     if is_null_space(merge):
         return "", {}
     return plan_heads(
-        plan.recipe, plan.base, _tasks(plan, merge), merge, tokens=int(merge.parameters["tokens"])
+        plan.recipe,
+        plan.base,
+        _tasks(plan, merge),
+        merge,
+        tokens=int(merge.parameters["tokens"]),
+        include=merge.parameters["without_entropy"] == "include",
     )
 
 
@@ -172,13 +202,38 @@ def _plan_group(
         workers=workers,
         site_bytes={site: _factor_bytes(plan, names, site) for site in sites},
     )
-    stages = replace(stages, base=plan.base)
+    micro = max(_micro_batch(merge) for merge, _ in some)
+    kept = activation_bytes(plan.base.config, micro, calibration.max_length, _largest_stage(stages))
+    ceiling = KEPT_BYTES if memory_bytes is None else min(KEPT_BYTES, memory_bytes - stages.peak_bytes)
+    recompute = kept > ceiling
+    peak = stages.peak_bytes + (kept // max(1, _largest_stage(stages)) if recompute else kept)
+    stages = replace(stages, base=plan.base, peak_bytes=peak)
     return LearnPlan(
         stages=stages,
         learnings=tuple(_learning(plan, stages, merge, heads) for merge, heads in some),
         dtype=recipe.dtype,
         precision=precision,
+        recompute=recompute,
     )
+
+
+def _micro_batch(merge: Merge) -> int:
+    whole = int(merge.parameters["batch_size"])
+    return min(whole, int(merge.parameters["micro_batch_size"]) or whole)
+
+
+def _largest_stage(stages: MomentsPlan) -> int:
+    return max(1, *(stop - first for first, stop in stages.stages))
+
+
+def activation_bytes(config: Mapping[str, Any], rows: int, length: int, n_blocks: int) -> int:
+    """What autograd keeps of some blocks for one batch, at most: float32 inputs of every product, and attention."""
+    text = config.get("text_config") or config
+    width = next((text[key] for key in WIDTH_KEYS if isinstance(text.get(key), int)), 1024)
+    inner = next((text[key] for key in INNER_KEYS if isinstance(text.get(key), int)), 4 * width)
+    heads = next((text[key] for key in HEAD_KEYS if isinstance(text.get(key), int)), 16)
+    tokens = rows * length
+    return 4 * n_blocks * (tokens * (KEPT_WIDTHS * width + KEPT_INNER * inner) + 2 * tokens * length * heads)
 
 
 def _factor_bytes(plan: Plan, names: Sequence[str], site: str) -> int:

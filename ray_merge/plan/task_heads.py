@@ -185,10 +185,20 @@ def check_complete(task: TaskData, skeleton: Skeleton, why: str) -> None:
         )
 
 
+class NoEntropy(RecipeError):
+    """A task whose predictions have no entropy of classes."""
+
+
 def plan_heads(
-    recipe: Recipe, base: Checkpoint, tasks: Sequence[TaskData], merge: Merge, *, tokens: int
+    recipe: Recipe,
+    base: Checkpoint,
+    tasks: Sequence[TaskData],
+    merge: Merge,
+    *,
+    tokens: int,
+    include: bool = False,
 ) -> tuple[str, dict[str, TaskHead]]:
-    """The one model class of the tasks of an entropy method, and each task's head.
+    """The one model class of the tasks of an entropy method, and the head of each task that has an entropy.
 
     Args:
         recipe: the validated recipe.
@@ -196,12 +206,23 @@ def plan_heads(
         tasks: of the merge, each with its adapter.
         merge: for messages.
         tokens: predictions of a causal model that count, 0 for none.
+        include: pass over tasks without an entropy, as long as one has it.
 
     Raises:
         RecipeError: a task that has no entropy of classes, tasks of different classes, a head that is nowhere.
     """
     classes = Classes(base)
-    found = {task.name: _head(recipe, classes, task, merge, tokens) for task in tasks}
+    found: dict[str, TaskHead] = {}
+    for task in tasks:
+        try:
+            found[task.name] = _head(recipe, classes, task, merge, tokens)
+        except NoEntropy:
+            if not include:
+                raise
+    if not found:
+        raise NoEntropy(
+            f"merge {merge.name!r} by {merge.method}: none of its tasks has an entropy of classes; {USE_NSC}"
+        )
     first = next(iter(found))
     for name, head in found.items():
         if head.model_class != found[first].model_class:
@@ -232,17 +253,17 @@ def _head(recipe: Recipe, classes: Classes, task: TaskData, merge: Merge, tokens
         source.task == "regression" or problem == "regression" or (kind == "classification" and outputs == 1)
     )
     if is_regression:
-        raise RecipeError(f"{place} is a regression, which has no entropy of classes; {USE_NSC}")
+        raise NoEntropy(f"{place} is a regression, which has no entropy of classes; {USE_NSC}")
     if problem == "multi_label_classification":
-        raise RecipeError(f"{place} has a multi-label head, which has no single entropy; {USE_NSC}")
+        raise NoEntropy(f"{place} has a multi-label head, which has no single entropy; {USE_NSC}")
     if kind is None:
-        raise RecipeError(
+        raise NoEntropy(
             f"{place} is a {skeleton.name}, which predicts no classes of an example ({task_type(recipe, task)}); "
             f"{USE_NSC}"
         )
     if kind == "causal":
         if not tokens or source.task == "generation":
-            raise RecipeError(
+            raise NoEntropy(
                 f"{place} generates text, which has no entropy of classes; {USE_NSC}, or write tokens: 1 for the "
                 "entropy of the token behind each prompt (and task: classification)"
             )

@@ -30,6 +30,10 @@ class MomentsIndex:
     norms: Mapping[str, float] = field(default_factory=dict)
 
 
+LEAF = "phi."
+"""In front of a leaf's name in the object of a state (learn/state.py), and of a site's in what is published."""
+
+
 @dataclass(frozen=True, slots=True)
 class PhiIndex:
     """Where the learned coefficients of a merge lie, for the workers of a run.

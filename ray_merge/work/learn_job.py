@@ -87,11 +87,19 @@ class Batched:
 
 @dataclass(frozen=True, slots=True)
 class PassUnit:
-    """Run one batch forward through one stage; the last stage measures what is minimised, without gradients."""
+    """Run one batch forward through one stage, without gradients.
+
+    Args:
+        batch: which.
+        stage: which.
+        phi: of the sites that the stage may run.
+        predict: whether the last stage hands on what it predicts, log p (N, C), in place of measuring it.
+    """
 
     batch: Batched
     stage: int
     phi: Phi = field(hash=False, compare=False)
+    predict: bool = False
 
     @property
     def id(self) -> str:
@@ -108,6 +116,7 @@ class GradUnit:
         stage: which.
         phi: of the sites that the stage may run.
         from_above: whether a later stage hands its gradient down.
+        compared: whether the last thing given is what the task's own adapter predicts, log p (N, C).
         hand_on: whether the stage before needs the gradient.
     """
 
@@ -116,6 +125,7 @@ class GradUnit:
     phi: Phi = field(hash=False, compare=False)
     from_above: bool
     hand_on: bool
+    compared: bool = False
 
     @property
     def id(self) -> str:

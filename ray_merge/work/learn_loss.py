@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ray_merge.algebra.moments import token_rows
-from ray_merge.algebra.objectives import information, null_space_ratio
+from ray_merge.algebra.objectives import divergence, information, null_space_ratio
 from ray_merge.errors import RunFailed
 from ray_merge.models.losses import check_logits
 from ray_merge.models.stage_calls import StageInput, StageOutput
@@ -24,13 +24,17 @@ from ray_merge.plan.task_heads import TaskHead
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntropyLoss:
-    """f = H(p|x) - diversity H(mean p) of one batch (algebra/objectives.py), times its share.
+    """f of one batch (algebra/objectives.py), times its share.
+
+    With `objective: entropy` H(p|x) - diversity H(mean p); with `objective: agreement` KL(own || p), where own is what
+    the task's own adapter predicts alone.
 
     Args:
         head: of the task.
         given: the batch.
         parameters: of the merge.
         share: of the step's batch of the task.
+        own: log p (N, C) of the own adapter, for agreement.
         matrix: (C, D) of a text head; None for the others.
     """
 
@@ -38,17 +42,21 @@ class EntropyLoss:
     given: StageInput
     parameters: Mapping[str, Any]
     share: float
+    own: Tensor | None = None
     matrix: Tensor | None = None
 
     def __call__(self, out: StageOutput) -> Tensor:
         """The loss, a scalar."""
-        logits_NC = self._rows(self._logits(out))
-        value: Tensor = information(
-            logits_NC,
-            diversity=float(self.parameters["diversity"]),
-            normalise=bool(self.parameters["normalize_entropy"]),
-        )
-        return value * self.share
+        logits_NC = self.predictions(out)
+        normalise = bool(self.parameters["normalize_entropy"])
+        if self.own is not None:
+            return divergence(logits_NC, self.own, normalise=normalise) * self.share
+        diversity = float(self.parameters["diversity"])
+        return information(logits_NC, diversity=diversity, normalise=normalise) * self.share
+
+    def predictions(self, out: StageOutput) -> Tensor:
+        """The logits that count, (N, C)."""
+        return self._rows(self._logits(out))
 
     def _logits(self, out: StageOutput) -> Tensor:
         if self.matrix is not None:

@@ -42,9 +42,6 @@ from ray_merge.work.text_head import read_text_head
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-KEPT_MIXTURES = 2
-"""Of merged models in one worker: the one that learns, and the single adapter that is looked at."""
-
 
 class LearnWorker:
     """Runs units at one stage.
@@ -95,7 +92,7 @@ class LearnWorker:
         arrays = given[0] if given else self._first(batch)
         through, phi = self._given(learning, arrays), self._phi(unit.batch, unit.phi)
         mixture = self._mixture(batch)
-        measured = self._is_last and bool(learning.heads)
+        measured = self._is_last and batch.task in learning.heads
         out = self._held().stage.forward(
             through,
             altered=mixture.altered(phi, self._head(batch, learning)),
@@ -103,7 +100,10 @@ class LearnWorker:
             to_end=measured,
         )
         if measured:
-            return Graded(float(self._entropy(batch, learning, through)(out))), None
+            loss = self._entropy(batch, learning, through)
+            if unit.predict:
+                return Graded(0.0), as_array(torch.log_softmax(loss.predictions(out), dim=-1))
+            return Graded(float(loss(out))), None
         return Graded(0.0), handed_on(arrays, out.hidden)
 
     def _grad(self, unit: GradUnit, given: Sequence[Any]) -> tuple[Graded, Any]:
@@ -114,14 +114,19 @@ class LearnWorker:
         leaves = {site: value.requires_grad_() for site, value in phi.items()}
         mixture = self._mixture(batch)
         ratios = self._null_space(batch, learning, through)
+        loss = None
+        if self._is_last and learning.heads:
+            own = torch.tensor(given[-1], device=self._job.device) if unit.compared else None
+            loss = self._entropy(batch, learning, through, own)
         made = self._held().stage.backward(
             through,
             None if above is None else torch.tensor(above, device=self._job.device),
             altered=mixture.altered(leaves, self._head(batch, learning)),
             added=mixture.added(leaves),
             phi=list(leaves.values()),
-            loss=self._entropy(batch, learning, through) if self._is_last and learning.heads else None,
+            loss=loss,
             on_input=None if learning.heads else ratios,
+            recompute=self._job.plan.recompute,
         )
         value = ratios.value(list(ratios.bases)) if made.loss is None else float(made.loss)
         gradients = {site: as_array(one) for site, one in zip(leaves, made.phi, strict=True)}
@@ -198,7 +203,8 @@ class LearnWorker:
         names = (batch.task,) if batch.alone else learning.merge.adapters
         key = names, "adapter" if batch.alone else learning.coefficients, tuple(learning.shapes)
         if key not in self._mixtures:
-            while len(self._mixtures) >= KEPT_MIXTURES:
+            # One merge and each of its adapters alone; what an earlier merge had goes.
+            while len(self._mixtures) > len(learning.merge.adapters):
                 del self._mixtures[next(iter(self._mixtures))]
             self._mixtures[key] = self._mix(learning, names, alone=batch.alone)
         self._mixtures[key] = self._mixtures.pop(key)  # the most recently used one is last
@@ -242,7 +248,9 @@ class LearnWorker:
                 self._heads[batch.task] = head_of(self._task_adapter(batch.task), files)
         return self._heads[batch.task]
 
-    def _entropy(self, batch: Batched, learning: Learning, given: StageInput) -> EntropyLoss:
+    def _entropy(
+        self, batch: Batched, learning: Learning, given: StageInput, own: Tensor | None = None
+    ) -> EntropyLoss:
         head = learning.heads[batch.task]
         matrix = None
         if head.file is not None:
@@ -254,6 +262,7 @@ class LearnWorker:
             given=given,
             parameters=learning.merge.parameters,
             share=batch.share,
+            own=own,
             matrix=matrix,
         )
 

@@ -14,10 +14,7 @@ from ray_merge.errors import RunFailed
 from ray_merge.spec import Site
 from ray_merge.storage.cache import NodeCache
 from ray_merge.storage.store import Stores, join
-from ray_merge.work.job import PhiIndex
-
-LEAF = "phi."
-"""In front of a leaf's name in the object of a state (learn/state.py)."""
+from ray_merge.work.job import LEAF, PhiIndex
 
 
 class LearnedPhi:

@@ -21,6 +21,7 @@ NOT_NEGATIVE = Interval(0.0)
 LAYERS = re.compile(r"all|last|last_quarter|[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*")
 
 ENTROPY_PAPER: Mapping[str, Any] = {
+    "objective": "entropy",
     "steps": 500,
     "learning_rate": 1e-3,
     "alpha": 1.0,
@@ -30,11 +31,12 @@ ENTROPY_PAPER: Mapping[str, Any] = {
 """AdamW 1e-3, 500 steps, batch 16, phi from 0.4; alpha is the code's default, the papers do not state it."""
 
 ENTROPY_DEFAULT: Mapping[str, Any] = {
+    "objective": "agreement",
     "steps": 100,
     "learning_rate": 1e-2,
     "alpha": 0.05,
     "normalize_entropy": True,
-    "diversity": 1.0,
+    "diversity": 0.0,
 }
 
 NSC_PAPER: Mapping[str, Any] = {"steps": 100, "learning_rate": 1e-3, "layers": "last_quarter"}
@@ -75,11 +77,16 @@ RATE = "step size of AdamW; the preset decides"
 BATCH = "unlabelled rows of each task in one step"
 MICRO = "rows that go through the stages together; 0 for the whole batch"
 SAMPLES = "unlabelled rows of each task to draw batches from; 0 for all"
+GROUPED = "put rows of similar lengths into one batch, so that little is padding"
 SHARING = "which weights have one phi: each its own, those of a block, or all of one shape"
 RANK = "weight of the penalty 1 - effective rank / attainable rank of the merged updates"
 COMMIT = "steps between two states in the store, from which a stopped run goes on"
 PRECISION = (
     "of the model's products: bfloat16 on a GPU and float32 elsewhere, or as said; phi is never rounded"
+)
+OBJECTIVE = (
+    "what each task minimises: agreement, the divergence of the merged predictions from those of its own adapter "
+    "alone, or their entropy, as in the papers; the preset decides"
 )
 PREFERENCE = "how much each task counts; divided by their sum"
 ALPHA = "smoothness of the Tchebycheff maximum; the preset decides"
@@ -89,6 +96,7 @@ DIVERSITY = (
     "weight of the entropy of a batch's mean prediction, which keeps it from one class; the preset decides"
 )
 ANCHORS = "what each task's entropy is compared with: that of its own adapter alone, or 0"
+INCLUDE = "tasks without an entropy of classes: refuse, or include adapters, whose phi learn from the others' losses"
 TOKENS = (
     "of a causal model: entropy of the token behind the prompt (1), or over its first n tokens; 0 refuses it"
 )
@@ -104,6 +112,7 @@ class _Learned:
     batch_size: int = integer(BATCH, Interval(1.0), 16)
     micro_batch_size: int = integer(MICRO, NOT_NEGATIVE, 0)
     samples: int = integer(SAMPLES, NOT_NEGATIVE, 0)
+    group_by_length: bool = flag(False, GROUPED)
     low: float | None = number(None, "phi is kept at or above it; null for no bound")
     high: float | None = number(None, "phi is kept at or below it; null for no bound")
     sharing: str = choice("site", ("site", "block", "model"), SHARING)
@@ -117,6 +126,7 @@ class Tara(_Learned):
     """tara_a and tara_b."""
 
     preference: tuple[float, ...] = number(1.0, PREFERENCE, POSITIVE, per_adapter=True)
+    objective: str | None = choice(None, ("agreement", "entropy"), OBJECTIVE)
     scalarisation: str = choice("tchebycheff", ("tchebycheff", "linear"), "how values become one loss")
     alpha: float | None = number(None, ALPHA, POSITIVE)
     absolute: bool = flag(False, ABSOLUTE)
@@ -124,6 +134,7 @@ class Tara(_Learned):
     normalize_entropy: bool | None = flag(None, NORMALIZE)
     diversity: float | None = number(None, DIVERSITY, NOT_NEGATIVE)
     tokens: int = integer(TOKENS, NOT_NEGATIVE, 0)
+    without_entropy: str = choice("refuse", ("refuse", "include"), INCLUDE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +142,7 @@ class AdaMerging(_Learned):
     """adamerging."""
 
     preference: tuple[float, ...] = number(1.0, PREFERENCE, POSITIVE, per_adapter=True)
+    objective: str | None = choice(None, ("agreement", "entropy"), OBJECTIVE)
     scalarisation: str = choice("linear", ("tchebycheff", "linear"), "how values become one loss")
     alpha: float | None = number(None, ALPHA, POSITIVE)
     absolute: bool = flag(False, ABSOLUTE)
@@ -138,6 +150,7 @@ class AdaMerging(_Learned):
     normalize_entropy: bool | None = flag(None, NORMALIZE)
     diversity: float | None = number(None, DIVERSITY, NOT_NEGATIVE)
     tokens: int = integer(TOKENS, NOT_NEGATIVE, 0)
+    without_entropy: str = choice("refuse", ("refuse", "include"), INCLUDE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
