@@ -151,7 +151,8 @@ def condition_number(J_TK: Tensor) -> Tensor:
 
 
 def misalignment(J_TK: Tensor) -> Tensor:
-    """Xi between preferences for one task each: 1 - |cos(J_i, J_j)|, (T, T), 0 on the diagonal."""
+    """The angle xi between preferences for one task each: 1 - |cos(J_i, J_j)|, (T, T), 0 on the diagonal."""
     J64_TK = J_TK.double()
     unit_TK = J64_TK / J64_TK.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    return 1 - (unit_TK @ unit_TK.T).abs()
+    apart_TT: Tensor = 1 - (unit_TK @ unit_TK.T).abs()
+    return apart_TT

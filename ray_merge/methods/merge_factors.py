@@ -16,6 +16,7 @@ from ray_merge.algebra.delta import Delta
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.errors import MethodError
 from ray_merge.methods.declare import Method
+from ray_merge.methods.given_phi import given_phi
 from ray_merge.methods.given_statistics import given_statistics
 from ray_merge.methods.kernels import merge_site
 from ray_merge.methods.registry import get, takes_dense
@@ -43,7 +44,8 @@ def merge_factors(
         base: the base weight (O, I), only for methods that need it and for factors with a DoRA magnitude.
         moments: only for methods that need them, one for each factor: `Moments` of the weight's inputs for regmean,
             the Fisher diagonal (O, I) for fisher; None with `without_moments="average"`.
-        phi: learned coefficients, only for methods that need them.
+        phi: learned coefficients, only for methods that need them: (T,) for nsc and adamerging, (sum of ranks,)
+            adapter-major for tara_a, (T, min(O, sum of ranks)) for tara_b; T factors.
         seed: of random masks; adapter i is called "i" there.
         input_side: "rows" for the weight of a HF Conv1D, which is stored (in, out); asked by regmean alone.
         **parameters: as in a recipe (`lambda` may be written `lambda_`); weight and density may be a
@@ -66,6 +68,8 @@ def merge_factors(
         _check_dora(declared, resolved, factors, base)
     if declared.statistics and "moments" in inputs:
         inputs |= given_statistics(declared, moments, factors, input_side)
+    if declared.learned:
+        inputs["phi"] = given_phi(declared, phi, factors)
     chosen = at_site(declared, resolved, names, site="")
     site = SiteFactors(factors, base if is_dora else None)
     return merge_site(declared.name, site, chosen, names=names, site="", seed=seed, inputs=inputs)
