@@ -32,8 +32,8 @@ ENTROPY_PAPER: Mapping[str, Any] = {
 
 ENTROPY_DEFAULT: Mapping[str, Any] = {
     "objective": "agreement",
-    "steps": 100,
-    "learning_rate": 1e-2,
+    "steps": 60,
+    "learning_rate": 3e-2,
     "alpha": 0.05,
     "normalize_entropy": True,
     "diversity": 0.0,
@@ -218,8 +218,8 @@ METHODS: tuple[Method, ...] = (
         needs=("phi",),
         learned="shared",
         rule=entropy_rule,
-        sizes=memory.truncated,
-        work=cost.truncated,
+        sizes=memory.combined,
+        work=cost.combined,
         kernel="ray_merge.methods.learned:tara_b",
     ),
     Method(

@@ -1,0 +1,81 @@
+"""Markdown tables from the rows of real_suite.py; nothing is computed here but means and spreads over seeds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from real_suite_units import methods_of, task_sets
+
+Row = Mapping[str, Any]
+ROLES = {"default": "defaults", "chosen": "best of 4 on validation", "paper": "preset: paper"}
+
+
+def tables(rows: Sequence[Row], options: argparse.Namespace) -> Iterator[str]:
+    """One table for each set of tasks."""
+    whole = list(task_sets(options)[0])
+    singles = next((row["test"] for row in rows if row["method"] == "single"), {})
+    for tasks in task_sets(options):
+        some = [row for row in rows if row["tasks"] == list(tasks) and "test" in row]
+        left = [name for name in whole if name not in tasks]
+        yield f"\n{len(tasks)} tasks{' without ' + ', '.join(left) if left else ''}, test scores in percent\n"
+        yield _table(tasks, some, singles, options)
+
+
+def _table(
+    tasks: Sequence[str], rows: Sequence[Row], singles: Mapping[str, float], options: argparse.Namespace
+) -> str:
+    regressions = set(_regressions(options, tasks))
+    classes = [task for task in tasks if task not in regressions]
+    head = ["method", "setting", *tasks, "classification", "all", "normalised", "seeds", "merge s"]
+    lines = [head, ["---"] * len(head)]
+    if singles:
+        lines.append(["single adapters", "", *_cells([singles], tasks, classes, singles), "1", ""])
+    for role, words in ROLES.items():
+        for name in methods_of(options):
+            found = [row for row in rows if row["method"] == name and row["role"] == role]
+            if not found:
+                continue
+            setting = words + _setting(found[0], role)
+            cells = _cells([row["test"] for row in found], tasks, classes, singles)
+            seconds = statistics.fmean(row["merge_seconds"] for row in found)
+            lines.append([name, setting, *cells, str(len(found)), f"{seconds:.0f}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _setting(row: Row, role: str) -> str:
+    if role != "chosen":
+        return ""
+    return " (" + ", ".join(f"{key} {value}" for key, value in json.loads(row["parameters"]).items()) + ")"
+
+
+def _cells(
+    found: Sequence[Mapping[str, float]],
+    tasks: Sequence[str],
+    classes: Sequence[str],
+    singles: Mapping[str, float],
+) -> list[str]:
+    cells = [_cell([scores[task] for scores in found]) for task in tasks]
+    cells.append(_cell([statistics.fmean(scores[task] for task in classes) for scores in found]))
+    cells.append(_cell([statistics.fmean(scores[task] for task in tasks) for scores in found]))
+    if not singles:
+        return [*cells, "-"]
+    shares = [statistics.fmean(100 * scores[task] / singles[task] for task in tasks) for scores in found]
+    return [*cells, _cell(shares)]
+
+
+def _cell(values: Sequence[float]) -> str:
+    text = f"{statistics.fmean(values):.1f}"
+    return f"{text} +- {statistics.stdev(values):.1f}" if len(values) > 1 else text
+
+
+def _regressions(options: argparse.Namespace, tasks: Sequence[str]) -> Iterator[str]:
+    import pyarrow.parquet as pq
+
+    for task in tasks:
+        schema = pq.read_schema(options.suite / "tasks" / task / "val.parquet")
+        if str(schema.field("label").type) in ("float", "double"):
+            yield task
