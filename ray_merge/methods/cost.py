@@ -90,6 +90,14 @@ def truncated(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> float
     return _qr(shape[0], total) + _qr(shape[1], total) + small + _product(shape, max(ranks, default=0))
 
 
+def combined(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> float:
+    """The KnOTS basis of all adapters, their coordinates added up, and a product of all its directions."""
+    total, kept = sum(ranks), min(sum(ranks), shape[0])
+    basis = _qr(shape[0], total) + sum(_qr(shape[1], rank) for rank in ranks)
+    small = SVD_FLOPS * float(total) * kept**2
+    return basis + small + _product((total, shape[1]), kept) + _product(shape, kept)
+
+
 def solved(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> float:
     """QR of one of the stacks, a pseudo-inverse, and a result of all ranks."""
     total = sum(ranks)

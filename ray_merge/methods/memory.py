@@ -67,6 +67,14 @@ def truncated(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> SiteB
     return SiteBytes(plain.shared, plain.held, plain.passing + made)
 
 
+def combined(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> SiteBytes:
+    """A product of the KnOTS basis and coordinates added up; left sides stay alive while the basis is made of them."""
+    total, plain = sum(ranks), factors(space, shape, ranks)
+    left, right = (QR_COPIES + 1) * total * shape[0], 2 * total * shape[1]
+    made = FLOAT64 * (left + right + 4 * total * total)
+    return SiteBytes(plain.shared, plain.held, plain.passing + made)
+
+
 def entrywise(space: str, shape: tuple[int, int], ranks: Sequence[int]) -> SiteBytes:
     """A rule over entries: of the deltas, chunk by chunk, or of coordinates in a basis of all factors."""
     total = sum(ranks)
