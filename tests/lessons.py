@@ -224,6 +224,18 @@ def entropies(
     return found
 
 
+def divergences(
+    model: Reference, names: Sequence[str], batches: Mapping[str, Any], step: int, own: Mapping[str, Any]
+) -> list[Tensor]:
+    """KL(own || merged) / ln C of every task on the batch of a step."""
+    found = []
+    for name in names:
+        model.use_head(name)
+        logp, logq = model.model(**batches[name][step]).logits.log_softmax(-1), own[name][step]
+        found.append((logq.exp() * (logq - logp)).sum(-1).mean() / math.log(CLASSES[name]))
+    return found
+
+
 def ratios(
     model: Reference, names: Sequence[str], batches: Mapping[str, Any], step: int, blocks: Sequence[int]
 ) -> list[Tensor]:

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import ray_merge
-from lessons import CLASSES, Reference, entropies, learned_phi, lesson, make_school, ratios
+from lessons import CLASSES, Reference, divergences, entropies, learned_phi, lesson, make_school, ratios
 from ray_merge.errors import RecipeError, RunFailed
+from ray_merge.recipe import expand, load_recipe
 
 ALL = ("two", "three", "five")
 STEPS = 4
@@ -59,32 +60,53 @@ def same(output, model, tolerance=1e-8):
         torch.testing.assert_close(found[site], leaf.detach(), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("method", ["tara_a", "tara_b", "adamerging"])
-@pytest.mark.parametrize("stages", [1, 3])
-def test_phi_is_that_of_autograd_on_the_whole_model(school, tmp_path, method, stages):
-    parameters = {**PLAIN, "diversity": 0.5, "normalize_entropy": True}
-    if method != "adamerging":
-        parameters |= {
-            "scalarisation": "tchebycheff",
-            "alpha": 0.1,
-            "preference": {"two": 1.0, "three": 2.0, "five": 1.0},
-        }
+CASES = [
+    ("tara_a", 1, "entropy"),
+    ("tara_b", 3, "entropy"),
+    ("adamerging", 3, "entropy"),
+    ("tara_b", 1, "agreement"),
+    ("tara_a", 3, "agreement"),
+]
+
+
+@pytest.mark.parametrize(("method", "stages", "objective"), CASES)
+def test_phi_is_that_of_autograd_on_the_whole_model(school, tmp_path, method, stages, objective):
+    compares, smooth = objective == "agreement", method != "adamerging"
+    how = {"diversity": 0.0 if compares else 0.5, "normalise": True}
+    parameters = {**PLAIN, "objective": objective, "diversity": how["diversity"], "normalize_entropy": True}
+    if smooth:
+        preference = {"two": 1.0, "three": 2.0, "five": 1.0}
+        parameters |= {"scalarisation": "tchebycheff", "alpha": 0.1, "preference": preference}
     run(lesson(school, tmp_path / "out", method, ALL, stages=stages, parameters=parameters), tmp_path)
     model = Reference(school, method, ALL)
     given = batches(model)
-    how = {"diversity": 0.5, "normalise": True}
-    anchors = torch.tensor(_anchors(school, how), dtype=torch.float64)
-    rho = torch.tensor([0.25, 0.5, 0.25] if method != "adamerging" else [1 / 3] * 3, dtype=torch.float64)
+    own = _own(school, given) if compares else None
+    anchors = torch.tensor([0.0] * 3 if compares else _anchors(school, how), dtype=torch.float64)
+    rho = torch.tensor([0.25, 0.5, 0.25] if smooth else [1 / 3] * 3, dtype=torch.float64)
+
+    def values_at(step):
+        return divergences(model, ALL, given, step, own) if own else entropies(model, ALL, given, step, **how)
 
     def combine(values):
         gaps = rho * (torch.stack(values) - anchors)
-        return 0.1 * torch.logsumexp(gaps / 0.1, 0) if method != "adamerging" else gaps.sum()
+        return 0.1 * torch.logsumexp(gaps / 0.1, 0) if smooth else gaps.sum()
 
-    curve = optimise(model, lambda step: entropies(model, ALL, given, step, **how), combine)
+    curve = optimise(model, values_at, combine)
     same(tmp_path / "out", model)
-    if method != "adamerging":  # constants do not matter to a plain sum
+    if smooth:  # constants do not matter to a plain sum
         history = load_file(tmp_path / "out" / "m" / "ray_merge" / "phi.safetensors")["history.objective"]
         torch.testing.assert_close(history, torch.tensor(curve, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def _own(school, given):
+    """What each adapter predicts alone, log p, on every batch."""
+    found = {}
+    for name in ALL:
+        alone = Reference(school, "adamerging", [name], init=1.0)
+        alone.use_head(name)
+        with torch.no_grad():
+            found[name] = [alone.model(**batch).logits.log_softmax(-1) for batch in given[name]]
+    return found
 
 
 def _anchors(school, how):
@@ -139,7 +161,7 @@ def _weights(folder):
 
 
 def test_micro_batches_of_an_entropy_without_diversity_change_nothing(school, tmp_path):
-    plain = {**PLAIN, "diversity": 0.0}
+    plain = {**PLAIN, "objective": "entropy", "diversity": 0.0}
     run(lesson(school, tmp_path / "whole", "tara_a", ALL, parameters=plain), tmp_path)
     run(
         lesson(school, tmp_path / "cut", "tara_a", ALL, parameters={**plain, "micro_batch_size": 1}), tmp_path
@@ -252,7 +274,7 @@ def test_a_regression_in_an_entropy_is_refused_with_the_method_that_takes_it(sch
 
 
 def test_anchors_are_shared_by_preferences(school, tmp_path):
-    recipe = lesson(school, tmp_path / "out", "tara_a", ALL, parameters=PLAIN)
+    recipe = lesson(school, tmp_path / "out", "tara_a", ALL, parameters={**PLAIN, "objective": "entropy"})
     recipe["merges"][0]["preferences"] = [
         {"two": 0.8, "three": 0.1, "five": 0.1},
         {"two": 0.1, "three": 0.1, "five": 0.8},
@@ -264,7 +286,11 @@ def test_anchors_are_shared_by_preferences(school, tmp_path):
     folders = sorted(
         path.parent.parent.name for path in (tmp_path / "out" / "m").rglob("ray_merge/phi.safetensors")
     )
-    assert len(folders) == 2
+    assert folders == ["two=0.1,three=0.1,five=0.8", "two=0.8,three=0.1,five=0.1"]
+    for name in folders:
+        text = (tmp_path / "out" / "m" / name / "ray_merge" / "recipe.yaml").read_text()
+        (again,) = expand(*load_recipe("recipe.yaml", text))
+        assert again.name == f"m/{name}"
 
 
 def test_the_exported_adapter_is_the_checkpoint(school, tmp_path):
