@@ -271,7 +271,8 @@ class Merge:
     """One named result: a method applied to some adapters. All defaults are filled in.
 
     Args:
-        name: entry name, then the combination and the point of the sweep: `pairs/mnli__stsb/lambda=0.2`.
+        name: entry name, then the combination, the point of the sweep and the preference:
+            `pairs/mnli__stsb/alpha=0.2/mnli=0.5,stsb=0.5`.
         method: canonical name of the merge method.
         adapters: in recipe order.
         parameters: by the recipe's keys, canonical (methods/resolve.py).
@@ -281,6 +282,7 @@ class Merge:
         seed: of every random mask.
         sweep: the point of the sweep as the recipe has it, key and value; empty without a sweep.
         combined: whether the entry asked for combinations.
+        preferred: whether the entry asked for preferences, so that the last part of the name is one.
     """
 
     name: str
@@ -293,6 +295,7 @@ class Merge:
     seed: int = 0
     sweep: tuple[tuple[str, Any], ...] = ()
     combined: bool = False
+    preferred: bool = False
 
 
 Figures = dict[str, "float | list[float | None] | None"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-12
-"""Eigenvalues of A A^T below this share of the largest are those of rows that depend on each other."""
+"""Eigenvalues of A A^T below this share of the largest are those of rows that depend on each other; a singular value
+below this share of their sum counts as 0."""
 
 FLOOR = 1e-12
 """Of omega^2: the slope of its root stays finite where an activation lies in the row space."""
@@ -104,12 +105,15 @@ def row_basis(A_RI: Tensor) -> Tensor:
     gram_RR = A64_RI @ A64_RI.T
     values_R, vectors_RR = torch.linalg.eigh(gram_RR)
     kept = values_R > ROUNDING * values_R.max().clamp(min=torch.finfo(torch.float64).tiny)
-    if len(kept) and bool(kept.all()):
-        factor_RR = torch.linalg.cholesky(gram_RR)
-        solved_RI: Tensor = torch.linalg.solve_triangular(factor_RR, A64_RI, upper=False)
-        return solved_RI
-    spanned_RI: Tensor = (vectors_RR[:, kept] / values_R[kept].sqrt()).T @ A64_RI
-    return spanned_RI
+    spanned_RI = (vectors_RR[:, kept] / values_R[kept].sqrt()).T @ A64_RI
+    first_RI = _orthonormal(A64_RI) if bool(kept.all()) else spanned_RI
+    return _orthonormal(first_RI)  # where A A^T is near singular, the first pass leaves errors of up to 1e-4
+
+
+def _orthonormal(A_RI: Tensor) -> Tensor:
+    factor_RR = torch.linalg.cholesky(A_RI @ A_RI.T)
+    rows_RI: Tensor = torch.linalg.solve_triangular(factor_RR, A_RI, upper=False)
+    return rows_RI
 
 
 def null_space_ratio(Z_NI: Tensor, basis_RI: Tensor) -> Tensor:
@@ -126,20 +130,31 @@ def null_space_ratio(Z_NI: Tensor, basis_RI: Tensor) -> Tensor:
 
 
 def effective_rank(B_OP: Tensor, A_PI: Tensor) -> Tensor:
-    """exp(-sum_k p_k ln p_k), p_k = sigma_k / sum sigma, of B A; differentiable, by a (P, P) problem."""
-    _, R_B = torch.linalg.qr(B_OP.double())
-    _, R_A = torch.linalg.qr(A_PI.double().T)
-    s_P = torch.linalg.svdvals(R_B @ R_A.T)
-    p_P = s_P / s_P.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    return torch.exp(torch.special.entr(p_P).sum())
+    """exp(-sum_k p_k ln p_k), p_k = sigma_k / sum sigma, of B A; differentiable once, by a (P, P) problem.
+
+    To first order a singular value changes with its vectors held, which needs no derivative of a QR: gradients are
+    finite where coefficients or factors are 0. The rank of a zero update, or of nothing, is 1.
+    """
+    B64_OP, A64_PI = B_OP.double(), A_PI.double()
+    with torch.no_grad():
+        Q_OK, R_B = torch.linalg.qr(B64_OP)
+        Q_IK, R_A = torch.linalg.qr(A64_PI.T)
+        U_KK, _, Vt_KK = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+        left_KO, right_IK = (Q_OK @ U_KK).T, Q_IK @ Vt_KK.T
+    s_K = ((left_KO @ B64_OP) * (A64_PI @ right_IK).T).sum(dim=1)
+    p_K = s_K / s_K.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    there_K = torch.where(p_K > ROUNDING, p_K, 1.0)
+    return torch.exp(-(there_K * there_K.log()).sum())
 
 
 def rank_penalty(B_OP: Tensor, A_PI: Tensor) -> Tensor:
     """1 - erank(B A) / min(O, P, I).
 
     TARA's regulariser; the authors divide by the number of coefficients, which for the shared form is T times what any
-    rank can reach.
+    rank can reach. 0 for no directions.
     """
+    if not B_OP.shape[1]:
+        return A_PI.double().sum()  # 0, with a gradient for whoever asks
     return 1 - effective_rank(B_OP, A_PI) / min(B_OP.shape[0], B_OP.shape[1], A_PI.shape[1])
 
 

@@ -77,11 +77,14 @@ def _url(plan: Plan, name: str) -> dict[str, Any]:
     labelled = plan.recipe.adapters[name].eval
     if labelled is not None:
         urls["eval"] = {**labelled.model_dump(exclude_defaults=True), "path": _absolute(labelled.path)}
+    texts = plan.recipe.adapters[name].head
+    if texts is not None:
+        urls["head"] = {**texts.model_dump(), "path": _absolute(texts.path)}
     return urls | ({} if initial is None else {"initial": open_store(initial).url})
 
 
 def _entry(merge: Merge) -> dict[str, Any]:
-    # Written as the sweep and combination of one, because only an entry that expands gets such a name.
+    # Written as the sweep, combination and preferences of one, because only an entry that expands gets such a name.
     swept = dict(merge.sweep)
     entry: dict[str, Any] = {
         "name": merge.name.split("/")[0],
@@ -97,4 +100,6 @@ def _entry(merge: Merge) -> dict[str, Any]:
         entry["sweep"] = {key: [value] for key, value in swept.items()}
     if merge.combined:
         entry["combinations"] = {"choose": len(merge.adapters)}
+    if merge.preferred:
+        entry["preferences"] = [entry["parameters"].pop("preference")]
     return entry

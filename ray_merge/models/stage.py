@@ -10,7 +10,7 @@ before a module runs and are let go of after it, so a bfloat16 base stays at its
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -82,7 +82,7 @@ class Stage:
         for path in self.watched:
             module = self._model.get_submodule(path)
             module.register_forward_pre_hook(partial(self._saw, path), with_kwargs=True)
-            module.register_forward_hook(partial(self._note, path))
+            module.register_forward_hook(partial(self._note, path), with_kwargs=True)
         inside = list(self._model.get_submodule(self._list.path).children()) if self._list else []
         self._blocks = StageBlocks(
             inside, blocks, skeleton.name, partial(self._weights.let_go, outside_only=True)
@@ -288,7 +288,7 @@ class Stage:
         run = self._weights.running
         if run is None or (run.watch is None and run.on_input is None) or self._is_idle(run):
             return None
-        tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        tensor = _first_tensor(args, kwargs)
         if tensor is None:
             return None
         if self._weights.block_of(path) is None:
@@ -303,18 +303,25 @@ class Stage:
             {name: made if value is tensor else value for name, value in kwargs.items()},
         )
 
-    def _note(self, path: str, _module: nn.Module, args: Any, made: Any) -> Any:
+    def _note(self, path: str, _module: nn.Module, args: Any, kwargs: Any, made: Any) -> Any:
         run = self._weights.running
-        if run is None or not isinstance(made, Tensor) or self._is_idle(run):
+        if run is None or (run.added is None and run.weight_grad is None) or self._is_idle(run):
+            return None
+        tensor = _first_tensor(args, kwargs)
+        if tensor is None or not isinstance(made, Tensor):
             return None
         changed = None
-        if run.added is not None and (more := run.added(path, args[0])) is not None:
+        if run.added is not None and (more := run.added(path, tensor)) is not None:
             changed = made + more.to(made.dtype)
         if run.weight_grad is not None and run.anchor is not None:
             told_of = made if changed is None else changed
-            changed = told(told_of, args[0], run.anchor, partial(run.weight_grad, path))
+            changed = told(told_of, tensor, run.anchor, partial(run.weight_grad, path))
         return changed
 
     def _is_idle(self, run: Running) -> bool:
         """Whether the model computes what stands before this stage's blocks, with NaN and for nothing."""
         return not run.began and not self.is_first
+
+
+def _first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)

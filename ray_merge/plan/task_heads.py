@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ray_merge.errors import AdapterError, CheckpointError, RayMergeError, RecipeError
+from ray_merge.plan.embeddings import embedding_classes, embedding_width, misses
 from ray_merge.plan.moments import TaskData
 from ray_merge.recipe import Recipe
-from ray_merge.spec import Adapter, Merge, TensorEntry
+from ray_merge.spec import FLOAT_DTYPES, Adapter, Merge, TensorEntry
 from ray_merge.storage.checkpoint import Checkpoint
 from ray_merge.storage.headers import read_header
 from ray_merge.storage.store import ObjectInfo, Stores
@@ -78,8 +79,13 @@ class Classes:
         self._base = base
         self._built: dict[str, Skeleton | RayMergeError] = {}
 
-    def of(self, recipe: Recipe, task: TaskData) -> Skeleton:
+    def of(self, recipe: Recipe, task: TaskData, kind: str | None = None) -> Skeleton:
         """The class that a task's adapter was trained in: with a head, and all of its modules, if there is one.
+
+        Args:
+            recipe: says what the task is, where its adapter does not.
+            task: with its adapter.
+            kind: PEFT's task type, which then counts alone.
 
         Raises:
             CheckpointError: there is none.
@@ -92,7 +98,7 @@ class Classes:
         names = class_candidates(
             self._base.config,
             class_name=named if isinstance(named, str) else None,
-            task_type=task_type(recipe, task),
+            task_type=kind or task_type(recipe, task),
         )
         found = [self._get(name) for name in names]
         built = [one for one in found if not isinstance(one, RayMergeError)]
@@ -111,6 +117,17 @@ class Classes:
                 "predictions cannot be computed; use a merge method that needs no data"
             ),
         )
+
+    def embedding(self, trained_in: Skeleton, adapter: Adapter) -> list[tuple[Skeleton, int]]:
+        """The classes that hold an adapter's sites and give one embedding of an example, with its width; best first."""
+        names = embedding_classes(self._base.config, trained_in.name)
+        saved = [entry.name for entry in adapter.heads]
+        found = [one for one in map(self._get, names) if not isinstance(one, RayMergeError)]
+        return [
+            (one, width)
+            for one in found
+            if (width := embedding_width(one)) is not None and not misses(one, list(adapter.factors), saved)
+        ]
 
     def n_blocks(self, name: str) -> int:
         """How many stages a class can be cut into."""
@@ -235,39 +252,29 @@ def plan_heads(
 
 def _head(recipe: Recipe, classes: Classes, task: TaskData, merge: Merge, tokens: int) -> TaskHead:
     place = f"merge {merge.name!r} by {merge.method}: adapters.{task.name}"
-    source = recipe.adapters[task.name]
-    skeleton = classes.of(recipe, task)
-    config: Any = skeleton.model.config
-    problem = getattr(config, "problem_type", None)
-    if source.head is not None:
-        file = _head_file(place, source.head.path, source.head.logit_scale)
-        return TaskHead(
-            kind="text",
-            n_outputs=file.entry.shape[0],
-            model_class=_embedding_class(base_class=skeleton),
-            file=file,
-        )
-    kind = head_kind(skeleton.name)
-    outputs = head_rows(adapter_of(task), skeleton) if kind == "classification" else 0
-    is_regression = (
-        source.task == "regression" or problem == "regression" or (kind == "classification" and outputs == 1)
-    )
-    if is_regression:
+    said = recipe.adapters[task.name].task
+    if said == "regression":
         raise NoEntropy(f"{place} is a regression, which has no entropy of classes; {USE_NSC}")
-    if problem == "multi_label_classification":
-        raise NoEntropy(f"{place} has a multi-label head, which has no single entropy; {USE_NSC}")
-    if kind is None:
+    if recipe.adapters[task.name].head is not None:
+        return _text_head(place, recipe, classes, task)
+    # Of a causal model, `task: classification` says which of its tokens is looked at, not that it has other heads.
+    by_token = tokens > 0 and adapter_of(task).config.get("task_type") == "CAUSAL_LM"
+    skeleton = classes.of(recipe, task, "CAUSAL_LM" if by_token else None)
+    kind = head_kind(skeleton.name)
+    if kind == "classification":
+        outputs = _n_classes(place, task, skeleton)
+    elif kind is None:
         raise NoEntropy(
             f"{place} is a {skeleton.name}, which predicts no classes of an example ({task_type(recipe, task)}); "
             f"{USE_NSC}"
         )
-    if kind == "causal":
-        if not tokens or source.task == "generation":
-            raise NoEntropy(
-                f"{place} generates text, which has no entropy of classes; {USE_NSC}, or write tokens: 1 for the "
-                "entropy of the token behind each prompt (and task: classification)"
-            )
-        return TaskHead(kind=kind, n_outputs=0, model_class=skeleton.name)
+    elif not tokens or said == "generation":
+        raise NoEntropy(
+            f"{place} generates text, which has no entropy of classes; {USE_NSC}, or write tokens: 1 for the "
+            "entropy of the token behind each prompt (and task: classification)"
+        )
+    else:
+        outputs = 0
     check_complete(
         task,
         skeleton,
@@ -276,8 +283,38 @@ def _head(recipe: Recipe, classes: Classes, task: TaskData, merge: Merge, tokens
     return TaskHead(kind=kind, n_outputs=outputs, model_class=skeleton.name)
 
 
-def _embedding_class(base_class: Skeleton) -> str:
-    return base_class.name
+def _n_classes(place: str, task: TaskData, skeleton: Skeleton) -> int:
+    """C of a head that predicts one of several classes."""
+    problem = getattr(skeleton.model.config, "problem_type", None)
+    outputs = head_rows(adapter_of(task), skeleton)
+    if problem == "regression" or outputs == 1:
+        raise NoEntropy(f"{place} is a regression, which has no entropy of classes; {USE_NSC}")
+    if problem == "multi_label_classification":
+        raise NoEntropy(f"{place} has a multi-label head, which has no single entropy; {USE_NSC}")
+    return outputs
+
+
+def _text_head(place: str, recipe: Recipe, classes: Classes, task: TaskData) -> TaskHead:
+    """A matrix of texts, and the class whose embeddings are as wide as its rows."""
+    source = recipe.adapters[task.name].head
+    assert source is not None, "the caller looked"
+    file = _head_file(place, source.path, source.logit_scale)
+    n_texts, width = file.entry.shape
+    trained_in = classes.of(recipe, task)
+    found = classes.embedding(trained_in, adapter_of(task))
+    if not found:
+        raise RecipeError(
+            f"{place}.head: {trained_in.name} gives no embedding of an example to compare with texts, and no other "
+            f"class does that holds all weights of {adapter_of(task).url}; take head out, or {USE_NSC}"
+        )
+    model_class = next((one.name for one, own in found if own == width), None)
+    if model_class is None:
+        widths = ", ".join(f"{one.name} gives {own}" for one, own in found)
+        raise RecipeError(
+            f"{place}.head: the rows of {source.path} have {width} numbers, but {widths}; make the text head with the "
+            "base model"
+        )
+    return TaskHead(kind="text", n_outputs=n_texts, model_class=model_class, file=file)
 
 
 def _head_file(place: str, path: str, logit_scale: float) -> HeadFile:
@@ -289,7 +326,8 @@ def _head_file(place: str, path: str, logit_scale: float) -> HeadFile:
         raise AdapterError(
             f"{place}.head: there is no {path}; give a safetensors file with one (classes, width) matrix"
         )
-    matrices = [one for one in read_header(store, name).tensors.values() if len(one.shape) == 2]
+    tensors = read_header(store, name).tensors.values()
+    matrices = [one for one in tensors if len(one.shape) == 2 and one.dtype in FLOAT_DTYPES.values()]
     if len(matrices) != 1 or matrices[0].shape[0] < 2:
         shapes = ", ".join(f"{one.name} {one.shape}" for one in matrices) or "none"
         raise AdapterError(

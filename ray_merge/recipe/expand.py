@@ -1,7 +1,8 @@
 """Entries of a recipe -> named merges: combinations of adapters, sweeps of parameters, defaults filled in.
 
 Names: `scale/lambda=0.2,density=0.5` (keys as written, values by Python repr), `pairs/mnli__stsb`, and
-`pairs/mnli__stsb/lambda=0.2` where an entry has both.
+`pairs/mnli__stsb/lambda=0.2` where an entry has both. A preference stands last, so that merges which differ in it alone
+lie side by side: `tara/mnli=0.25,stsb=0.75`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ray_merge.errors import MethodError, RecipeError
 from ray_merge.methods.registry import get
 from ray_merge.methods.resolve import resolve_parameters
 from ray_merge.recipe.model import MergeSource, Recipe
+from ray_merge.recipe.preferences import check_preferences, count_preferences, preferences_of
 from ray_merge.recipe.source import Source, nearest
 from ray_merge.spec import Merge
 
@@ -34,7 +36,7 @@ def expand(recipe: Recipe, source: Source) -> list[Merge]:
         count = total if total < 10**12 else "over 10^12"
         raise RecipeError(
             f"{source.name}: the recipe expands to {count} merges, more than max_merges = {recipe.max_merges}; "
-            "shorten a sweep or combinations, or raise max_merges"
+            "shorten a sweep, combinations or preferences, or raise max_merges"
         )
     merges: list[Merge] = []
     first: dict[str, str] = {}
@@ -84,7 +86,11 @@ def _count(entry: MergeSource, recipe: Recipe, where: str) -> int:
     for size in _sizes(entry):
         if not 1 <= size <= len(names):
             raise RecipeError(f"{where}: combinations choose {size} of {len(names)} adapters")
-    subsets = sum(comb(len(names), size) for size in _sizes(entry)) if entry.combinations else 1
+    sizes = _sizes(entry) if entry.combinations else None
+    if sizes is None:
+        subsets = count_preferences(entry, len(names), where)
+    else:
+        subsets = sum(comb(len(names), size) * count_preferences(entry, size, where) for size in sizes)
     for key, values in (entry.sweep or {}).items():
         if not values:
             raise RecipeError(f"{where}: sweep over {key} has no values")
@@ -114,16 +120,20 @@ def _expand_entry(entry: MergeSource, recipe: Recipe, where: str) -> Iterator[Me
     twice = next((key for key in sweep if key in entry.parameters), None)
     if twice is not None:
         raise RecipeError(f"{where}: {twice} stands in parameters and in sweep of merge {entry.name!r}")
+    check_preferences(entry, names, where)
     for label, subset in subsets:
-        for values in product(*sweep.values()):
+        for values, (preferred, preference) in product(
+            product(*sweep.values()), list(preferences_of(entry, subset))
+        ):
             point = dict(zip(sweep, values, strict=True))
             suffix = ",".join(f"{key}={value!r}" for key, value in point.items())
             if any(character in suffix for character in "/\\\n\r"):
                 raise RecipeError(
                     f"{where}: {suffix!r} cannot name an output folder; sweep over plainer values"
                 )
-            name = "/".join(part for part in (entry.name, label, suffix) if part)
-            parameters = _resolve(entry, name, tuple(subset), {**entry.parameters, **point}, recipe, where)
+            name = "/".join(part for part in (entry.name, label, suffix, preferred) if part)
+            given = {**entry.parameters, **point, **preference}
+            parameters = _resolve(entry, name, tuple(subset), given, recipe, where)
             yield Merge(
                 name=name,
                 method=get(entry.merge_method).name,
@@ -135,6 +145,7 @@ def _expand_entry(entry: MergeSource, recipe: Recipe, where: str) -> Iterator[Me
                 seed=entry.seed,
                 sweep=tuple(point.items()),
                 combined=entry.combinations is not None,
+                preferred=entry.preferences is not None,
             )
 
 
@@ -149,7 +160,7 @@ def _resolve(
     if len(name.encode()) > MAX_NAME_BYTES:
         raise RecipeError(
             f"{where}: {name!r} is too long for a folder ({len(name.encode())} bytes, at most {MAX_NAME_BYTES}); "
-            "use shorter names of adapters or shorter values in the sweep"
+            "use shorter names of adapters or shorter values in the sweep and the preferences"
         )
     try:
         if entry.combinations is not None:

@@ -16,8 +16,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StrictInt,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -205,8 +207,26 @@ class Combinations(_Model):
     choose: Annotated[list[StrictInt], BeforeValidator(_one_size), Field(min_length=1)]
 
 
+class Simplex(_Model):
+    """Every preference whose shares are whole multiples of 1 / `simplex`, at least one for each adapter."""
+
+    simplex: StrictInt = Field(ge=1, le=10**6)
+
+
+def _preferences_kind(value: Any) -> str:
+    return "a grid" if isinstance(value, dict | Simplex) else "a list"
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+Listed = Annotated[list[dict[Name, Positive]], Field(min_length=1)]
+Preferences = Annotated[
+    Annotated[Listed, Tag("a list")] | Annotated[Simplex, Tag("a grid")], Discriminator(_preferences_kind)
+]
+"""The blanks in the tags keep them apart from keys of the recipe in the places of errors."""
+
+
 class MergeSource(_Model):
-    """One entry of `merges`, before sweeps and combinations are expanded."""
+    """One entry of `merges`, before sweeps, combinations and preferences are expanded."""
 
     name: Name
     merge_method: str
@@ -214,6 +234,7 @@ class MergeSource(_Model):
     parameters: Annotated[dict[str, Any], BeforeValidator(_none_is_empty)] = Field(default_factory=dict)
     sweep: dict[str, list[Any]] | None = None
     combinations: Combinations | None = None
+    preferences: Preferences | None = None
     export: Export = "checkpoint"
     export_rank: int | None = Field(default=None, ge=1)
     export_tolerance: float | None = Field(default=None, ge=0, lt=1)
@@ -329,6 +350,7 @@ def _known_keys(path: tuple[str | int, ...]) -> set[str]:
     models: dict[tuple[str | int, ...], type[BaseModel]] = {
         (): Recipe, ("calibration",): Calibration, ("init",): Init,
         ("merges",): MergeSource, ("merges", "combinations"): Combinations,
+        ("merges", "preferences"): Simplex,
         ("adapters",): AdapterSource, ("adapters", "data"): DataSource, ("adapters", "eval"): Evaluation,
         ("adapters", "head"): HeadSource,
     }  # fmt: skip

@@ -76,6 +76,17 @@ def test_dependent_rows_span_what_they_span(A):
     torch.testing.assert_close(null_space_ratio(Z, basis), explicit)
 
 
+@pytest.mark.parametrize("apart", [1e-2, 1e-4, 1e-5, 3e-6, 1e-8])
+def test_rows_that_nearly_depend_still_give_an_orthonormal_basis(apart):
+    A = made(6, 20)
+    A[1] = A[0] + apart * A[1]
+    A[4] = A[3] - A[2] + apart * A[4]
+    basis = row_basis(A)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis), dtype=F64), rtol=0, atol=1e-12)
+    assert len(basis) == 6 or apart < 1e-5
+    assert len(row_basis(A.float())) == 4 or apart > 1e-6  # what float32 cannot tell apart is one direction
+
+
 def test_gradients_of_omega_are_right_and_finite_everywhere():
     A = made(3, 6)
     basis = row_basis(A)
@@ -153,6 +164,21 @@ def test_effective_rank_is_that_of_the_dense_matrix():
     assert float(rank_penalty(B, A)) == pytest.approx(1 - expected / 4, rel=1e-10)
     wide = made(9, 20)
     assert 0 <= float(rank_penalty(wide, made(20, 7, 1))) < 1  # no more than 7 directions can be reached
+
+
+@pytest.mark.parametrize("shape", [(9, 4, 7), (3, 5, 8), (8, 5, 3)])
+def test_gradients_of_effective_rank_are_right_and_finite_everywhere(shape):
+    B, A = made(shape[0], shape[1]).requires_grad_(), made(shape[1], shape[2], 1).requires_grad_()
+    assert torch.autograd.gradcheck(rank_penalty, (B, A))
+    halves = torch.ones(shape[1], 1, dtype=F64)
+    halves[0], halves[-1] = 0, 1e-20
+    for share in (halves, 0 * halves):
+        phi = share.clone().requires_grad_()
+        penalty = rank_penalty(B.detach(), phi * A.detach())
+        penalty.backward()
+        assert 0 <= float(penalty.detach()) < 1
+        assert bool(torch.isfinite(phi.grad).all())
+    assert float(rank_penalty(made(4, 0), made(0, 5))) == 0
 
 
 def test_condition_number_and_misalignment():

@@ -26,8 +26,8 @@ SAME = [
 
 def merges():
     for method in METHODS:
-        if method.statistics:
-            continue  # needs data of every adapter, which this recipe does not have
+        if method.needs:
+            continue  # moments or phi: needs data of every adapter, which this recipe does not have
         for space in method.spaces:
             words = {"space": space} if "space" in method.declared() else {}
             entry = {"merge_method": method.name, "parameters": {**GIVEN.get(method.name, {}), **words}}

@@ -1,9 +1,12 @@
 """Every method on a GPU gives what it gives on the CPU, up to rounding. Skips where there is no GPU."""
 
+import math
+
 import pytest
 import torch
 from method_cases import random_factors, random_statistics, relative
 
+from ray_merge.algebra.phi_shape import phi_shape
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.methods.kernels import merge_site
 from ray_merge.methods.registry import METHODS, at_site, get, resolve_parameters
@@ -32,6 +35,9 @@ def test_cuda_and_cpu_agree(name, space, dtype):
     parameters = at_site(method, resolve_parameters(method, given, NAMES), NAMES, "site")
     factors = random_factors((300, 200), (8, 4, 6), dtype=dtype)
     inputs = random_statistics(method.statistics, factors)
+    if method.learned:
+        shape = phi_shape(method.learned, (300, 200), (8, 4, 6))
+        inputs = {"phi": torch.linspace(-1, 2, math.prod(shape), dtype=dtype).view(shape)}
     made = [
         merge_site(name, on(device, factors), parameters, names=NAMES, site="site", seed=0, inputs=inputs)
         for device in ("cpu", "cuda")

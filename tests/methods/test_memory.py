@@ -1,8 +1,10 @@
-"""What the plan promises about memory, measured in a process of its own."""
+"""What the plan promises about memory, measured in two processes of their own."""
 
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import ctypes, json, re, sys, torch
 from ray_merge.methods.kernels import merge_site
 from ray_merge.methods.registry import at_site, get, resolve_parameters, working_bytes
 from ray_merge.algebra.moments import Moments, unpack
+from ray_merge.algebra.phi_shape import phi_shape
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.spec import Factor
 torch.set_num_threads(1)
@@ -43,6 +46,8 @@ def run(name, given, shape, ranks):
     factors = [Factor(torch.randn(shape[0], r), torch.randn(r, shape[1]), 0.5) for r in ranks]
     parameters = at_site(method, resolve_parameters(method, given, names), names, "s")
     inputs = {"moments": Made(method.statistics, shape, len(ranks))}
+    if method.learned:
+        inputs = {"phi": torch.ones(phi_shape(method.learned, shape, ranks))}
     ctypes.CDLL(None).malloc_trim(0)  # or the next case would reuse what the last one freed
     open("/proc/self/clear_refs", "w").write("5")
     before = status("VmRSS")
@@ -83,6 +88,10 @@ CASES = [
     ("regmean", {}, (2048, 2048), [64] * 4),
     ("regmean", {}, (1024, 4096), [16] * 4),
     ("fisher", {}, (2048, 2048), [16] * 4),
+    ("tara_a", {}, (2048, 2048), [64] * 4),
+    ("tara_b", {}, (2048, 2048), [64] * 4),
+    ("tara_b", {}, (4096, 512), [64] * 4),
+    ("nsc", {}, (2048, 2048), [64] * 4),
 ]
 
 
@@ -91,10 +100,18 @@ CASES = [
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
 )
 def test_merges_stay_within_the_bytes_that_the_plan_counts():
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps(CASES)], capture_output=True, text=True, check=True
-    )
+    half = 18  # of the time; what the allocator keeps of earlier cases counts as theirs, so an order stays an order
+    with ThreadPoolExecutor(2) as threads:
+        measured = [*chain.from_iterable(threads.map(measure, (CASES[:half], CASES[half:])))]
     slack = 8 * 2**20  # one block of rows of the caller, and pages that the allocator keeps
-    for case, (peak, promised) in zip(CASES, json.loads(done.stdout), strict=True):
+    for case, (peak, promised) in zip(CASES, measured, strict=True):
         assert peak <= promised + slack, (case, peak / 2**20, promised / 2**20)
         assert promised <= 4 * peak + 2 * slack, (case, peak / 2**20, promised / 2**20)
+
+
+def measure(cases):
+    """Peak and promised bytes of each case, in a process that nothing else runs in."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps(cases)], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)

@@ -55,6 +55,14 @@ def test_a_method_that_needs_moments_says_which():
     assert registry.statistics_kind(registry.get("fisher"), {"labels": "sampled"}) == "fisher/sampled"
 
 
+def test_a_method_that_needs_phi_says_what_it_multiplies():
+    learned = {method.name: method.learned for method in registry.METHODS if "phi" in method.needs}
+    assert learned == {"tara_a": "direction", "tara_b": "shared", "adamerging": "adapter", "nsc": "adapter"}
+    for method in registry.METHODS:
+        assert bool(method.learned) is ("phi" in method.needs)
+        assert registry.describe(method)["learned"] == method.learned
+
+
 def test_two_methods_of_one_name_are_an_error():
     method = registry.get("ties")
     alias = dataclasses.replace(registry.get("svd"), name="other", aliases=("ties",))
@@ -69,10 +77,10 @@ def test_an_alias_finds_its_method():
 
 def test_an_unknown_method_is_refused_with_its_neighbours():
     with pytest.raises(
-        MethodError, match=r"unknown merge method 'tees'; did you mean 'ties'.* Known: breadcrumbs, "
+        MethodError, match=r"unknown merge method 'tees'; did you mean 'ties'.* Known: adamerging, "
     ):
         registry.get("tees")
-    with pytest.raises(MethodError, match=r"unknown merge method 'zzzz'\. Known: breadcrumbs"):
+    with pytest.raises(MethodError, match=r"unknown merge method 'zzzz'\. Known: adamerging"):
         registry.get("zzzz")
 
 
@@ -119,6 +127,10 @@ DENSE = {
     "emr": {(): True, ("space", "core"): False},
     "regmean": {(): True},
     "fisher": {(): True},
+    "tara_a": {(): False},
+    "tara_b": {(): False},
+    "adamerging": {(): False},
+    "nsc": {(): False},
 }
 
 

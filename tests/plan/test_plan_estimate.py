@@ -134,7 +134,7 @@ MEASURED = {
     ("wudi", "dense"): 0.026, ("magnitude_prune", "dense"): 0.140, ("breadcrumbs_ties", "dense"): 0.264,
     ("della", "dense"): 2.234, ("della", "knots"): 0.202, ("consensus", "dense"): 0.109,
     ("consensus_ties", "dense"): 0.233, ("pcb", "dense"): 2.436, ("pcb", "knots"): 0.586, ("emr", "dense"): 0.131,
-    ("regmean", "dense"): 0.193, ("fisher", "dense"): 0.046,
+    ("regmean", "dense"): 0.193, ("fisher", "dense"): 0.046, ("tara_a", "dense"): 0.014, ("tara_b", "dense"): 0.037,
 }  # fmt: skip
 
 
