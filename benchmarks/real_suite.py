@@ -4,8 +4,8 @@
         [--output DIR] [--processes 1] [--budget-minutes N] [--dry]
 
 FOLDER/adapters/<task> are PEFT adapters of one base with their heads, FOLDER/tasks/<task>/{train,val,test}.parquet
-their rows: `text`, optional `text_b`, `label` (a float is a regression, scored by Pearson, else a class). Merges are made by
-`ray_merge.run`; scores are plain transformers' on the merged checkpoint with each task's own head.
+their rows: `text`, optional `text_b`, `label` (a float is a regression, scored by Pearson, else a class). Merges are
+made by `ray_merge.run`; scores are plain transformers' on the merged checkpoint with each task's own head.
 
 Learned methods see the texts of train.parquet, never a label. Where the suite has a regression, methods by entropy or
 agreement run with `without_entropy: include`: its adapter is merged, and its phi learns from the other tasks' losses.

@@ -26,11 +26,12 @@ def model_card(
     merge_id: str,
     inputs: Mapping[str, Any],
     reports: Mapping[str, Sequence[SiteReport]],
+    more: Sequence[str] = (),
 ) -> bytes:
     """A Hugging Face model card with front matter.
 
     Inputs are named by content and not by place: the merge id does not know where they lay, so a merge that is
-    finished after they moved must get the same card.
+    finished after they moved must get the same card. `more` are lines about the method.
     """
     method = get(merge.method)
     base = base_name(plan, merge)
@@ -59,6 +60,7 @@ def model_card(
         "|---|---|---|---|---|",
         *[_adapter_row(plan, item["name"], item["files"]) for item in inputs["adapters"]],
         "",
+        *more,
         *_rounding(reports.get("checkpoint", ())),
         *_diagnostics(merge, reports),
         *_emr(merge, base),

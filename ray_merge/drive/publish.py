@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from ray_merge.drive.card import WARN_LOST_SHARE, model_card
 from ray_merge.drive.config import checkpoint_config, vocabulary_owner
 from ray_merge.drive.exported_config import exported_config
-from ray_merge.drive.learned import PHI, is_learned
+from ray_merge.drive.learned import PHI, is_learned, learned_lines
 from ray_merge.drive.outputs import Target
 from ray_merge.drive.rescalers import rescalers_json
 from ray_merge.drive.thresholds import THRESHOLDS, selecting
@@ -101,9 +101,11 @@ def publish(
     if selecting([merge]):
         found = files.store.read(THRESHOLDS)
         files.note(THRESHOLDS, len(found), hashlib.sha256(found).hexdigest())
+    more: list[str] = []
     if is_learned(merge):
         found = files.store.read(PHI)
         files.note(PHI, len(found), hashlib.sha256(found).hexdigest())
+        more = learned_lines(found)
     if is_emr(merge):
         files.put(RESCALERS, rescalers_json(plan, merge, receipts))
     for name in merge.adapters:
@@ -111,7 +113,7 @@ def publish(
             files.put(f"heads/{name}.safetensors", head_file(plan, plan.adapters[name], stores, cache))
     reports = {kind: _reports(receipts, kind == "adapter") for kind in ("checkpoint", "adapter")}
     files.put(SITES, _site_table(plan, merge, reports))
-    files.put(CARD, model_card(plan, merge, target.merge_id, target.inputs, reports))
+    files.put(CARD, model_card(plan, merge, target.merge_id, target.inputs, reports, more))
     if merge.export != "checkpoint":
         by_site = {report.site: report for report in reports["adapter"]}
         files.put("adapter/adapter_config.json", pretty_json(exported_config(plan, merge, by_site)))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ray_merge.algebra.objectives import condition_number
+from ray_merge.algebra.objectives import condition_number, misalignment
 from ray_merge.drive.events import Event
 from ray_merge.errors import RunFailed
 from ray_merge.learn.anchors import anchors_of
@@ -162,7 +162,9 @@ class _Loop:
         history.objective.append(total)
         history.values.append(found.values)
         history.weights.append(weights)
-        history.condition.append(float(condition_number(found.jacobian())))
+        jacobian_TK = found.jacobian()
+        history.condition.append(float(condition_number(jacobian_TK)))
+        history.misalignment = misalignment(jacobian_TK).tolist()
         word = "entropy" if self._learning.heads else "omega"
         each = " ".join(
             f"{name} {value:.3f}" for name, value in zip(self._learning.tasks, found.values, strict=True)

@@ -86,7 +86,7 @@ def _last(store: Store, one: Learning, merge_ids: Mapping[str, str]) -> Any:
 def _index(store: Store, plan: LearnPlan, one: Learning, merge_ids: Mapping[str, str]) -> PhiIndex:
     info = _last(store, one, merge_ids)
     assert info is not None, f"{one.merge.name} was learned and has no last state"
-    return PhiIndex(store.url, info, leaf_names(plan, one))
+    return PhiIndex(store.url, info, leaf_names(plan, one), one.tasks)
 
 
 def _learn_group(

@@ -3,7 +3,8 @@
     learn/<merge id>/step-000123.safetensors
 
     phi.<leaf>, exp_avg.<leaf>, exp_avg_sq.<leaf>   of the leaf's dtype, and steps.<leaf> (1,)
-    history.objective (n,), history.values (n, T), history.weights (n, T), history.condition (n,)   float64
+    history.objective (n,), history.values (n, T), history.weights (n, T), history.condition (n,),
+    history.misalignment (T, T) of the last step    float64
 
 Committed once; a damaged one does not count, and the one before it does. Resumed runs continue bit for bit.
 """
@@ -24,6 +25,7 @@ from ray_merge.learn.leaves import Leaves
 from ray_merge.storage.store import Store
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CURVES = ("objective", "values", "weights", "condition", "misalignment")
 
 
 @dataclass(slots=True)
@@ -35,12 +37,14 @@ class History:
         values: f_i of each task.
         weights: d Psi / d f_i.
         condition: kappa(J) of the tasks' gradients of phi; inf where one of them is zero.
+        misalignment: xi between preferences for one task each, (T, T), at the last step.
     """
 
     objective: list[float] = field(default_factory=list)
     values: list[list[float]] = field(default_factory=list)
     weights: list[list[float]] = field(default_factory=list)
     condition: list[float] = field(default_factory=list)
+    misalignment: list[list[float]] = field(default_factory=list)
 
     def tensors(self, n_tasks: int) -> dict[str, Tensor]:
         """By name, float64."""
@@ -49,14 +53,13 @@ class History:
             "history.values": torch.tensor(self.values, dtype=torch.float64).view(-1, n_tasks),
             "history.weights": torch.tensor(self.weights, dtype=torch.float64).view(-1, n_tasks),
             "history.condition": torch.tensor(self.condition, dtype=torch.float64),
+            "history.misalignment": torch.tensor(self.misalignment, dtype=torch.float64).view(-1, n_tasks),
         }
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> History:
         """From what `tensors` gave."""
-        return cls(
-            *(tensors[f"history.{name}"].tolist() for name in ("objective", "values", "weights", "condition"))
-        )
+        return cls(*(tensors[f"history.{name}"].tolist() for name in CURVES))
 
 
 @dataclass(frozen=True, slots=True)

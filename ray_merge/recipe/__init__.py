@@ -7,9 +7,9 @@ from ray_merge.recipe.model import (
     DataSource,
     Recipe,
     load_recipe,
-    parse_size,
     require_merges,
 )
+from ray_merge.recipe.size import parse_size
 from ray_merge.recipe.source import Source
 
 __all__ = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,30 +25,13 @@ from pydantic import (
 
 from ray_merge.errors import RecipeError, shown
 from ray_merge.recipe.problems import describe
+from ray_merge.recipe.size import parse_size
 from ray_merge.recipe.source import MAX_RECIPE_BYTES, Source, nearest, parse_yaml, plain_data
 from ray_merge.spec import FLOAT_DTYPES, Export
 
 NAME_PATTERN = r"[A-Za-z0-9._-]{1,64}"
-UNITS = {
-    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
-
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 assert set(FLOAT_DTYPES) == {"float16", "bfloat16", "float32", "float64"}
-
-
-def parse_size(value: Any) -> int:
-    """Bytes of a size such as `5GB` (10^9), `5GiB` (2^30), `5B` or a plain number of bytes."""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"{shown(value)} is no size; write for example 1GB or 512MiB")  # noqa: TRY004 (pydantic's)
-    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", str(value))
-    if match is None or match[2].upper() not in UNITS:
-        raise ValueError(f"{shown(value)} is no size; write for example 1GB or 512MiB")
-    size = int(Fraction(match[1]) * UNITS[match[2].upper()])
-    if size < 1:
-        raise ValueError(f"{shown(value)} is no size: it must be at least one byte")
-    return size
 
 
 def check_name(value: Any) -> str:

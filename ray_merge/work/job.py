@@ -42,11 +42,13 @@ class PhiIndex:
         store: URL.
         info: the object.
         leaves: site -> the tensor that holds its phi.
+        tasks: those that had a loss, in order.
     """
 
     store: str
     info: ObjectInfo
     leaves: Mapping[str, str]
+    tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
