@@ -20,12 +20,15 @@ WeightGrad = Callable[[str, Tensor, Tensor], None]
 """(runtime path of a Linear or Conv1D, its input (B, L, I), its output's gradient (B, L, O)); last module first."""
 
 Add = Callable[[str, Tensor], Tensor | None]
-"""(runtime path of a watched module, its input (..., I)) -> what is added to its output (..., O); None for nothing."""
+"""(runtime path of a watched module, its input (..., I)) -> what is added to its output (..., O); None for nothing.
+
+Not called for a module whose parent multiplies by its weight itself; `Alter` sees that weight all the same."""
 
 LocalGrad = Callable[[str, Tensor], Tensor | None]
 """(runtime path of a watched module, its input) -> gradient of a local loss with respect to that input; None for none.
 
-Called once for each run of the module while autograd goes backwards through it; what it returns is added."""
+Called once for each run of the module while autograd goes backwards through it, also where nothing before the module
+wants a gradient, so that the loss itself can be summed there; what it returns is added."""
 
 Loss = Callable[["StageOutput"], Tensor]
 """What is minimised, a scalar, from the output of the last stage."""

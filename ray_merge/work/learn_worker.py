@@ -128,6 +128,7 @@ class LearnWorker:
             on_input=None if learning.heads else ratios,
             recompute=self._job.plan.recompute,
         )
+        mixture.check_called(leaves)
         value = ratios.value(list(ratios.bases)) if made.loss is None else float(made.loss)
         gradients = {site: as_array(one) for site, one in zip(leaves, made.phi, strict=True)}
         handed = as_array(made.hidden) if unit.hand_on and made.hidden is not None else None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ray_merge.algebra.directions import Directions
 from ray_merge.algebra.phi_shape import Coefficients
+from ray_merge.errors import RunFailed
 from ray_merge.models.conversion import Slot
 from ray_merge.models.stage_calls import Add, Alter
 from ray_merge.models.stored_weights import StoredWeights
@@ -72,6 +73,8 @@ class Mixture:
             for slot in some:
                 self._parameters.setdefault(slot.tensor, (name, slot))
         self._site_of = {path: site for site, path in made_of.beside.items()}
+        self._looked_up: dict[str, None] = {}
+        self._called: set[str] = set()
         self._inside: dict[str, list[Site]] = {}
         for name in made_of.inside:
             self._inside.setdefault(made_of.sites[name].tensor, []).append(made_of.sites[name])
@@ -99,6 +102,7 @@ class Mixture:
             site = self._site_of.get(path)
             if site is None or site not in phi:
                 return None
+            self._called.add(site)
             B_OP, A_PI = self.update(site, phi[site])
             if site in self._made_of.conv1d:  # the weight is (in, out), and so is its update
                 return (x @ B_OP) @ A_PI
@@ -112,6 +116,7 @@ class Mixture:
         def alter(parameter: str, weight: Tensor) -> Tensor:
             if parameter in head:
                 return head[parameter].to(weight.device, weight.dtype)
+            self._looked_up[self._site_of.get(parameter.removesuffix(".weight"), "")] = None
             used = weight
             for slot in self._slots.get(parameter, ()):
                 if slot.tensor in self._replaced:
@@ -124,6 +129,19 @@ class Mixture:
             return used
 
         return alter
+
+    def check_called(self, phi: Tensors) -> None:
+        """Refuse a layer whose weight was used by its parent without calling it: its update went nowhere.
+
+        Raises:
+            RunFailed: the site.
+        """
+        for site in self._looked_up:
+            if site in phi and site not in self._called:
+                raise RunFailed(
+                    f"{site}: its module {self._made_of.beside[site]} is never called, its weight is used alone, "
+                    "so what is learned there has no effect; leave that module out of the adapters"
+                )
 
 
 def head_of(adapter: Adapter, files: AdapterFiles) -> dict[str, Tensor]:
