@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,11 +48,23 @@ def main() -> None:
         test_rows=options.test_rows,
         max_length=options.max_length,
     )
+    same_settings(output, home, options)
     rows = Rows(output / "rows.jsonl")
     if not options.dry:
         work(home, options, rows)
     for text in tables(rows.read(), options):
         print(text)
+
+
+def same_settings(output: Path, home: Home, options: argparse.Namespace) -> None:
+    """Refuse to go on in a folder whose rows are of other data or other numbers of rows."""
+    names = ("suite", "base", "val_rows", "test_rows", "max_length")
+    now = {name: getattr(home, name) for name in names}
+    path = output / "settings.json"
+    if path.is_file() and (before := json.loads(path.read_text())) != now:
+        sys.exit(f"{output} holds rows of {before}, this call has {now}; give another --output")
+    if not options.dry:
+        path.write_text(json.dumps(now, indent=1) + "\n")
 
 
 def arguments() -> argparse.Namespace:
@@ -129,12 +142,16 @@ def work(home: Home, options: argparse.Namespace, rows: Rows) -> None:
                 rows.append({**future.result(), "key": unit.key})
                 row = rows.read()[-1]
                 minutes = (time.monotonic() - began) / 60
+                failed = f"  FAILED: {row['error']}" if "error" in row else ""
                 say(
-                    f"{minutes:6.1f} min  {unit.key}  {row['cpu_seconds']:.0f} s of CPU  {len(waiting)}+ to come"
+                    f"{minutes:6.1f} min  {unit.key}  {row['cpu_seconds']:.0f} s of CPU  "
+                    f"{len(waiting)}+ to come{failed}"
                 )
     left = next_units(options, rows.read())
     if left:
-        say(f"{len(left)} unit(s) are missing, first {left[0].key}; the same call goes on")
+        roles = Counter(f"{unit.method} {unit.role} on {len(unit.tasks)} tasks" for unit in left)
+        missing = ", ".join(f"{name} ({count})" for name, count in roles.items())
+        say(f"{len(left)} unit(s) are missing; the same call goes on: {missing}")
 
 
 def say(text: str) -> None:

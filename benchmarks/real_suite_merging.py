@@ -17,6 +17,9 @@ import torch
 from real_suite_units import WITHOUT_ENTROPY, Unit
 from torch import Tensor
 
+from ray_merge.drive.events import Event
+from ray_merge.errors import RayMergeError
+
 BATCH_ROWS = 64
 
 
@@ -43,6 +46,17 @@ def run_unit(home: Home, unit: Unit) -> dict[str, Any]:
         "parameters": unit.parameters,
         "seed": unit.seed,
     }
+    try:
+        row |= _scored(home, unit, began)
+    except RayMergeError as error:
+        row["error"] = f"{type(error).__name__}: {error}"
+    row["cpu_seconds"] = time.process_time() - began
+    return row
+
+
+def _scored(home: Home, unit: Unit, began: float) -> dict[str, Any]:
+    """What a unit found: learning, seconds, scores."""
+    row: dict[str, Any] = {}
     scorer = Scorer(home)
     if unit.method == "single":
         scores = {split: scorer.singles(unit.tasks, split) for split in unit.splits}
@@ -57,12 +71,11 @@ def run_unit(home: Home, unit: Unit) -> dict[str, Any]:
             shutil.rmtree(folder, ignore_errors=True)
     for split, found in scores.items():
         row[split], row[f"{split}_mean"] = found, float(np.mean(list(found.values())))
-    row["cpu_seconds"] = time.process_time() - began
     return row
 
 
 def merge(home: Home, unit: Unit, folder: Path) -> dict[str, Any]:
-    """Make one checkpoint; returns the objective at the first and at the last steps, where it learned."""
+    """Make one checkpoint; returns, if it learned, steps (`here`: those not in the store) and the objective."""
     import ray_merge
 
     parameters = json.loads(unit.parameters)
@@ -87,14 +100,20 @@ def merge(home: Home, unit: Unit, folder: Path) -> dict[str, Any]:
         "merges": [{"name": "m", "merge_method": unit.method, "parameters": parameters, "seed": unit.seed}],
     }
     cache = Path(home.scratch) / "cache"
-    ray_merge.run(recipe, engine="local", workers=1, cache_dir=cache)
+    learning = [0]
+
+    def count(event: Event) -> None:
+        learning[0] += event.kind == "learn"
+
+    ray_merge.run(recipe, engine="local", workers=1, cache_dir=cache, progress=count)
     phi = folder / "m" / "ray_merge" / "phi.safetensors"
     if not phi.exists():
         return {}
     from safetensors.torch import load_file
 
     curve = load_file(phi)["history.objective"].tolist()
-    return {"steps": len(curve), "first": curve[:1], "last": float(np.mean(curve[-10:])) if curve else None}
+    last = float(np.mean(curve[-10:])) if curve else None
+    return {"steps": len(curve), "here": learning[0], "first": curve[:1], "last": last}
 
 
 def is_regression(home: Home, task: str) -> bool:
@@ -108,7 +127,10 @@ class Scorer:
 
     def __init__(self, home: Home) -> None:
         from transformers import AutoTokenizer
+        from transformers.utils import logging
 
+        logging.set_verbosity_error()  # a head that is missing is put on afterwards
+        logging.disable_progress_bar()
         self._home = home
         self._tokenizer = AutoTokenizer.from_pretrained(home.base)
 
@@ -156,7 +178,9 @@ class Scorer:
                 labels.append(some)
         logits_NC, labels_N = torch.cat(outputs).numpy(), np.concatenate(labels)
         if is_regression(self._home, task):
-            return 100 * float(np.corrcoef(logits_NC[:, 0], labels_N)[0, 1])
+            with np.errstate(invalid="ignore"):
+                found = float(np.corrcoef(logits_NC[:, 0], labels_N)[0, 1])
+            return 0.0 if np.isnan(found) else 100 * found  # constant or not finite: nothing is predicted
         return 100 * float((logits_NC.argmax(axis=1) == labels_N).mean())
 
     def _batches(self, task: str, split: str) -> Iterator[tuple[Mapping[str, Tensor], Any]]:

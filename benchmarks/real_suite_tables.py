@@ -11,6 +11,10 @@ from typing import Any
 from real_suite_units import methods_of, task_sets
 
 Row = Mapping[str, Any]
+NOTES = """
+Scores are of the first rows of test.parquet; "all" is the plain mean, a regression as Pearson x 100; "normalised" is
+the mean of 100 x score / that of the single adapter. emr is scored as its unified checkpoint, without its masks.
+With a regression in the suite tara_a, tara_b and adamerging include its adapter, whose phi learn from other losses."""
 ROLES = {"default": "defaults", "chosen": "best of 4 on validation", "paper": "preset: paper"}
 
 
@@ -23,6 +27,10 @@ def tables(rows: Sequence[Row], options: argparse.Namespace) -> Iterator[str]:
         left = [name for name in whole if name not in tasks]
         yield f"\n{len(tasks)} tasks{' without ' + ', '.join(left) if left else ''}, test scores in percent\n"
         yield _table(tasks, some, singles, options)
+        for row in rows:
+            if row["tasks"] == list(tasks) and "error" in row:
+                yield f"{row['method']} ({row['role']}, {row['parameters']}, seed {row['seed']}): {row['error']}"
+    yield NOTES
 
 
 def _table(
@@ -41,9 +49,19 @@ def _table(
                 continue
             setting = words + _setting(found[0], role)
             cells = _cells([row["test"] for row in found], tasks, classes, singles)
-            seconds = statistics.fmean(row["merge_seconds"] for row in found)
-            lines.append([name, setting, *cells, str(len(found)), f"{seconds:.0f}"])
+            lines.append([name, setting, *cells, str(len(found)), _seconds(found)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _seconds(rows: Sequence[Row]) -> str:
+    """CPU of merges that took no learned step from the store, where a trial of the same setting had left it."""
+    learned = [row["learned"] for row in rows]
+    fresh = [
+        row["merge_seconds"]
+        for row, one in zip(rows, learned, strict=True)
+        if one.get("here", 0) >= one.get("steps", 0)
+    ]
+    return f"{statistics.fmean(fresh):.0f}" if fresh else "-"
 
 
 def _setting(row: Row, role: str) -> str:

@@ -41,6 +41,11 @@ GRIDS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "regmean": tuple({"off_diagonal": value} for value in (0.1, 0.5, 0.9, 1.0)),
     "fisher": tuple({"lambda": value} for value in (0.6, 1.0, 1.5, 2.0)),
     "pcb": tuple({"lambda": value} for value in (0.6, 1.0, 1.5, 2.0)),
+    "iso_c": tuple({"lambda": value} for value in (0.6, 1.0, 1.5, 2.0)),
+    "iso_cts": tuple({"lambda": value} for value in (0.6, 1.0, 1.5, 2.0)),
+    "cart": tuple({"lambda": value} for value in (0.6, 1.0, 1.5, 2.0)),
+    "lora_lego": tuple({"lambda": value} for value in (0.6, 1.0, 1.5, 2.0)),
+    "robustmerge": tuple({"lambda": value} for value in (1.0, 1.5, 2.0, 3.0)),
 }
 """Four settings a method; of the others `LAMBDAS`."""
 
@@ -141,7 +146,10 @@ def _chosen(
         trials = [done.get(unit.key) for unit in _trials(options, tasks, [name])]
         if any(row is None for row in trials):
             continue
-        best = max((row for row in trials if row is not None), key=lambda row: row["val_mean"])
+        scored = [row for row in trials if row is not None and "val_mean" in row]
+        if not scored:
+            continue
+        best = max(scored, key=lambda row: row["val_mean"])
         seeds = (
             options.seeds if name in (*LEARNED, *RANDOM) and name != "task_arithmetic" else options.seeds[:1]
         )
