@@ -26,10 +26,9 @@ GRIDS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "tara_a": ENTROPY_GRID,
     "tara_b": ENTROPY_GRID,
     "adamerging": ENTROPY_GRID,
-    "nsc": tuple(
-        {"layers": layers, "learning_rate": rate}
-        for layers in ("last_quarter", "all")
-        for rate in (3e-3, 1e-2)
+    "nsc": (
+        *({"learning_rate": rate} for rate in (3e-3, 1e-2, 3e-2)),
+        {"learning_rate": 3e-3, "hold_sum": False},
     ),
     "ties": tuple({"lambda": value} for value in (0.6, 1.0, 1.5, 2.0)),
     "knots_ties": tuple({"lambda": value} for value in (0.6, 1.0, 1.5, 2.0)),

@@ -19,7 +19,7 @@ class Leaves:
 
     Args:
         plan: names the block of each site.
-        learning: the merge; `init`, `sharing`, `low` and `high` of its parameters are read.
+        learning: the merge; `init`, `sharing`, `low`, `high` and `hold_sum` of its parameters are read.
 
     Attributes:
         tensors: group -> its phi, requires_grad; in order of the first site of each.
@@ -29,11 +29,15 @@ class Leaves:
         parameters = learning.merge.parameters
         dtype = torch.float64 if plan.dtype == "float64" else torch.float32
         self._low, self._high = parameters["low"], parameters["high"]
+        self._init, self._holds = float(parameters["init"]), bool(parameters.get("hold_sum"))
         self._group = leaf_names(plan, learning)
+        self._touching: dict[str, set[int]] = {}
+        for site, group in self._group.items():
+            self._touching.setdefault(group, set()).update(learning.touching[site])
         self.tensors: dict[str, Tensor] = {}
         for site, group in self._group.items():
             if group not in self.tensors:
-                filled = torch.full(learning.shapes[site], float(parameters["init"]), dtype=dtype)
+                filled = torch.full(learning.shapes[site], self._init, dtype=dtype)
                 self.tensors[group] = filled.requires_grad_()
 
     def by_site(self, sites: Sequence[str]) -> Phi:
@@ -53,13 +57,19 @@ class Leaves:
                 total += part.to(leaf.dtype)
             leaf.grad = total if bool(total.any()) else None
 
-    def keep_bounds(self) -> None:
-        """Project phi onto [low, high]."""
-        if self._low is None and self._high is None:
-            return
+    def project(self) -> None:
+        """Bring phi back to [low, high], or to the sum that its adapters had at the start, whichever is asked for.
+
+        The null-space ratio compares directions, so it can tell how much of each adapter there should be and not how
+        much of all; left free, the sum grows until the tasks disturb each other.
+        """
         with torch.no_grad():
-            for leaf in self.tensors.values():
-                leaf.clamp_(self._low, self._high)
+            for group, leaf in self.tensors.items():
+                if self._low is not None or self._high is not None:
+                    leaf.clamp_(self._low, self._high)
+                if self._holds and leaf.grad is not None:
+                    places = sorted(self._touching[group])
+                    leaf[places] -= leaf[places].mean() - self._init
 
     def all_finite(self) -> bool:
         """Whether every coefficient and its gradient is a number."""

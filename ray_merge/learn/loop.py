@@ -111,7 +111,7 @@ class _Loop:
         self._leaves.set_gradients(by_site)
         self._check(total, found)
         self._optimiser.step()
-        self._leaves.keep_bounds()
+        self._leaves.project()
         self._note(total, found, weights_T.tolist())
         self.step += 1
         if self.step % int(self._parameters["commit_every"]) == 0 or self.step == self.steps:

@@ -46,6 +46,7 @@ class Learning:
         coefficients: what phi multiplies.
         heads: task -> its head; empty where nothing is predicted (nsc).
         shapes: site -> shape of its phi, in the order of blocks, then what stands outside.
+        touching: site -> places of the adapters that have factors there.
         targets: task -> the sites whose inputs are measured; empty where predictions are.
         replaced: disk tensor -> (adapter, saved tensor) that takes its place in the merged model.
     """
@@ -54,6 +55,7 @@ class Learning:
     coefficients: Coefficients
     heads: Mapping[str, TaskHead]
     shapes: Mapping[str, tuple[int, ...]]
+    touching: Mapping[str, tuple[int, ...]]
     targets: Mapping[str, tuple[str, ...]]
     replaced: Mapping[str, tuple[str, TensorEntry]]
 
@@ -268,12 +270,17 @@ def _learning(plan: Plan, stages: MomentsPlan, merge: Merge, heads: Mapping[str,
         )
         for site in ordered
     }
+    touching = {
+        site: tuple(place for place, name in enumerate(merge.adapters) if _rank(plan, name, site))
+        for site in ordered
+    }
     targets = dict(_targets(plan, stages, merge)) if is_null_space(merge) else {}
     return Learning(
         merge=merge,
         coefficients=coefficients,
         heads=heads,
         shapes=shapes,
+        touching=touching,
         targets=targets,
         replaced=plan.replaced(merge),
     )

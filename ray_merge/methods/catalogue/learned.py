@@ -39,10 +39,15 @@ ENTROPY_DEFAULT: Mapping[str, Any] = {
     "diversity": 0.0,
 }
 
-NSC_PAPER: Mapping[str, Any] = {"steps": 100, "learning_rate": 1e-3, "layers": "last_quarter"}
+NSC_PAPER: Mapping[str, Any] = {
+    "steps": 100,
+    "learning_rate": 1e-3,
+    "layers": "last_quarter",
+    "hold_sum": False,
+}
 """The vision experts' settings; language models: 500 steps of 3e-4, and inputs of v_proj alone."""
 
-NSC_DEFAULT: Mapping[str, Any] = NSC_PAPER
+NSC_DEFAULT: Mapping[str, Any] = {**NSC_PAPER, "learning_rate": 1e-2, "hold_sum": True}
 
 
 def check_layers(value: str) -> None:
@@ -83,6 +88,10 @@ RANK = "weight of the penalty 1 - effective rank / attainable rank of the merged
 COMMIT = "steps between two states in the store, from which a stopped run goes on"
 PRECISION = (
     "of the model's products: bfloat16 on a GPU and float32 elsewhere, or as said; phi is never rounded"
+)
+HOLD = (
+    "keep the sum of each weight's coefficients over its adapters at the start's, which the null-space ratio cannot "
+    "see; the preset decides"
 )
 OBJECTIVE = (
     "what each task minimises: agreement, the divergence of the merged predictions from those of its own adapter "
@@ -163,6 +172,7 @@ class Nsc(_Learned):
         check_layers,
     )
     modules: str = text("", "regular expression on the paths of modules to measure at", check_pattern)
+    hold_sum: bool | None = flag(None, HOLD)
 
 
 def entropy_rule(values: dict[str, Any]) -> None:
@@ -177,6 +187,8 @@ def nsc_rule(values: dict[str, Any]) -> None:
     """Fill in the preset."""
     _fill(values, NSC_PAPER if values["preset"] == "paper" else NSC_DEFAULT)
     _bounds(values)
+    if values["hold_sum"] and (values["low"] is not None or values["high"] is not None):
+        raise MethodError("low and high cannot be kept with hold_sum; write `hold_sum: false`")
 
 
 def _fill(values: dict[str, Any], preset: Mapping[str, Any]) -> None:
