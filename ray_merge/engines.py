@@ -58,7 +58,7 @@ def stage_pools(
         plan = stages_of(job)
         n_stages = len(plan.stages)
         room = USABLE_PERCENT * memory_bytes() // 100 if ceiling is None else ceiling
-        keep = min(n_stages, max(1, room // plan.peak_bytes)) if ceiling is None else 1
+        keep = min(n_stages, max(1, room // plan.peak_bytes))
         threads = min(keep, local_room(job.device, workers))
         # Between two stages that are not held at once the hidden states of all chains under way are kept.
         left = max(0, room - keep * plan.peak_bytes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ray_merge.drive.events import Event
 from ray_merge.drive.outputs import store_url
@@ -25,14 +26,16 @@ from ray_merge.work.job import PhiIndex
 def preparation(plan: Plan, engines: Engines, progress: Callable[[Event], None]) -> Preparation:
     """Finds or makes what merges of a plan need, for `drive.run`."""
 
-    def make(merges: Sequence[Merge], ids: Mapping[str, str]) -> Callable[[], Prepared] | None:
+    def make(
+        merges: Sequence[Merge], ids: Mapping[str, str], data: Mapping[str, Mapping[str, Any]]
+    ) -> Callable[[], Prepared] | None:
         needed = plan_needed(plan, merges, engines)
         learning = lessons(plan, merges, engines)
         if not needed and not learning:
             return None
         return lambda: Prepared(
             moments=compute_needed(plan, needed, engines, progress),
-            phi=_learned(plan, learning, ids, engines, progress),
+            phi=_learned(plan, learning, ids, data, engines, progress),
         )
 
     return make
@@ -52,7 +55,6 @@ def lessons(plan: Plan, merges: Sequence[Merge], engines: Engines) -> list[Learn
     return plan_learning(
         plan,
         merges,
-        device=engines.device,
         memory_bytes=stage_ceiling(engines.memory, workers),
         workers=workers,
     )
@@ -62,6 +64,7 @@ def _learned(
     plan: Plan,
     learning: Sequence[LearnPlan],
     ids: Mapping[str, str],
+    data: Mapping[str, Mapping[str, Any]],
     engines: Engines,
     progress: Callable[[Event], None],
 ) -> Mapping[str, PhiIndex]:
@@ -73,6 +76,7 @@ def _learned(
         sites=plan.sites,
         cache=engines.cache,
         device=engines.device,
+        data=data,
         make_pool=engines.make_pool,
         placement=plan.recipe.placement,
         progress=progress,

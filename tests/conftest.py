@@ -5,15 +5,45 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from aside import Aside
 from pool_workers import StepWorker
 from ray_head import RayHead, run_head
 from ray_merge.runtime.ray_pool import RayPool
 from ray_merge.runtime.session import Session, open_session
 from s3_server import S3Server, find_weed, run_server
+
+_ASIDE = pytest.StashKey[Aside]()
+_RESULT = pytest.StashKey[Future[Any]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "aside(work): the run begins with work(aside), beside other tests")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin the work of all tests that are going to run and are marked with `aside` (see aside.py)."""
+    marked = [(item, mark) for item in session.items if (mark := item.get_closest_marker("aside"))]
+    if marked and not session.config.option.collectonly:
+        aside = session.stash[_ASIDE] = Aside()
+        for item, mark in marked:
+            item.stash[_RESULT] = aside.begin(mark.kwargs["work"])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _ASIDE in session.stash:
+        session.stash[_ASIDE].close()
+
+
+@pytest.fixture
+def aside_result(request: pytest.FixtureRequest) -> Any:
+    """What the function of this test's mark `aside` returned, as soon as it is there."""
+    return request.node.stash[_RESULT].result()
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,9 @@ def _data(plan: Plan, stores: Stores, digests: DigestCache) -> Iterator[tuple[st
         yield name, found
 
 
+NO_BYTES = ("commit_every",)
+"""Parameters that decide no byte of a result."""
+
 NOT_IN_FISHER = ("features", "precision", "sketch_rows")
 """Settings of calibration that moments alone depend on."""
 
@@ -169,7 +172,7 @@ def merge_inputs(plan: Plan, merge: Merge, inputs: Inputs) -> dict[str, Any]:
         "base": dict(inputs.base),
         "adapters": [_adapter_input(plan, merge, name, inputs.adapters[name]) for name in merge.adapters],
         "method": merge.method,
-        "parameters": dict(merge.parameters),
+        "parameters": {key: value for key, value in merge.parameters.items() if key not in NO_BYTES},
         "export": merge.export,
         "seed": merge.seed,
         "dtype": recipe.dtype,

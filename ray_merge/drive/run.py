@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,16 @@ class Prepared:
     phi: Mapping[str, PhiIndex] = field(default_factory=dict)
 
 
-Preparation = Callable[[Sequence[Merge], Mapping[str, str]], Callable[[], Prepared] | None]
-"""(merges, their ids) -> plans the moments and the learning that they need, with every refusal that headers can show;
-what it returns finds or computes them.
+Preparation = Callable[
+    [Sequence[Merge], Mapping[str, str], Mapping[str, Mapping[str, Any]]], Callable[[], Prepared] | None
+]
+"""(merges, their ids, what the ids say of each task's data) -> plans the moments and the learning that they need, with
+every refusal that headers can show; what it returns finds or computes them.
 
 None where they need none. Called only when there is something to do."""
 
 
-def _nothing(_: Sequence[Merge], __: Mapping[str, str]) -> None:
+def _nothing(_: Sequence[Merge], __: Mapping[str, str], ___: Mapping[str, Mapping[str, Any]]) -> None:
     return None
 
 
@@ -216,7 +218,9 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
         attempt=uuid.uuid4().hex[:12],
         device=settings.device,
     )
-    preparing = context.prepare([item.merge for item in unfinished if item.missing], job.merge_ids)
+    preparing = context.prepare(
+        [item.merge for item in unfinished if item.missing], job.merge_ids, context.inputs.data
+    )
     lacking = {item.merge.name: item.missing for item in unfinished}
     units = missing_units(plan, lacking)
     adapters = sorted({name for item in unfinished for name in item.merge.adapters if item.missing})
@@ -244,8 +248,9 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
             if not checked:
                 preflight(pool, adapters, context.inputs, [item.merge for item in unfinished])
             _select(context, unfinished, pool)
-            for item in unfinished:
-                _probe(context, item)
+            with _later() if checked else nullcontext():  # moments and phi are in the store by now
+                for item in unfinished:
+                    _probe(context, item)
             with _later():
                 units = missing_units(plan, lacking, _thresholds(unfinished))
                 _publish_ready(context, unfinished, (0, n_units), (0, all_bytes))

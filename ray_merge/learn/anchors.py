@@ -25,6 +25,7 @@ ANCHOR_BATCHES = 32
 
 MEASURES = (
     "batch_size",
+    "group_by_length",
     "micro_batch_size",
     "samples",
     "normalize_entropy",

@@ -15,7 +15,7 @@ import torch
 
 from ray_merge.algebra.objectives import condition_number, misalignment
 from ray_merge.drive.events import Event
-from ray_merge.errors import RunFailed
+from ray_merge.errors import Refusal, RunFailed
 from ray_merge.learn.anchors import anchors_of
 from ray_merge.learn.leaves import Leaves
 from ray_merge.learn.objective import scalarise
@@ -57,8 +57,14 @@ def learn(lesson: Lesson, pool: StepPool) -> ObjectInfo:
         RunFailed: a value or a gradient is no number, or a state in the store is damaged.
     """
     loop = _Loop(lesson, pool)
+    began = loop.step
     while loop.step < loop.steps:
-        loop.advance()
+        try:
+            loop.advance()
+        except Refusal as error:
+            if began == loop.step == 0:
+                raise
+            raise loop.failure(str(error)) from error
     return loop.committed()
 
 
@@ -110,8 +116,12 @@ class _Loop:
         total = float(value) + self._add_penalty(by_site)
         self._leaves.set_gradients(by_site)
         self._check(total, found)
-        self._optimiser.step()
+        try:
+            self._optimiser.step()
+        except RuntimeError as error:  # a learning rate beyond the numbers of phi
+            raise self.failure(str(error)) from error
         self._leaves.project()
+        self._check(total, found)
         self._note(total, found, weights_T.tolist())
         self.step += 1
         if self.step % int(self._parameters["commit_every"]) == 0 or self.step == self.steps:
@@ -146,15 +156,18 @@ class _Loop:
     def _check(self, total: float, found: TaskGradients) -> None:
         if math.isfinite(total) and self._leaves.all_finite():
             return
-        merge = self._learning.merge
         listed = ", ".join(
             f"{name} {value:g}" for name, value in zip(self._learning.tasks, found.values, strict=True)
         )
+        raise self.failure(f"the loss is {total:g} ({listed}), or phi or a gradient is no number")
+
+    def failure(self, why: str) -> RunFailed:
+        """What is said of a step that cannot be taken."""
         kept = latest(self._lesson.store, self._lesson.merge_id)
         where = f"the phi of step {kept.step} is kept" if kept else "no phi was committed yet"
-        raise RunFailed(
-            f"merge {merge.name!r}: step {self.step + 1} of {self.steps}: the loss is {total:g} ({listed}) or a "
-            f"gradient is no number; {where}; use a smaller learning_rate, or check the data and the base"
+        return RunFailed(
+            f"merge {self._learning.merge.name!r}: step {self.step + 1} of {self.steps}: {why}; {where}; use a smaller "
+            "learning_rate, or check the data and the base"
         )
 
     def _note(self, total: float, found: TaskGradients, weights: list[float]) -> None:

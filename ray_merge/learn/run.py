@@ -14,16 +14,17 @@ from ray_merge.calibration import data_identity
 from ray_merge.drive.events import Event
 from ray_merge.drive.identify import calibration_inputs, file_versions, model_versions
 from ray_merge.drive.moments import adapter_inputs
+from ray_merge.errors import RunFailed
 from ray_merge.identity import LEARN_VERSION, digest
 from ray_merge.learn.leaves import leaf_names
 from ray_merge.learn.loop import Lesson, learn
-from ray_merge.learn.state import state_path
+from ray_merge.learn.state import state_path, unpack
 from ray_merge.plan.learn import Learning, LearnPlan
 from ray_merge.plan.task_heads import TaskHead
 from ray_merge.pool_steps import Step, StepPool
 from ray_merge.spec import Adapter, Site
 from ray_merge.storage.digest import DigestCache
-from ray_merge.storage.store import Store, Stores
+from ray_merge.storage.store import ObjectInfo, Store, Stores
 from ray_merge.work.job import PhiIndex
 from ray_merge.work.learn_job import DataRead, LearnJob, ReadUnit
 
@@ -41,6 +42,7 @@ class School:
         sites: of those adapters.
         cache: node-local folder.
         device: torch device of the stages.
+        data: task -> what its data were when the merge ids were made, under "data".
         make_pool: makes the pool.
         placement: of the stages over a cluster's nodes.
         progress: called with every event.
@@ -51,6 +53,7 @@ class School:
     sites: Mapping[str, Site]
     cache: Path
     device: str
+    data: Mapping[str, Mapping[str, Any]]
     make_pool: LearnPoolFactory
     placement: Literal["spread", "one_per_node"] = "spread"
     progress: Callable[[Event], None] = lambda _: None
@@ -79,8 +82,17 @@ def ensure_learned(
     return {one.merge.name: _index(store, plan, one, merge_ids) for plan in plans for one in plan.learnings}
 
 
-def _last(store: Store, one: Learning, merge_ids: Mapping[str, str]) -> Any:
-    return store.info(state_path(merge_ids[one.merge.name], int(one.merge.parameters["steps"])))
+def _last(store: Store, one: Learning, merge_ids: Mapping[str, str]) -> ObjectInfo | None:
+    """The last state of a merge, if it is there.
+
+    Raises:
+        RunFailed: it is there and damaged.
+    """
+    path = state_path(merge_ids[one.merge.name], int(one.merge.parameters["steps"]))
+    info = store.info(path)
+    if info is not None and unpack(store.read(path)) is None:
+        raise RunFailed(f"{store.url}/{path} is damaged; remove it and run again")
+    return info
 
 
 def _index(store: Store, plan: LearnPlan, one: Learning, merge_ids: Mapping[str, str]) -> PhiIndex:
@@ -102,6 +114,9 @@ def _learn_group(
         task.name: dict(data_identity(task.data, stores, digests, where=f"adapters.{task.name}.data"))
         for task in plan.stages.tasks
     }
+    for name, found in data.items():
+        if found != school.data[name]["data"]:
+            raise RunFailed(f"the data of {name} changed since the run was planned; run again")
     job = LearnJob(
         plan=plan,
         adapters={name: school.adapters[name] for name in names},

@@ -33,6 +33,9 @@ KEPT_WIDTHS, KEPT_INNER = 16, 4
 """Tensors of the hidden width and of the MLP's width that autograd keeps for one token and block: inputs of norms and
 products, and what low-rank side paths add."""
 
+LOGIT_COPIES = 5
+"""Of a batch's logits over the vocabulary: themselves, their gradient, and log p with its own."""
+
 INNER_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim")
 HEAD_KEYS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 
@@ -114,14 +117,13 @@ class LearnPlan:
 
 
 def plan_learning(
-    plan: Plan, merges: Sequence[Merge], *, device: str, memory_bytes: int | None, workers: int
+    plan: Plan, merges: Sequence[Merge], *, memory_bytes: int | None, workers: int
 ) -> list[LearnPlan]:
     """Lay out the learning of the merges that learn.
 
     Args:
         plan: of the run.
         merges: of the plan; those that do not learn are passed over.
-        device: torch device of the stages.
         memory_bytes: ceiling for one stage, where the recipe has no `stages`; None for no ceiling.
         workers: that could hold a stage each.
 
@@ -133,7 +135,7 @@ def plan_learning(
     for merge in merges:
         if get(merge.method).learned:
             class_name, heads = _heads(plan, merge)
-            key = class_name, _precision(plan.recipe, merge, device)
+            key = class_name, _precision(plan.recipe, merge)
             groups.setdefault(key, []).append((merge, heads))
     return [
         _plan_group(plan, name, precision, some, memory_bytes, workers)
@@ -165,13 +167,14 @@ def _tasks(plan: Plan, merge: Merge) -> list[TaskData]:
     return [TaskData(task.name, task.data, plan.adapters[task.name]) for task in tasks]
 
 
-def _precision(recipe: Recipe, merge: Merge, device: str) -> Precision:
+def _precision(recipe: Recipe, merge: Merge) -> Precision:
     if recipe.dtype == "float64":
+        if merge.parameters["precision"] == "bfloat16":
+            raise RecipeError(
+                f"merge {merge.name!r}: precision: bfloat16 with dtype: float64; remove one of them"
+            )
         return "float64"
-    asked = merge.parameters["precision"]
-    if asked == "auto":
-        return "float32" if device == "cpu" else "bfloat16"
-    return "bfloat16" if asked == "bfloat16" else "float32"
+    return "bfloat16" if merge.parameters["precision"] == "bfloat16" else "float32"
 
 
 def _plan_group(
@@ -206,9 +209,11 @@ def _plan_group(
     )
     micro = max(_micro_batch(merge) for merge, _ in some)
     kept = activation_bytes(plan.base.config, micro, calibration.max_length, _largest_stage(stages))
+    kept += _widened_bytes(plan, stages)
     ceiling = KEPT_BYTES if memory_bytes is None else min(KEPT_BYTES, memory_bytes - stages.peak_bytes)
     recompute = kept > ceiling
-    peak = stages.peak_bytes + (kept // max(1, _largest_stage(stages)) if recompute else kept)
+    held = stages.peak_bytes + _logit_bytes(plan, [heads for _, heads in some], micro, calibration)
+    peak = held + (kept // max(1, _largest_stage(stages)) if recompute else kept)
     stages = replace(stages, base=plan.base, peak_bytes=peak)
     return LearnPlan(
         stages=stages,
@@ -217,6 +222,22 @@ def _plan_group(
         precision=precision,
         recompute=recompute,
     )
+
+
+def _widened_bytes(plan: Plan, stages: MomentsPlan) -> int:
+    """Weights in float32 that autograd keeps where they are stored in half of it."""
+    stored = sum(entry.n_bytes for entry in plan.base.tensors.values() if entry.dtype in ("F16", "BF16"))
+    return 2 * stored // len(stages.stages)
+
+
+def _logit_bytes(
+    plan: Plan, heads: Sequence[Mapping[str, TaskHead]], micro: int, calibration: Calibration
+) -> int:
+    """Logits of a causal model for one batch, their gradient, and what a loss makes of them."""
+    if not any(head.kind == "causal" for some in heads for head in some.values()):
+        return 0
+    text = plan.base.config.get("text_config") or plan.base.config
+    return 4 * LOGIT_COPIES * micro * calibration.max_length * int(text.get("vocab_size") or 0)
 
 
 def _micro_batch(merge: Merge) -> int:

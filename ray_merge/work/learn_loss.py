@@ -56,7 +56,7 @@ class EntropyLoss:
 
     def predictions(self, out: StageOutput) -> Tensor:
         """The logits that count, (N, C)."""
-        return self._rows(self._logits(out))
+        return _widened(self._rows(self._logits(out)))
 
     def _logits(self, out: StageOutput) -> Tensor:
         if self.matrix is not None:
@@ -84,6 +84,11 @@ class EntropyLoss:
         return logits[chosen_BL]
 
 
+def _widened(values: Tensor) -> Tensor:
+    """In float32 at least: losses of bfloat16 logits would have eight bits."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def text_logits(out: StageOutput, matrix: Tensor, head: TaskHead) -> Tensor:
     """logit_scale * cos(embedding, text embedding of each class), (B, C), as CLIP classifies.
 
@@ -98,6 +103,7 @@ def text_logits(out: StageOutput, matrix: Tensor, head: TaskHead) -> Tensor:
             "was made with this model"
         )
     assert head.file is not None
+    embeds = _widened(embeds)
     rows_CD = functional.normalize(matrix.to(embeds), dim=-1)
     return head.file.logit_scale * functional.normalize(embeds, dim=-1) @ rows_CD.T
 
@@ -105,6 +111,8 @@ def text_logits(out: StageOutput, matrix: Tensor, head: TaskHead) -> Tensor:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NullSpaceLoss:
     """Mean null-space ratio of a task's activations at its target sites (NSC), times its share.
+
+    A module that runs several times in one forward counts each time.
 
     Args:
         bases: module path -> orthonormal rows of the own adapter's A there, (R, I).
@@ -146,4 +154,4 @@ class NullSpaceLoss:
             raise RunFailed(
                 f"nsc: the model never called {missing}, so nothing can be measured there; leave it out by `modules`"
             )
-        return sum(sum(self.values[path]) / len(self.values[path]) for path in paths)
+        return sum(sum(self.values[path]) for path in paths)

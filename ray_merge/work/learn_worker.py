@@ -84,7 +84,9 @@ class LearnWorker:
     # ---- the four units
 
     def _read(self, unit: ReadUnit) -> DataRead:
-        found = self._load(self._learning(unit.learning), unit.task)
+        learning = self._learning(unit.learning)
+        found = self._load(learning, unit.task)
+        self._rows[unit.task, self._job.plan.calibration(learning).model_dump_json()] = TaskRows(found)
         return DataRead(unit.task, found.rows, found.tokens)
 
     def _pass(self, unit: PassUnit, given: Sequence[Any]) -> tuple[Graded, Any]:

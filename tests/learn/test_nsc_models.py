@@ -97,7 +97,7 @@ def test_a_vision_language_model_with_a_trained_projector(tmp_path, monkeypatch)
                 ],
             ),
         }
-    phi, history = run(tmp_path, "nsc", adapters, {"layers": "last_quarter"})
+    phi, history = run(tmp_path, "nsc", adapters, {"layers": "last_quarter", "hold_sum": False})
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float64)
     whole = Whole(model, [adapters[name]["path"] for name in NAMES], "nsc")
     given = {name: batches(tmp_path, name, adapters[name]["data"]) for name in NAMES}
@@ -128,7 +128,7 @@ def test_dense_regression_on_a_vit_needs_no_head(tmp_path):
         }
         for seed, name in enumerate(NAMES)
     }
-    phi, history = run(tmp_path, "nsc", adapters, {"layers": "last_quarter"})
+    phi, history = run(tmp_path, "nsc", adapters, {"layers": "last_quarter", "hold_sum": False})
     whole = Whole(
         ViTModel.from_pretrained(tmp_path / "base", dtype=torch.float64),
         [adapters[name]["path"] for name in NAMES],

@@ -6,7 +6,7 @@ references (PEFT's unmerged forward, and dense.py) must agree with each other, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Bench:
 
     home: Path
     trained: dict[str, tuple[list[Path], list[Tensor]]] = field(default_factory=dict)
+    logits: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
 
     def base(self, model: str) -> Path:
         folder = self.home / "bases" / model
@@ -55,13 +56,29 @@ class Bench:
             self.trained[row.id] = folders, logits
         return self.trained[row.id]
 
+    def once(self, key: tuple[str, ...], make: Callable[[], Tensor]) -> Tensor:
+        if key not in self.logits:
+            self.logits[key] = make()
+        return self.logits[key]
+
+    def before(self, model: str) -> Tensor:
+        """Logits of the base alone."""
+        tiny = MODELS[model]
+        return self.once((model,), lambda: tiny.logits(tiny.base(self.base(model))))
+
     def dense(self, row: Row, folders: list[Path]) -> Tensor:
-        tiny = MODELS[row.model]
-        merged = dense.merge(tiny.base(self.base(row.model)), folders, subtract_initial="initial" in row.keys)
-        return tiny.logits(merged)
+        def make() -> Tensor:
+            tiny = MODELS[row.model]
+            base = tiny.base(self.base(row.model))
+            return tiny.logits(dense.merge(base, folders, subtract_initial="initial" in row.keys))
+
+        return self.once(("dense", row.id, *map(str, folders)), make)
 
     def all_active(self, row: Row) -> Tensor:
         """The unmerged PeftModel with every adapter of the row active."""
+        return self.once(("all", row.id), lambda: self._all_active(row))
+
+    def _all_active(self, row: Row) -> Tensor:
         from peft import PeftModel
 
         tiny, (folders, _) = MODELS[row.model], self.adapters(row)
@@ -127,8 +144,7 @@ def test_the_references_agree(row, bench):
 
 @of([row for row in ROWS if not row.refused])
 def test_the_merged_model_equals_the_unmerged_one(row, bench, tmp_path):
-    tiny, want = MODELS[row.model], bench.reference(row)
-    before = tiny.logits(tiny.base(bench.base(row.model)))
+    tiny, want, before = MODELS[row.model], bench.reference(row), bench.before(row.model)
     assert before.shape != want.shape or relative_error(before, want) > 0.01, "the adapters do nothing"
     ray_merge.run(bench.recipe(row, tmp_path / "out"), engine="local", cache_dir=tmp_path / "cache")
     merged = tiny.load(tmp_path / "out" / "m")

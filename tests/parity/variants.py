@@ -89,6 +89,8 @@ def train(tiny: TinyModel, base: Path, folder: Path, variant: Variant, seed: int
         if variant.prepare is not None:
             variant.prepare(model, config, tiny.inputs())
         live = get_peft_model(model, config)
+        # Its README.md takes half of the time of saving.
+        live.create_or_update_model_card = lambda _folder: None
         if variant.after is not None:
             variant.after(live, tiny.inputs())
         if variant.initial:

@@ -1,4 +1,4 @@
-"""A driver on a cluster of three simulated nodes, one of which is lost in mid-unit; prints what came back as JSON.
+"""A driver on a cluster of two simulated nodes, one of which is lost in mid-unit; prints what came back as JSON.
 
 Usage: python lost_node_run.py FOLDER
 """
@@ -18,17 +18,18 @@ from ray_merge.runtime.ray_pool import RayPool
 from ray_merge.runtime.session import open_session
 
 STORE_BYTES = 80_000_000
+UNITS = 14
 
 
 def main(folder: str) -> None:
     head = {
-        "num_cpus": 0,
+        "num_cpus": 1,
         "include_dashboard": False,
         "object_store_memory": STORE_BYTES,
         "temp_dir": f"{folder}/ray",
     }
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    nodes = [cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES) for _ in range(2)]
+    node = cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
     try:
         with (
             open_session(cluster.address) as session,
@@ -42,10 +43,10 @@ def main(folder: str) -> None:
             ) as pool,
         ):
             spread = len({node["NodeID"] for node in ray.nodes() if node["Resources"].get("CPU")})
-            loss = Thread(target=lose, args=(cluster, nodes[0], Path(folder)))
+            loss = Thread(target=lose, args=(cluster, node, Path(folder)))
             loss.start()
             started = time.monotonic()
-            done = list(pool.run([Task(str(i), Write(folder, f"unit-{i}", 0.5)) for i in range(30)]))
+            done = list(pool.run([Task(str(i), Write(folder, f"unit-{i}", 0.4)) for i in range(UNITS)]))
             loss.join()
             attempts = [result.attempts for result in done]
             facts = {"values": [result.value for result in done], "attempts": attempts, "nodes": spread}

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,18 @@ def submit(head, working_dir: Path, *words: str) -> subprocess.CompletedProcess[
 
 
 def test_a_submitted_recipe_is_merged_and_a_refused_one_fails(ray_head, recipe, tmp_path):
-    cache = str(tmp_path / "cache")
-    done = submit(ray_head, REPOSITORY / "jobs", str(recipe), "--cache-dir", cache, "--workers", "1")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(recipe.read_text().replace('"ties"', '"tees"'))
+    jobs = [(str(recipe), "good", "--workers", "1"), (str(broken), "bad")]
+    with ThreadPoolExecutor(len(jobs)) as threads:  # each takes seconds, most of them Ray's
+        done, refused = threads.map(
+            lambda job: submit(
+                ray_head, REPOSITORY / "jobs", job[0], "--cache-dir", str(tmp_path / job[1]), *job[2:]
+            ),
+            jobs,
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (recipe.parent / "out" / "m" / MANIFEST).is_file()
     assert "published" in done.stdout
-    broken = tmp_path / "broken.yaml"
-    broken.write_text(recipe.read_text().replace('"ties"', '"tees"'))
-    refused = submit(ray_head, REPOSITORY / "jobs", str(broken), "--cache-dir", cache)
     assert refused.returncode == 1  # `ray job submit` knows 0 and 1 alone; the job's own code is in its log
     assert "unknown merge method 'tees'" in refused.stdout + refused.stderr

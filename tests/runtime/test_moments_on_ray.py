@@ -88,9 +88,9 @@ def test_stages_that_are_killed_anywhere_give_the_same_bytes_and_nothing_is_comp
     data = {name: write_tokens(tmp_path / f"{name}.jsonl", seed) for seed, name in enumerate("abc")}
     recipe = recipe_for(base, tmp_path / "out", data, ["q_proj", "down_proj"], stages=3)
     kills = {
-        "a/stage-0": Kill(str(tmp_path / "k0"), "batch", batch=2),
+        "c/stage-0": Kill(str(tmp_path / "k0"), "batch", batch=2),
         "b/stage-1": Kill(str(tmp_path / "k1"), "before"),
-        "c/stage-2": Kill(str(tmp_path / "k2"), "after"),
+        "a/stage-2": Kill(str(tmp_path / "k2"), "after"),
     }
     killed = moments_by_stages(
         recipe, tmp_path / "killed", tmp_path, lambda job: JobOnPool(three_places, job, kills)

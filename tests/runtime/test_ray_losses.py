@@ -8,47 +8,64 @@ import psutil
 import pytest
 from driver_process import TESTS, end, python
 
+from aside import Aside
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+SPARE = 3 << 30
+"""Bytes that other processes must not take or give back while the worker's memory is watched."""
 
-def output_of(script, *arguments, folder, seconds, **environment):
+
+def output_of(aside: Aside, name: str, script: str, **environment: str) -> str:
+    folder = Path(f"/tmp/rmt-{os.getpid()}-{name}")
     driver = python(
-        TESTS / "runtime" / script, *arguments, folder=folder, RAY_TMPDIR=str(folder), **environment
+        TESTS / "runtime" / script,
+        folder,
+        folder=folder,
+        aside=aside,
+        RAY_TMPDIR=str(folder),
+        RAY_AUTH_MODE="disabled",
+        **environment,
     )
     try:
-        output, errors = driver.communicate(timeout=seconds)
+        output, errors = driver.communicate(timeout=240)
         assert driver.returncode == 0, errors
         return output
     finally:
         end([driver], [folder])
 
 
-def test_the_loss_of_a_node_changes_no_result_and_burns_no_attempt():
-    folder = Path(f"/tmp/rmt-{os.getpid()}-node")
-    facts = json.loads(
-        output_of("lost_node_run.py", folder, folder=folder, seconds=120, RAY_AUTH_MODE="disabled")
-    )
-    assert facts["nodes"] == 2
-    assert sorted(facts["values"]) == sorted(f"unit-{i}" for i in range(30))
-    # attempts=1 in that run: one counted death would have failed it. The other worker went on meanwhile.
-    assert sorted(facts["attempts"]) == [1] * 29 + [2]
+def lose_a_node(aside: Aside) -> str:
+    return output_of(aside, "node", "lost_node_run.py")
 
 
-def test_a_worker_killed_for_memory_ends_the_run_with_the_planned_number():
-    folder = Path(f"/tmp/rmt-{os.getpid()}-oom")
+def run_out_of_memory(aside: Aside) -> str | None:
     memory = psutil.virtual_memory()
-    spare = 3 << 30  # other processes must not change by that much during the test
-    if memory.available < 3 * spare:
-        pytest.skip(f"{memory.available} bytes of memory are free, and this test takes up to {2 * spare}")
-    threshold = (memory.total - memory.available + spare) / memory.total
-    output = output_of(
+    if memory.available < 3 * SPARE:
+        return None
+    threshold = (memory.total - memory.available + SPARE) / memory.total
+    return output_of(
+        aside,
+        "oom",
         "out_of_memory_run.py",
-        folder=folder,
-        seconds=120,
-        RAY_AUTH_MODE="disabled",
         RAY_memory_usage_threshold=f"{threshold:.4f}",
         RAY_memory_monitor_refresh_ms="100",
     )
-    assert "unit hog failed after 2 attempt(s)" in output
-    assert "OutOfMemoryError" in output
-    assert "the plan gave it 123456789 bytes" in output
+
+
+@pytest.mark.aside(work=lose_a_node)
+def test_the_loss_of_a_node_changes_no_result_and_burns_no_attempt(aside_result):
+    facts = json.loads(aside_result)
+    assert facts["nodes"] == 2
+    assert sorted(facts["values"]) == sorted(f"unit-{i}" for i in range(14))
+    # attempts=1 in that run: one counted death would have failed it. The other worker went on meanwhile.
+    assert sorted(facts["attempts"]) == [1] * 13 + [2]
+
+
+@pytest.mark.aside(work=run_out_of_memory)
+def test_a_worker_killed_for_memory_ends_the_run_with_the_planned_number(aside_result):
+    if aside_result is None:
+        pytest.skip(f"less than {3 * SPARE} bytes of memory are free, and this test takes up to {2 * SPARE}")
+    assert "unit hog failed after 2 attempt(s)" in aside_result
+    assert "OutOfMemoryError" in aside_result
+    assert "the plan gave it 123456789 bytes" in aside_result

@@ -3,49 +3,70 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from driver_process import TESTS, end, kill, python, still_alive, wait_for
 
+from aside import Aside
 from ray_merge.errors import Refusal
 from ray_merge.runtime.session import open_session
 
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.slow
-def test_two_embedded_clusters_do_not_meet_and_leave_nothing_however_they_end():
+def end_two_clusters(aside: Aside) -> dict[str, Any]:
+    """Two drivers at once; one is stopped by SIGTERM, then the other by SIGKILL."""
     folders = [Path(f"/tmp/rmt-{os.getpid()}-{name}") for name in ("term", "kill")]
-    drivers = [python(TESTS / "runtime/embedded_run.py", folder, 600, folder=folder) for folder in folders]
+    drivers = [
+        python(TESTS / "runtime/embedded_run.py", folder, 600, folder=folder, aside=aside)
+        for folder in folders
+    ]
     facts = []
     try:
         facts += [
             wait_for(folder / "facts.json", driver) for folder, driver in zip(folders, drivers, strict=True)
         ]
-        assert [fact["value"] for fact in facts] == [driver.pid for driver in drivers]
-        assert [fact["nodes"] for fact in facts] == [1, 1]
-        assert facts[0]["address"] != facts[1]["address"]
-        assert not set(facts[0]["pids"]) & set(facts[1]["pids"])
-        assert all(len(fact["pids"]) >= 3 for fact in facts)  # GCS, raylet, worker at least
-        assert [len(fact["folders"]) for fact in facts] == [1, 1]
-
         drivers[0].send_signal(signal.SIGTERM)
         output, errors = drivers[0].communicate(timeout=30)
-        assert drivers[0].returncode == 1
-        assert "stopped by SIGTERM" in errors.splitlines()[-1]
-        assert output == ""
-        assert not still_alive(facts[0]["pids"], 10)
-        assert not Path(facts[0]["folders"][0]).exists()
-        assert not Path(folders[0], ".ray").exists()  # no token is left for the next `ray start` to find
-
+        seen = {
+            "drivers": [driver.pid for driver in drivers],
+            "returncode": drivers[0].returncode,
+            "output": output,
+            "errors": errors,
+            "alive after SIGTERM": still_alive(facts[0]["pids"], 10),
+            "folder after SIGTERM": Path(facts[0]["folders"][0]).exists(),
+            "token after SIGTERM": Path(folders[0], ".ray").exists(),
+        }
         # What could still work ends at once; Ray's two agents look for their dead GCS for another minute.
         names = {pid: psutil.Process(pid).name() for pid in facts[1]["pids"]}
         drivers[1].kill()
-        assert not still_alive([pid for pid, name in names.items() if not name.endswith("Agent")], 20)
+        working = [pid for pid, name in names.items() if not name.endswith("Agent")]
+        return {**seen, "facts": facts, "alive after SIGKILL": still_alive(working, 20)}
     finally:
         kill(pid for fact in facts for pid in fact["pids"])
         end(drivers, folders)
+
+
+@pytest.mark.slow
+@pytest.mark.aside(work=end_two_clusters)
+def test_two_embedded_clusters_do_not_meet_and_leave_nothing_however_they_end(aside_result):
+    seen, facts = aside_result, aside_result["facts"]
+    assert [fact["value"] for fact in facts] == seen["drivers"]
+    assert [fact["nodes"] for fact in facts] == [1, 1]
+    assert facts[0]["address"] != facts[1]["address"]
+    assert not set(facts[0]["pids"]) & set(facts[1]["pids"])
+    assert all(len(fact["pids"]) >= 3 for fact in facts)  # GCS, raylet, worker at least
+    assert [len(fact["folders"]) for fact in facts] == [1, 1]
+
+    assert seen["returncode"] == 1
+    assert "stopped by SIGTERM" in seen["errors"].splitlines()[-1]
+    assert seen["output"] == ""
+    assert not seen["alive after SIGTERM"]
+    assert not seen["folder after SIGTERM"]
+    assert not seen["token after SIGTERM"]  # none is left for the next `ray start` to find
+    assert not seen["alive after SIGKILL"]
 
 
 def test_a_ray_that_is_there_already_is_used_and_left_running(ray_session):

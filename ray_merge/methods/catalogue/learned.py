@@ -87,7 +87,7 @@ SHARING = "which weights have one phi: each its own, those of a block, or all of
 RANK = "weight of the penalty 1 - effective rank / attainable rank of the merged updates"
 COMMIT = "steps between two states in the store, from which a stopped run goes on"
 PRECISION = (
-    "of the model's products: bfloat16 on a GPU and float32 elsewhere, or as said; phi is never rounded"
+    "of the model's matrix products, by autocast; phi, losses and gradients of phi are never rounded to it"
 )
 HOLD = (
     "keep the sum of each weight's coefficients over its adapters at the start's, which the null-space ratio cannot "
@@ -127,7 +127,7 @@ class _Learned:
     sharing: str = choice("site", ("site", "block", "model"), SHARING)
     effective_rank: float = number(0.0, RANK, NOT_NEGATIVE)
     commit_every: int = integer(COMMIT, Interval(1.0), 20)
-    precision: str = choice("auto", ("auto", "float32", "bfloat16"), PRECISION)
+    precision: str = choice("float32", ("float32", "bfloat16"), PRECISION)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
