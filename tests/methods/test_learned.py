@@ -58,7 +58,7 @@ def test_the_papers_settings_are_there_by_name():
         ("nsc", {"layers": "5-3"}, "the first block before the last"),
         ("nsc", {"layers": [3, 5]}, "layers is one value"),
         ("nsc", {"modules": "("}, "a regular expression"),
-        ("nsc", {"low": 0.0}, "hold_sum: false"),
+        ("nsc", {"low": 0.0, "hold_sum": True}, "hold_sum: false"),
         ("nsc", {"preference": 1.0}, "no parameter 'preference'"),
         ("tara_a", {"low": 1.0, "high": 0.5}, "low is 1 and high is 0.5"),
         ("tara_a", {"preference": {"a": 0.0, "b": 1.0}}, r"expected a number in \(0, inf\)"),
