@@ -95,8 +95,9 @@ CASES = [
 
 
 def measure(aside: Aside) -> str:
-    # One process: a case's peak is that of all cases in this order, because the allocator keeps what they freed.
-    return aside.output([sys.executable, "-c", MEASURE, json.dumps(CASES)], seconds=600)
+    # Blocks of the C heap that earlier cases left in pieces made peaks differ by 10 MB from run to run: no heap.
+    command = [sys.executable, "-c", MEASURE, json.dumps(CASES)]
+    return aside.output(command, seconds=600, MALLOC_MMAP_THRESHOLD_=str(2**18))
 
 
 @pytest.mark.slow
@@ -105,7 +106,6 @@ def measure(aside: Aside) -> str:
 )
 @pytest.mark.aside(work=measure)
 def test_merges_stay_within_the_bytes_that_the_plan_counts(aside_result):
-    slack = 8 * 2**20  # one block of rows of the caller, and pages that the allocator keeps
     for case, (peak, promised) in zip(CASES, json.loads(aside_result), strict=True):
-        assert peak <= promised + slack, (case, peak / 2**20, promised / 2**20)
-        assert promised <= 4 * peak + 2 * slack, (case, peak / 2**20, promised / 2**20)
+        assert peak <= promised + 2 * 2**20, (case, peak / 2**20, promised / 2**20)
+        assert promised <= 6 * peak + 16 * 2**20, (case, peak / 2**20, promised / 2**20)

@@ -13,7 +13,7 @@ from ray_merge.plan.moments import TaskData
 from ray_merge.plan.task_heads import HeadFile, TaskHead, plan_heads
 from ray_merge.recipe import load_recipe
 from ray_merge.spec import Merge
-from tests.tiny import factors, write_adapter
+from tiny import factors, write_adapter
 
 WIDTH, VISION, PROJECTED = 8, 12, 6
 SMALL = {"hidden_size": WIDTH, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
