@@ -25,7 +25,7 @@ ray_merge.run(json.loads(sys.argv[1]), engine="local", workers=1, cache_dir=sys.
 def test_phi_after_a_kill_of_the_driver_is_that_of_an_undisturbed_run(tmp_path):
 
     names = ("two", "three")
-    parameters = {"steps": 40, "batch_size": 4, "commit_every": 3, "samples": 0}
+    parameters = {"steps": 24, "batch_size": 4, "commit_every": 3, "samples": 0}
     school = make_school(tmp_path / "school")
     recipe = lesson(school, tmp_path / "out", "tara_a", names, stages=2, parameters=parameters)
     command = [sys.executable, "-c", SCRIPT, json.dumps(recipe), str(tmp_path / "cache")]
@@ -39,7 +39,7 @@ def test_phi_after_a_kill_of_the_driver_is_that_of_an_undisturbed_run(tmp_path):
     assert driver.returncode == -signal.SIGKILL
     states = sorted((tmp_path / "out" / ".ray_merge" / "learn").rglob("*.safetensors"))
     committed = int(states[-1].stem.removeprefix("step-"))
-    assert 3 <= committed < 40
+    assert 3 <= committed < 24
     assert not (tmp_path / "out" / "m").exists()
     steps = []
 
@@ -48,7 +48,7 @@ def test_phi_after_a_kill_of_the_driver_is_that_of_an_undisturbed_run(tmp_path):
             steps.append(event.units[0])
 
     ray_merge.run(recipe, engine="local", cache_dir=tmp_path / "cache", progress=note)
-    assert [step for step in steps if step > committed] == list(range(committed + 1, 41))
+    assert [step for step in steps if step > committed] == list(range(committed + 1, 25))
     assert min(steps) >= committed
     ray_merge.run(recipe, engine="local", cache_dir=tmp_path / "cache", output=str(tmp_path / "whole"))
     one, two = (
