@@ -27,8 +27,8 @@ GRIDS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "tara_b": ENTROPY_GRID,
     "adamerging": ENTROPY_GRID,
     "nsc": (
-        *({"learning_rate": rate} for rate in (3e-3, 1e-2, 3e-2)),
-        {"learning_rate": 3e-3, "hold_sum": False},
+        *({"learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)),
+        {"learning_rate": 1e-2, "hold_sum": True},
     ),
     "ties": tuple({"lambda": value} for value in (0.6, 1.0, 1.5, 2.0)),
     "knots_ties": tuple({"lambda": value} for value in (0.6, 1.0, 1.5, 2.0)),

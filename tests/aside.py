@@ -1,71 +1,61 @@
-"""Work in processes of its own that begins with the run, while the tests before it use the other core.
+"""Work that begins with the run, in a process of its own, while the tests before it use the other core.
 
-`@pytest.mark.aside(work=function)` has `function(aside)` called in a thread at the beginning of the run, one such
-function after the other in the order of their tests, and the fixture `aside_result` of that test waits for what it
-returns or raises. Such a function starts processes and waits for them; in this process it touches nothing that a test
-could see (no global generator, no environment, no working directory). What runs aside must not be about wall time.
+`@pytest.mark.aside(work=function)` has `function()` called in that process as soon as the tests are collected, one such
+function after the other in the order of their tests; the fixture `aside_result` of that test waits for what it
+returned. The function is known by its module and name, and its result is pickled. It must not be about wall time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
 
 
 class Aside:
-    """One thread that does the pieces in turn.
+    """The process, and what it has answered. Spawned, so that nothing that a test does to this one reaches it."""
 
-    Attributes:
-        environment: of this process when the run began; tests change theirs.
-        path: sys.path of that moment, as a value of PYTHONPATH.
-    """
+    def __init__(self, works: Sequence[Callable[[], Any]]) -> None:
+        context = get_context("spawn")
+        self._answers, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_do, args=(theirs, list(works)), name="tests aside")
+        self._process.start()
+        theirs.close()  # so that the end of the process shows as the end of the pipe
+        self._known: list[tuple[Any, str]] = []
 
-    def __init__(self) -> None:
-        self.environment: Mapping[str, str] = dict(os.environ)
-        self.path = os.pathsep.join(entry for entry in sys.path if entry)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="aside")
-        self._lock = threading.Lock()
-        self._started: list[subprocess.Popen[str]] = []
-        self._ended = False
+    def result(self, place: int) -> Any:
+        """What the function at that place returned; waits for it.
 
-    def begin(self, work: Callable[[Aside], Any]) -> Future[Any]:
-        """Put a piece of work at the end of the queue."""
-        return self._thread.submit(work, self)
-
-    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-        """A process that ends with the run at the latest, together with all below it."""
-        with self._lock:
-            if self._ended:
-                raise RuntimeError("the run is over")
-            process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            self._started.append(process)
-        return process
-
-    def output(self, command: Sequence[str], seconds: float, **environment: str) -> str:
-        """What a process prints; it must end well."""
-        process = self.start(command, {**self.environment, "PYTHONPATH": self.path, **environment})
-        output, errors = process.communicate(timeout=seconds)
-        assert process.returncode == 0, f"{output}{errors}"[-4000:]
-        return output
+        Raises:
+            AssertionError: it raised, or the process ended before.
+        """
+        while len(self._known) <= place:
+            try:
+                self._known.append(self._answers.recv())
+            except EOFError:
+                raise AssertionError("the process that works aside has ended") from None
+        value, failure = self._known[place]
+        assert not failure, failure
+        return value
 
     def close(self) -> None:
-        """Drop what has not begun, and end what still runs."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        with self._lock:
-            self._ended = True
-            running = [process for process in self._started if process.poll() is None]
-        for process in running:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        """End the process with all below it, whatever they do."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self._process.pid)
+            for one in [*process.children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
                     one.kill()
-        self._thread.shutdown()
+        self._process.join()
+
+
+def _do(answers: Connection, works: Sequence[Callable[[], Any]]) -> None:
+    for work in works:
+        try:
+            answers.send((work(), ""))
+        except Exception:  # noqa: BLE001  (whatever it is, its test reports it)
+            answers.send((None, traceback.format_exc()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,27 @@ import pytest
 
 from aside import Aside
 from pool_workers import StepWorker
-from ray_head import RayHead, run_head
 from ray_merge.runtime.ray_pool import RayPool
 from ray_merge.runtime.session import Session, open_session
 from s3_server import S3Server, find_weed, run_server
 
 _ASIDE = pytest.StashKey[Aside]()
-_RESULT = pytest.StashKey[Future[Any]]()
+_PLACE = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "aside(work): the run begins with work(aside), beside other tests")
+    config.addinivalue_line(
+        "markers", "aside(work): work() begins with the run, in another process (see aside.py)"
+    )
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin the work of all tests that are going to run and are marked with `aside` (see aside.py)."""
     marked = [(item, mark) for item in session.items if (mark := item.get_closest_marker("aside"))]
     if marked and not session.config.option.collectonly:
-        aside = session.stash[_ASIDE] = Aside()
-        for item, mark in marked:
-            item.stash[_RESULT] = aside.begin(mark.kwargs["work"])
+        for place, (item, _) in enumerate(marked):
+            item.stash[_PLACE] = place
+        session.stash[_ASIDE] = Aside([mark.kwargs["work"] for _, mark in marked])
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -43,7 +43,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture
 def aside_result(request: pytest.FixtureRequest) -> Any:
     """What the function of this test's mark `aside` returned, as soon as it is there."""
-    return request.node.stash[_RESULT].result()
+    return request.session.stash[_ASIDE].result(request.node.stash[_PLACE])
 
 
 @pytest.fixture(scope="session")
@@ -89,10 +89,3 @@ def ray_pool(ray_session: Session) -> Iterator[RayPool]:
     """Two workers that do what their units say; they hold two of the session's four CPUs."""
     with RayPool(StepWorker, session=ray_session, workers=2, memory_bytes=None) as pool:
         yield pool
-
-
-@pytest.fixture(scope="session")
-def ray_head() -> Iterator[RayHead]:
-    """A real head with its Jobs API, in processes of its own; give `ray_head.environment` to what talks to it."""
-    with run_head() as head:
-        yield head

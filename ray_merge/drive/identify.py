@@ -69,7 +69,13 @@ def _data(plan: Plan, stores: Stores, digests: DigestCache) -> Iterator[tuple[st
             }  # fmt: skip
         if source.head is not None:
             folder, _, file = source.head.path.rpartition("/")
-            version = file_versions(stores.open(folder or "."), [file], digests)[file]
+            store = stores.open(folder or ".")
+            if not file or store.info(file) is None:
+                raise AdapterError(
+                    f"adapters.{name}.head: there is no {source.head.path}; give a safetensors file with one (classes, "
+                    "width) matrix"
+                )
+            version = file_versions(store, [file], digests)[file]
             found["head"] = {"file": version, "logit_scale": source.head.logit_scale}
         yield name, found
 

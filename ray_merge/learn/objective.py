@@ -42,5 +42,6 @@ def preferences(learning: Learning) -> list[float]:
     names, given = learning.tasks, learning.merge.parameters.get("preference")
     if not isinstance(given, Mapping):
         return [1 / len(names)] * len(names)
-    total = sum(given[name] for name in names)
-    return [given[name] / total for name in names]
+    largest = max(given[name] for name in names)  # first, so that no sum overflows
+    total = sum(given[name] / largest for name in names)
+    return [given[name] / largest / total for name in names]

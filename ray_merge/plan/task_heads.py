@@ -271,7 +271,7 @@ def _head(recipe: Recipe, classes: Classes, task: TaskData, merge: Merge, tokens
     elif not tokens or said == "generation":
         raise NoEntropy(
             f"{place} generates text, which has no entropy of classes; {USE_NSC}, or write tokens: 1 for the "
-            "entropy of the token behind each prompt (and task: classification)"
+            "entropy of the token behind each prompt"
         )
     else:
         outputs = 0

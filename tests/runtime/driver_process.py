@@ -14,17 +14,18 @@ import psutil
 TESTS = Path(__file__).parent.parent
 
 
-def python(*arguments, folder, aside=None, **environment):
-    """Start a Python that imports what this one can, with its own place for Ray's files; aside, if `aside` is given."""
-    now = os.environ if aside is None else aside.environment
-    inherited = {key: value for key, value in now.items() if not key.startswith("RAY_")}
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), now.get("PYTHONPATH", "")])
+def python(*arguments, folder, **environment):
+    """Start a Python that imports what this one can, with its own place for Ray's files."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     Path(folder, "ray").mkdir(parents=True)
-    command = [sys.executable, *map(str, arguments)]
-    env = {**inherited, "PYTHONPATH": path, "TMPDIR": str(folder), "HOME": str(folder), **environment}
-    if aside is not None:
-        return aside.start(command, env)
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        env={**inherited, "PYTHONPATH": path, "TMPDIR": str(folder), "HOME": str(folder), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for(path, process, seconds=90):

@@ -6,59 +6,59 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ray_head import RayHead, run_head
 from ray_merge.storage.commit import MANIFEST
-from zoo import llama_adapters, tiny_llama
+from tiny import write_recipe_files
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("job")
-    tiny_llama(folder / "base")
-    document = {
-        "base_model": str(folder / "base"),
-        "output": str(folder / "out"),
-        "adapters": llama_adapters(folder / "base", folder / "adapters", 2),
-        "merges": [{"name": "m", "merge_method": "ties", "parameters": {"scope": "tensor", "space": "core"}}],
-    }
-    (folder / "recipe.yaml").write_text(json.dumps(document))
-    return folder / "recipe.yaml"
-
-
-def submit(head, working_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """`ray job submit` as a user types it; jobs/ travels as the working directory."""
+def submit(head: RayHead, *words: str) -> tuple[int, str]:
+    """`ray job submit` as a user types it, its exit code and what it prints; jobs/ travels as the working directory."""
     command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", head.jobs_url]
-    return subprocess.run(
-        [*command, "--working-dir", str(working_dir), "--", "python", "merge.py", *words],
+    done = subprocess.run(
+        [*command, "--working-dir", str(REPOSITORY / "jobs"), "--", "python", "merge.py", *words],
         env={**os.environ, **head.environment},
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
+    return done.returncode, done.stdout + done.stderr
 
 
-def test_a_submitted_recipe_is_merged_and_a_refused_one_fails(ray_head, recipe, tmp_path):
-    broken = tmp_path / "broken.yaml"
-    broken.write_text(recipe.read_text().replace('"ties"', '"tees"'))
-    jobs = [(str(recipe), "good", "--workers", "1"), (str(broken), "bad")]
-    with ThreadPoolExecutor(len(jobs)) as threads:  # each takes seconds, most of them Ray's
-        done, refused = threads.map(
-            lambda job: submit(
-                ray_head, REPOSITORY / "jobs", job[0], "--cache-dir", str(tmp_path / job[1]), *job[2:]
-            ),
-            jobs,
-        )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (recipe.parent / "out" / "m" / MANIFEST).is_file()
-    assert "published" in done.stdout
-    assert refused.returncode == 1  # `ray job submit` knows 0 and 1 alone; the job's own code is in its log
-    assert "unknown merge method 'tees'" in refused.stdout + refused.stderr
+def submit_two() -> dict[str, Any]:
+    """A good recipe and one that is refused, one after the other on one head."""
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home)
+        document = write_recipe_files(folder)
+        document["merges"][0].update(merge_method="ties", parameters={"scope": "tensor", "space": "core"})
+        good, bad = folder / "recipe.yaml", folder / "broken.yaml"
+        good.write_text(json.dumps(document))
+        bad.write_text(json.dumps(document).replace('"ties"', '"tees"'))
+        cache = ("--cache-dir", str(folder / "cache"))
+        with run_head() as head:
+            return {
+                "good": submit(head, str(good), *cache, "--workers", "1"),
+                "published": (folder / "out" / "m" / MANIFEST).is_file(),
+                "bad": submit(head, str(bad), *cache),
+            }
+
+
+@pytest.mark.aside(work=submit_two)
+def test_a_submitted_recipe_is_merged_and_a_refused_one_fails(aside_result):
+    code, printed = aside_result["good"]
+    assert code == 0, printed
+    assert aside_result["published"]
+    assert "published" in printed
+    code, printed = aside_result["bad"]
+    assert code == 1  # `ray job submit` knows 0 and 1 alone; the job's own code is in its log
+    assert "unknown merge method 'tees'" in printed

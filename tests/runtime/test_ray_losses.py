@@ -8,21 +8,18 @@ import psutil
 import pytest
 from driver_process import TESTS, end, python
 
-from aside import Aside
-
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SPARE = 3 << 30
 """Bytes that other processes must not take or give back while the worker's memory is watched."""
 
 
-def output_of(aside: Aside, name: str, script: str, **environment: str) -> str:
+def output_of(name: str, script: str, **environment: str) -> str:
     folder = Path(f"/tmp/rmt-{os.getpid()}-{name}")
     driver = python(
         TESTS / "runtime" / script,
         folder,
         folder=folder,
-        aside=aside,
         RAY_TMPDIR=str(folder),
         RAY_AUTH_MODE="disabled",
         **environment,
@@ -35,17 +32,16 @@ def output_of(aside: Aside, name: str, script: str, **environment: str) -> str:
         end([driver], [folder])
 
 
-def lose_a_node(aside: Aside) -> str:
-    return output_of(aside, "node", "lost_node_run.py")
+def lose_a_node() -> str:
+    return output_of("node", "lost_node_run.py")
 
 
-def run_out_of_memory(aside: Aside) -> str | None:
+def run_out_of_memory() -> str | None:
     memory = psutil.virtual_memory()
     if memory.available < 3 * SPARE:
         return None
     threshold = (memory.total - memory.available + SPARE) / memory.total
     return output_of(
-        aside,
         "oom",
         "out_of_memory_run.py",
         RAY_memory_usage_threshold=f"{threshold:.4f}",

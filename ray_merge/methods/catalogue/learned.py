@@ -208,7 +208,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="tara_a",
         family="learned",
-        summary="sum_ij phi_ij s_i b_ij a_ij^T: one coefficient per rank-1 direction, by entropies of predictions",
+        summary="sum_ij phi_ij s_i b_ij a_ij^T: one coefficient per rank-1 direction, learned without labels",
         reference=TARA,
         low_rank_spaces=("dense",),
         parameters=Tara,
@@ -223,7 +223,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="tara_b",
         family="learned",
-        summary="sum_ik phi_ik sigma_k u_k v_ki^T on [delta_1 .. delta_T] = U S V^T, by entropies of predictions",
+        summary="sum_ik phi_ik sigma_k u_k v_ki^T on [delta_1 .. delta_T] = U S V^T, learned without labels",
         reference=TARA,
         low_rank_spaces=("dense",),
         parameters=Tara,
@@ -238,7 +238,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="adamerging",
         family="learned",
-        summary="sum_i phi_i delta_i: one coefficient per adapter and weight, by entropies of predictions",
+        summary="sum_i phi_i delta_i: one coefficient per adapter and weight, learned without labels",
         reference="AdaMerging, arXiv 2310.02575, with one coefficient per LoRA module as TARA compares it",
         low_rank_spaces=("dense",),
         parameters=AdaMerging,
