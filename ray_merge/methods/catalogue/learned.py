@@ -148,19 +148,10 @@ class Tara(_Learned):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AdaMerging(_Learned):
+class AdaMerging(Tara):
     """adamerging."""
 
-    preference: tuple[float, ...] = number(1.0, PREFERENCE, POSITIVE, per_adapter=True)
-    objective: str | None = choice(None, ("agreement", "entropy"), OBJECTIVE)
     scalarisation: str = choice("linear", ("tchebycheff", "linear"), "how values become one loss")
-    alpha: float | None = number(None, ALPHA, POSITIVE)
-    absolute: bool = flag(False, ABSOLUTE)
-    anchors: str = choice("single", ("single", "none"), ANCHORS)
-    normalize_entropy: bool | None = flag(None, NORMALIZE)
-    diversity: float | None = number(None, DIVERSITY, NOT_NEGATIVE)
-    tokens: int = integer(TOKENS, NOT_NEGATIVE, 0)
-    without_entropy: str = choice("refuse", ("refuse", "include"), INCLUDE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
