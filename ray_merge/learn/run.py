@@ -14,7 +14,7 @@ from ray_merge.calibration import data_identity
 from ray_merge.drive.events import Event
 from ray_merge.drive.identify import calibration_inputs, file_versions, model_versions
 from ray_merge.drive.moments import adapter_inputs
-from ray_merge.errors import RunFailed
+from ray_merge.errors import Refusal, RunFailed
 from ray_merge.identity import LEARN_VERSION, digest
 from ray_merge.learn.leaves import leaf_names
 from ray_merge.learn.loop import Lesson, learn
@@ -75,10 +75,17 @@ def ensure_learned(
     """
     stores = Stores()
     store = stores.open(school.store)
+    wrote = False
     for plan in plans:
         missing = [index for index, one in enumerate(plan.learnings) if _last(store, one, merge_ids) is None]
         if missing:
-            _learn_group(plan, missing, merge_ids, school, stores)
+            try:
+                _learn_group(plan, missing, merge_ids, school, stores)
+            except Refusal as error:
+                if not wrote:
+                    raise
+                raise RunFailed(f"{error}; what was learned before is kept") from error
+            wrote = True
     return {one.merge.name: _index(store, plan, one, merge_ids) for plan in plans for one in plan.learnings}
 
 
