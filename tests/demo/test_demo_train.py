@@ -5,8 +5,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,11 +25,12 @@ PAIRS, VALENCE = (next(task for task in demo.TASKS if task.name == name) for nam
 TINY = demo.Settings(batch_size=8, max_steps=3)
 
 
+def refuse(*_args):
+    raise AssertionError("the demo opened a connection")
+
+
 @pytest.fixture(autouse=True)
 def _nothing_leaves_this_machine(monkeypatch):
-    def refuse(*_args):
-        raise AssertionError("the demo opened a connection")
-
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
@@ -128,14 +131,23 @@ def test_training_again_gives_the_same_bytes_says_nothing_and_leaves_the_global_
     assert (tmp_path / name).read_bytes() == (job.target / name).read_bytes()
 
 
-def test_prepare_trains_once_and_then_reuses_the_cache(tmp_path, monkeypatch):
-    lines: list[str] = []
-    first = demo.prepare(tmp_path, lines.append, tasks=(PAIRS,), settings=TINY)
-    assert any(line.startswith("adapter described: accuracy") for line in lines)
-    monkeypatch.setattr(crew, "_start", lambda job: pytest.fail(f"{job.task.name} was trained again"))
-    lines.clear()
-    assert demo.prepare(tmp_path, lines.append, tasks=(PAIRS,), settings=TINY) == first
-    assert lines == []
+def prepare_twice():
+    """The suite of one task, what is said while it is made, and both again when it is there."""
+    said: list[str] = []
+    options = {"tasks": (PAIRS,), "settings": TINY}
+    with tempfile.TemporaryDirectory() as home, patch.object(socket.socket, "connect", refuse):
+        first = demo.prepare(Path(home), said.append, **options)
+        with patch.object(crew, "_start", side_effect=AssertionError("it was trained again")):
+            again = demo.prepare(Path(home), lambda line: said.append(f"again: {line}"), **options)
+    return first, again, said
+
+
+@pytest.mark.aside(work=prepare_twice)
+def test_prepare_trains_once_and_then_reuses_the_cache(aside_result):
+    first, again, said = aside_result
+    assert again == first
+    assert any(line.startswith("adapter described: accuracy") for line in said)
+    assert not [line for line in said if line.startswith("again")]
     (material,) = first.tasks
     assert first.single_scores() == {"described": material.single}
     assert material.rows["test"] >= 250
