@@ -1,7 +1,7 @@
 """Real adapters merged by every method: test scores at defaults, and at the best of four settings on validation rows.
 
     python benchmarks/real_suite.py --suite FOLDER [--tasks ...] [--methods ...] [--without sst2] [--seeds 0 1 2]
-        [--output DIR] [--processes 1] [--budget-minutes N] [--dry]
+        [--output DIR] [--processes 1] [--device cpu] [--budget-minutes N] [--dry]
 
 FOLDER/adapters/<task> are PEFT adapters of one base with their heads, FOLDER/tasks/<task>/{train,val,test}.parquet
 their rows: `text`, optional `text_b`, `label` (a float is a regression, scored by Pearson, else a class). Merges are
@@ -9,7 +9,8 @@ made by `ray_merge.run`; scores are plain transformers' on the merged checkpoint
 
 Learned methods see the texts of train.parquet, never a label. Where the suite has a regression, methods by entropy or
 agreement run with `without_entropy: include`: its adapter is merged, and its phi learns from the other tasks' losses.
-Settings are chosen by the mean over all tasks on the first --val-rows of val.parquet; test rows decide nothing.
+Settings are chosen on the first --val-rows of val.parquet of all tasks, by the mean over them and by that over the
+classifications; test rows decide nothing, and a subset of the tasks (--without) takes the same settings.
 
 Every unit appends its row to DIR/rows.jsonl when it ends, and the same call again goes on from there. Units run in the
 order of their worth (real_suite_units.py), so a run that is stopped has a table.
@@ -32,7 +33,9 @@ from real_suite_merging import Home, run_unit
 from real_suite_tables import tables
 from real_suite_units import Unit, next_units
 
+import ray_merge
 from ray_merge.demo.suite import base_folder
+from ray_merge.identity import digest
 
 
 def main() -> None:
@@ -47,6 +50,7 @@ def main() -> None:
         val_rows=options.val_rows,
         test_rows=options.test_rows,
         max_length=options.max_length,
+        device=options.device,
     )
     same_settings(output, home, options)
     rows = Rows(output / "rows.jsonl")
@@ -57,9 +61,9 @@ def main() -> None:
 
 
 def same_settings(output: Path, home: Home, options: argparse.Namespace) -> None:
-    """Refuse to go on in a folder whose rows are of other data or other numbers of rows."""
+    """Refuse to go on in a folder whose rows are of other data, other numbers of rows or other defaults."""
     names = ("suite", "base", "val_rows", "test_rows", "max_length")
-    now = {name: getattr(home, name) for name in names}
+    now = {name: getattr(home, name) for name in names} | {"methods": digest(ray_merge.methods())}
     path = output / "settings.json"
     if path.is_file() and (before := json.loads(path.read_text())) != now:
         sys.exit(f"{output} holds rows of {before}, this call has {now}; give another --output")
@@ -86,6 +90,11 @@ def arguments() -> argparse.Namespace:
     add("--test-rows", type=int, default=1000, help="of each task, the first ones; 0 for all")
     add("--max-length", type=int, default=128)
     add("--processes", type=int, default=1, help="one thread each")
+    add(
+        "--device",
+        default="cpu",
+        help="of learning, merging and scoring; seconds are of the CPU all the same",
+    )
     add("--budget-minutes", type=float, default=240.0, help="no unit begins later")
     add("--no-papers", action="store_true", help="leave out `preset: paper`")
     add("--dry", action="store_true", help="run nothing; print the tables of what is there")

@@ -33,6 +33,7 @@ class Home:
     val_rows: int
     test_rows: int
     max_length: int
+    device: str = "cpu"
 
 
 def run_unit(home: Home, unit: Unit) -> dict[str, Any]:
@@ -45,12 +46,23 @@ def run_unit(home: Home, unit: Unit) -> dict[str, Any]:
         "role": unit.role,
         "parameters": unit.parameters,
         "seed": unit.seed,
+        "regressions": [task for task in unit.tasks if is_regression(home, task)],
+        "torch": torch.__version__,
     }
+    if home.device != "cpu":
+        row["device"] = torch.cuda.get_device_name()
+    clock = time.monotonic()
     try:
         row |= _scored(home, unit, began)
-    except RayMergeError as error:
+    except (
+        RayMergeError,
+        RuntimeError,
+        OSError,
+        ValueError,
+        KeyError,
+    ) as error:  # one unit must not end a night
         row["error"] = f"{type(error).__name__}: {error}"
-    row["cpu_seconds"] = time.process_time() - began
+    row["cpu_seconds"], row["seconds"] = time.process_time() - began, time.monotonic() - clock
     return row
 
 
@@ -105,7 +117,7 @@ def merge(home: Home, unit: Unit, folder: Path) -> dict[str, Any]:
     def count(event: Event) -> None:
         learning[0] += event.kind == "learn"
 
-    ray_merge.run(recipe, engine="local", workers=1, cache_dir=cache, progress=count)
+    ray_merge.run(recipe, engine="local", workers=1, device=home.device, cache_dir=cache, progress=count)
     phi = folder / "m" / "ray_merge" / "phi.safetensors"
     if not phi.exists():
         return {}
@@ -149,13 +161,15 @@ class Scorer:
             path = str(Path(self._home.suite) / "adapters" / task)
             labels = len(self._head(task)["weight"])
             model = AutoModelForSequenceClassification.from_pretrained(self._home.base, num_labels=labels)
-            found[task] = self._score(PeftModel.from_pretrained(model, path).eval(), task, split)
+            alone = PeftModel.from_pretrained(model, path).eval().to(self._home.device)
+            found[task] = self._score(alone, task, split)
         return found
 
     def _model(self, folder: Path) -> Any:
         from transformers import AutoModelForSequenceClassification
 
-        return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        return model.eval().to(self._home.device)
 
     def _head(self, task: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
@@ -167,6 +181,7 @@ class Scorer:
         head = self._head(task)
         model.classifier = torch.nn.Linear(*reversed(head["weight"].shape))
         model.classifier.load_state_dict(head)
+        model.to(self._home.device)
         model.num_labels = len(head["weight"])
         return model
 
@@ -174,7 +189,8 @@ class Scorer:
         outputs, labels = [], []
         with torch.no_grad():
             for batch, some in self._batches(task, split):
-                outputs.append(model(**batch).logits)
+                placed = {name: values.to(self._home.device) for name, values in batch.items()}
+                outputs.append(model(**placed).logits.cpu())
                 labels.append(some)
         logits_NC, labels_N = torch.cat(outputs).numpy(), np.concatenate(labels)
         if is_regression(self._home, task):

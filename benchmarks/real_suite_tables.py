@@ -8,14 +8,14 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from real_suite_units import methods_of, task_sets
+from real_suite_units import best_settings, methods_of, task_sets
 
 Row = Mapping[str, Any]
 NOTES = """
 Scores are of the first rows of test.parquet; "all" is the plain mean, a regression as Pearson x 100; "normalised" is
 the mean of 100 x score / that of the single adapter. emr is scored as its unified checkpoint, without its masks.
 With a regression in the suite tara_a, tara_b and adamerging include its adapter, whose phi learn from other losses."""
-ROLES = {"default": "defaults", "chosen": "best of 4 on validation", "paper": "preset: paper"}
+ROLES = {"default": "defaults", "chosen": "best of 4 on validation rows", "paper": "preset: paper"}
 
 
 def tables(rows: Sequence[Row], options: argparse.Namespace) -> Iterator[str]:
@@ -26,7 +26,7 @@ def tables(rows: Sequence[Row], options: argparse.Namespace) -> Iterator[str]:
         some = [row for row in rows if row["tasks"] == list(tasks) and "test" in row]
         left = [name for name in whole if name not in tasks]
         yield f"\n{len(tasks)} tasks{' without ' + ', '.join(left) if left else ''}, test scores in percent\n"
-        yield _table(tasks, some, singles, options)
+        yield _table(tasks, some, singles, options, {row["key"]: row for row in rows})
         for row in rows:
             if row["tasks"] == list(tasks) and "error" in row:
                 yield f"{row['method']} ({row['role']}, {row['parameters']}, seed {row['seed']}): {row['error']}"
@@ -34,7 +34,11 @@ def tables(rows: Sequence[Row], options: argparse.Namespace) -> Iterator[str]:
 
 
 def _table(
-    tasks: Sequence[str], rows: Sequence[Row], singles: Mapping[str, float], options: argparse.Namespace
+    tasks: Sequence[str],
+    rows: Sequence[Row],
+    singles: Mapping[str, float],
+    options: argparse.Namespace,
+    done: Mapping[str, Row],
 ) -> str:
     regressions = set(_regressions(options, tasks))
     classes = [task for task in tasks if task not in regressions]
@@ -45,16 +49,18 @@ def _table(
     for role, words in ROLES.items():
         for name in methods_of(options):
             found = [row for row in rows if row["method"] == name and row["role"] == role]
-            if not found:
-                continue
-            setting = words + _setting(found[0], role)
-            cells = _cells([row["test"] for row in found], tasks, classes, singles)
-            lines.append([name, setting, *cells, str(len(found)), _seconds(found)])
+            best = best_settings(options, name, done) if role == "chosen" else {}
+            for parameters in dict.fromkeys(row["parameters"] for row in found):
+                same = [row for row in found if row["parameters"] == parameters]
+                by = [key for key, one in best.items() if one == parameters]
+                setting = words + (f" by {' and '.join(by)}{_setting(parameters)}" if by else "")
+                cells = _cells([row["test"] for row in same], tasks, classes, singles)
+                lines.append([name, setting, *cells, str(len(same)), _seconds(same)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _seconds(rows: Sequence[Row]) -> str:
-    """CPU of merges that took no learned step from the store, where a trial of the same setting had left it."""
+    """CPU seconds of merges that took no learned step from the store, where a trial of the same setting had left it."""
     learned = [row["learned"] for row in rows]
     fresh = [
         row["merge_seconds"]
@@ -64,10 +70,8 @@ def _seconds(rows: Sequence[Row]) -> str:
     return f"{statistics.fmean(fresh):.0f}" if fresh else "-"
 
 
-def _setting(row: Row, role: str) -> str:
-    if role != "chosen":
-        return ""
-    return " (" + ", ".join(f"{key} {value}" for key, value in json.loads(row["parameters"]).items()) + ")"
+def _setting(parameters: str) -> str:
+    return " (" + ", ".join(f"{key} {value}" for key, value in json.loads(parameters).items()) + ")"
 
 
 def _cells(

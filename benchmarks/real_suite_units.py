@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,21 +104,19 @@ def task_sets(options: argparse.Namespace) -> list[tuple[str, ...]]:
 def _units(options: argparse.Namespace, done: Mapping[str, Mapping[str, Any]]) -> Iterator[Unit]:
     names = methods_of(options)
     learned = [name for name in names if name in GRIDS and name in LEARNED]
+    fixed = [name for name in names if name not in learned]
     whole, *others = task_sets(options)
     yield Unit(whole, "single", "default")
     yield from (_default(options, whole, name) for name in names)
-    yield from _trials(options, whole, [name for name in names if name not in learned])
-    yield from _chosen(options, whole, [name for name in names if name not in learned], done)
+    yield from _trials(options, whole, fixed)
+    yield from _chosen(options, whole, fixed, done)
     yield from (_default(options, whole, name, seed) for name in learned for seed in options.seeds[1:])
     yield from _trials(options, whole, learned)
     yield from _chosen(options, whole, learned, done)
     for some in others:
         yield from (_default(options, some, name) for name in names)
-        yield from _trials(options, some, [name for name in names if name not in learned])
-        yield from _chosen(options, some, [name for name in names if name not in learned], done)
+        yield from _chosen(options, some, names, done)
         yield from (_default(options, some, name, seed) for name in learned for seed in options.seeds[1:])
-        yield from _trials(options, some, learned)
-        yield from _chosen(options, some, learned, done)
     random = [name for name in names if name in RANDOM]
     yield from (_default(options, whole, name, seed) for name in random for seed in options.seeds[1:])
     if not options.no_papers:
@@ -141,18 +140,29 @@ def _chosen(
     names: Sequence[str],
     done: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[Unit]:
+    """Settings that were best on all tasks' validation rows, on these tasks; a subset has no search of its own."""
     for name in names:
-        trials = [done.get(unit.key) for unit in _trials(options, tasks, [name])]
-        if any(row is None for row in trials):
-            continue
-        scored = [row for row in trials if row is not None and "val_mean" in row]
-        if not scored:
-            continue
-        best = max(scored, key=lambda row: row["val_mean"])
-        seeds = (
-            options.seeds if name in (*LEARNED, *RANDOM) and name != "task_arithmetic" else options.seeds[:1]
-        )
-        yield from (Unit(tasks, name, "chosen", best["parameters"], seed) for seed in seeds)
+        several = name in (*LEARNED, *RANDOM) and name != "task_arithmetic"
+        for parameters in dict.fromkeys(best_settings(options, name, done).values()):
+            for seed in options.seeds if several else options.seeds[:1]:
+                yield Unit(tasks, name, "chosen", parameters, seed)
+
+
+def best_settings(
+    options: argparse.Namespace, name: str, done: Mapping[str, Mapping[str, Any]]
+) -> dict[str, str]:
+    """Criterion ("all", "classification") -> parameters of the best trial; nothing before all trials are done."""
+    trials = [done.get(unit.key) for unit in _trials(options, task_sets(options)[0], [name])]
+    scored = [row for row in trials if row is not None and "val" in row]
+    if not scored or any(row is None for row in trials):
+        return {}
+    criteria = {
+        "all": lambda row: statistics.fmean(row["val"].values()),
+        "classification": lambda row: statistics.fmean(
+            score for task, score in row["val"].items() if task not in row["regressions"]
+        ),
+    }
+    return {key: max(scored, key=mean)["parameters"] for key, mean in criteria.items()}
 
 
 def grid(options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
