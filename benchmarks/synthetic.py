@@ -19,13 +19,18 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def shapes(hidden: int) -> dict[str, tuple[int, int]]:
-    """(O, I) of the seven linears of one layer, in TinyLlama's proportions."""
-    kv, ff = hidden // 8, hidden * 11 // 4
+    """(O, I) of the seven linears of one layer, in TinyLlama's proportions; at 4096 those of Llama 3 8B."""
+    kv, ff = sizes(hidden)
     return {
         "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (ff, hidden), "mlp.up_proj": (ff, hidden),
         "mlp.down_proj": (hidden, ff),
     }  # fmt: skip
+
+
+def sizes(hidden: int) -> tuple[int, int]:
+    """Width of keys and of the MLP."""
+    return (1024, 14336) if hidden == 4096 else (hidden // 8, hidden * 11 // 4)
 
 
 def make_base(
@@ -65,8 +70,8 @@ def make_base(
     (folder / "model.safetensors.index.json").write_text(json.dumps(document))
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-        "intermediate_size": hidden * 11 // 4, "num_hidden_layers": layers, "num_attention_heads": hidden // 64,
-        "num_key_value_heads": max(1, hidden // 512), "vocab_size": vocab, "rms_norm_eps": 1e-5,
+        "intermediate_size": sizes(hidden)[1], "num_hidden_layers": layers, "num_attention_heads": hidden // 64,
+        "num_key_value_heads": max(1, sizes(hidden)[0] // 64), "vocab_size": vocab, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 2048, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
