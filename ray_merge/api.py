@@ -21,6 +21,7 @@ from ray_merge.moments import Engines
 from ray_merge.plan import DEFAULT_MEMORY_BYTES, Plan, make_plan, read_inputs
 from ray_merge.prepared import preparation, prepared_facts
 from ray_merge.recipe import expand, require_merges, select
+from ray_merge.recipe.arguments import check_count
 from ray_merge.recipe.read import read_recipe
 from ray_merge.storage.cache import cache_folder
 from ray_merge.work.pickles import unpickler
@@ -106,6 +107,7 @@ def run(
         Refusal: nothing was written.
         RunFailed: the run stopped later; run again to finish it.
     """
+    check_count("workers", workers)
     planned = _plan(recipe, output, only, memory, cache_dir)
     settings = Settings(cache=cache_folder(cache_dir), device=device, date=date)
     engines = Engines(

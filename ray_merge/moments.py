@@ -26,6 +26,7 @@ from ray_merge.plan.moments import (
 )
 from ray_merge.pool_steps import StepPool
 from ray_merge.recipe import Calibration, Recipe
+from ray_merge.recipe.arguments import check_count
 from ray_merge.recipe.read import read_recipe
 from ray_merge.spec import Adapter, Site
 from ray_merge.storage.cache import cache_folder
@@ -104,6 +105,7 @@ def calibrate(
         Refusal: nothing was written.
         RunFailed: it stopped later; run again to finish it.
     """
+    check_count("workers", workers)
     parsed, _ = read_recipe(recipe, output)
     engines = Engines(
         engine=engine,

@@ -20,6 +20,7 @@ from ray_merge.plan.memory import RUNTIME_BYTES
 from ray_merge.plan.moments import tasks_with_data
 from ray_merge.plan.osrm import OsrmTask, other_tasks, plan_osrm, required_init
 from ray_merge.recipe import Calibration, Recipe
+from ray_merge.recipe.arguments import check_count
 from ray_merge.recipe.model import Init
 from ray_merge.recipe.read import read_recipe
 from ray_merge.storage.cache import cache_folder
@@ -64,6 +65,7 @@ def init_adapters(
         RunFailed: it stopped later; run again to finish it.
     """
     started = time.monotonic()
+    check_count("workers", workers)
     parsed, _ = read_recipe(recipe)
     init = required_init(parsed)
     if output is not None:

@@ -108,4 +108,5 @@ class Progress:
 def _sentence(event: Event) -> str:
     if event.kind == "learn":
         return f"step {event.units[0]}/{event.units[1]} of {event.text}"
-    return {"start": "starting: ", "merge": "published ", "unit": "done: "}.get(event.kind, "") + event.text
+    words = {"start": "starting: ", "merge": "published ", "unit": "done: ", "warning": "warning: "}
+    return words.get(event.kind, "") + event.text

@@ -2,7 +2,7 @@
 
 The probe reads the merged weight back from the published bytes and multiplies it with a random vector; the
 expected y comes from the base weight and the factors, by another route (two thin products). It needs the base
-and the adapters of the recipe to be where they were.
+and the adapters of the recipe to be where they were; data may be gone.
 """
 
 from __future__ import annotations
@@ -162,7 +162,9 @@ def _probe(store: Store, manifest: Mapping[str, Any], cache: Path) -> Iterator[f
     merge = expand(recipe, source)[0]
     stores = Stores()
     plan = make_plan(recipe, [merge], *read_inputs(recipe, [merge], unpickler(cache / "adapters")))
-    inputs = merge_inputs(plan, merge, read_inputs_identity(plan, DigestCache(cache / "digests"), stores))
+    recorded = manifest["inputs"].get("data", {})
+    found_now = read_inputs_identity(plan, DigestCache(cache / "digests"), stores, recorded)
+    inputs = merge_inputs(plan, merge, found_now)
     if merge_id(inputs) != manifest["id"]:
         raise Refusal(
             f"{store.url}: an input has changed since the merge ({difference(manifest['inputs'], inputs)})"

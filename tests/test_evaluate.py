@@ -309,7 +309,7 @@ def test_labels_may_be_spelled_and_a_merge_may_not_be_called_base(folder):
     recipe["adapters"] = {"a": recipe["adapters"]["a"]}
     assert score(folder, recipe).document["base"]["a"]["n"] == 2
     recipe = recipe_of(folder, merges=[{"name": "base", "merge_method": "linear"}])
-    with pytest.raises(RecipeError, match="merge 'base': evaluate uses the names base, single"):
+    with pytest.raises(RecipeError, match="a merge cannot be named 'base': "):
         score(folder, recipe)
 
 

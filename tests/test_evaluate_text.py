@@ -134,7 +134,7 @@ def test_text_scores_are_those_of_generate_and_of_the_loss(folder):
         (
             [{"text": words([5] * 20), "label": "w06"}],
             "exact_match",
-            "has 16 tokens or more and is cut there",
+            "1 of the 1 texts of .* have more than 16 tokens and are cut there",
         ),
         ([{"text": "w05"}], "perplexity", "none of the 1 rows .* has two tokens"),
         (
@@ -152,3 +152,44 @@ def test_texts_that_cannot_be_scored_are_refused(folder, tmp_path, rows, metric,
     recipe["adapters"]["says"]["eval"] = {"path": str(path), "metric": metric}
     with pytest.raises(RecipeError, match=rf"adapters\.says\.eval.*{message}"):
         evaluate(folder, recipe)
+
+
+def test_a_causal_adapter_whose_task_is_classification_is_scored_by_the_text_of_its_labels(folder):
+    plain = evaluate(folder, recipe_of(folder))
+    recipe = recipe_of(folder)
+    for source in recipe["adapters"].values():
+        source["task"] = "classification"
+    # The task is part of no id where nothing was learned.
+    assert evaluate(folder, recipe) == plain
+    recipe["adapters"]["says"]["eval"]["metric"] = "accuracy"
+    with pytest.raises(
+        RecipeError, match=r"score\.weight of Llama.*write metric: exact_match with the label's"
+    ):
+        evaluate(folder, recipe)
+
+
+def test_texts_that_are_cut_are_counted_and_told(folder):
+    recipe = recipe_of(folder)
+    del recipe["adapters"]["says"]["eval"]
+    recipe["calibration"]["max_length"] = 3
+    events: list[Any] = []
+    found = ray_merge.evaluate(recipe, engine="local", cache_dir=folder / "cache", progress=events.append)
+    longer = sum(len(prompt) > 3 for prompt in PROMPTS)
+    assert 0 < longer < ROWS
+    assert found.document["cut_rows"] == {"reads": longer}
+    assert any(note.startswith("cut_rows: ") for note in found.document["notes"])
+    (told,) = [event.text for event in events if event.kind == "warning"]
+    assert told.startswith(f"{longer} of {ROWS} rows of reads have more than 3 tokens and are cut there")
+    assert not any(event.kind == "unit" for event in events[: [one.kind for one in events].index("warning")])
+
+
+def test_a_text_of_as_many_tokens_as_may_be_is_not_cut(folder, tmp_path):
+    path = tmp_path / "exact.jsonl"
+    path.write_text(json.dumps({"text": words([5] * 16), "label": "w06"}) + "\n")
+    recipe = recipe_of(folder)
+    del recipe["adapters"]["reads"]["eval"]
+    recipe["adapters"]["says"]["eval"]["path"] = str(path)
+    document = evaluate(folder, recipe)
+    assert "cut_rows" not in document
+    assert document["base"]["says"]["n"] == 1
+    assert any(note.startswith("exact_match is the share") for note in document["notes"])

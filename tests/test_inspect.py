@@ -16,7 +16,7 @@ import ray_merge
 from ray_merge.cli import main
 from ray_merge.inspect import Inspection
 from ray_merge.inspect.adapters import unique_names
-from ray_merge.recipe.model import check_name
+from ray_merge.recipe.names import check_name
 from tiny import HIDDEN, Q0, V1, llama_tensors, write_adapter, write_base
 
 EMBEDDING = "model.embed_tokens"

@@ -59,6 +59,7 @@ class Calibrated:
         batches: in order of length.
         rows: how many inputs.
         tokens: that are not masked; 0 for images alone.
+        cut: how many inputs had more tokens than `calibration.max_length`.
         sha256: of the batches' content, 64 hex digits.
         row_numbers: of each input in the order of the batches: its row over all files, from 0.
     """
@@ -66,6 +67,7 @@ class Calibrated:
     batches: tuple[Batch, ...]
     rows: int
     tokens: int
+    cut: int
     sha256: str
     row_numbers: tuple[int, ...]
 
@@ -126,6 +128,7 @@ def load_batches(
         batches=batches,
         rows=len(examples),
         tokens=sum(int(example.mask.sum()) for example in examples if example.mask is not None),
+        cut=sum(example.cut for example in examples),
         sha256=content_sha256(batches),
         row_numbers=tuple(chosen[index] for index in order),
     )

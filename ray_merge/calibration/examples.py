@@ -18,6 +18,8 @@ from ray_merge.errors import RecipeError, shown
 if TYPE_CHECKING:
     import numpy as np
 
+    from ray_merge.calibration.tokens import Tokens
+
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 PIXELS = "pixel_values"
 ANY = 2**63
@@ -33,12 +35,14 @@ class Example:
         mask: (L,) int64 of 0 and 1, its first and last are 1.
         types: (L,) int64, None where the data or the tokenizer have none.
         pixels: (C, H, W) float32.
+        cut: it had more tokens than it may have.
     """
 
     ids: np.ndarray[Any, Any] | None = None
     mask: np.ndarray[Any, Any] | None = None
     types: np.ndarray[Any, Any] | None = None
     pixels: np.ndarray[Any, Any] | None = None
+    cut: bool = False
 
     @property
     def length(self) -> int:
@@ -93,7 +97,7 @@ def read_text(row: Row, columns: Sequence[str]) -> tuple[str, ...]:
     return tuple(row.values[name] for name in columns)
 
 
-def from_tokens(place: str, tokens: Mapping[str, Sequence[int]], limits: Limits, max_length: int) -> Example:
+def from_tokens(place: str, tokens: Tokens, limits: Limits, max_length: int) -> Example:
     """What the tokenizer made of a text.
 
     Raises:
@@ -102,10 +106,10 @@ def from_tokens(place: str, tokens: Mapping[str, Sequence[int]], limits: Limits,
     import numpy as np
 
     _check_takes_tokens(limits, place)
-    ids = np.asarray(tokens["input_ids"], dtype=np.int64)
+    ids = np.asarray(tokens.columns["input_ids"], dtype=np.int64)
     if not len(ids):
         raise RecipeError(f"{place}: the text is empty and gives no token; remove the row")
-    kinds = tokens.get("token_type_ids")
+    kinds = tokens.columns.get("token_type_ids")
     types = None if kinds is None else np.asarray(kinds, dtype=np.int64)
     _check_range(
         "token id", ids, limits.vocabulary, place, f"{limits.url}; is its tokenizer another model's?"
@@ -113,7 +117,7 @@ def from_tokens(place: str, tokens: Mapping[str, Sequence[int]], limits: Limits,
     if types is not None and limits.token_types is not None:
         _check_range("token type", types, limits.token_types, place, limits.url)
     check_length(len(ids), limits, max_length, place)
-    return Example(ids=ids, mask=np.ones_like(ids), types=types)
+    return Example(ids=ids, mask=np.ones_like(ids), types=types, cut=tokens.cut)
 
 
 def _check_takes_tokens(limits: Limits, place: str) -> None:
@@ -156,10 +160,15 @@ def from_row(row: Row, limits: Limits, max_length: int) -> Example:
     _check_range("token id", ids, limits.vocabulary, row.place, made_by)
     if "token_type_ids" in columns:
         _check_range("token type", columns["token_type_ids"], limits.token_types, row.place, limits.url)
-    kept = {name: values[:max_length] for name, values in _trimmed(columns, row.place).items()}
+    trimmed = _trimmed(columns, row.place)
+    kept = {name: values[:max_length] for name, values in trimmed.items()}
     check_length(len(kept["input_ids"]), limits, max_length, row.place)
     return Example(
-        ids=kept["input_ids"], mask=kept["attention_mask"], types=kept.get("token_type_ids"), pixels=pixels
+        ids=kept["input_ids"],
+        mask=kept["attention_mask"],
+        types=kept.get("token_type_ids"),
+        pixels=pixels,
+        cut=len(trimmed["input_ids"]) > max_length,
     )
 
 

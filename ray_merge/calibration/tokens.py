@@ -37,6 +37,19 @@ class Tokenizer:
     pad_id: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a tokenizer makes of one text or pair.
+
+    Args:
+        columns: `input_ids`, and `token_type_ids` where the tokenizer makes them.
+        cut: it had more than that.
+    """
+
+    columns: Mapping[str, list[int]]
+    cut: bool
+
+
 def load_tokenizer(base: Checkpoint, where: str, cache_dir: Path, stores: Stores) -> Tokenizer:
     """The tokenizer in the base's folder.
 
@@ -97,8 +110,8 @@ def _copies(base: Checkpoint, store: Store, cache_dir: Path) -> Mapping[str, Pat
 
 def tokenise(
     tokenizer: Tokenizer, texts: Sequence[tuple[str, ...]], max_length: int, where: str
-) -> list[Mapping[str, list[int]]]:
-    """`input_ids`, and `token_type_ids` where the tokenizer makes them, of each text or pair; special tokens included.
+) -> list[Tokens]:
+    """The tokens of each text or pair, special tokens included.
 
     Args:
         tokenizer: of the base.
@@ -109,13 +122,17 @@ def tokenise(
     Raises:
         RecipeError: the tokenizer refuses them.
     """
-    columns = [list(column) for column in zip(*texts, strict=True)]
+    # padding=False undoes what a tokenizer.json may ask for: sentence-transformers' pads all to 128.
+    options = {"padding": False, "return_attention_mask": False}
     try:
         with quiet_and_offline():
-            # padding=False undoes what a tokenizer.json may ask for: sentence-transformers' pads all to 128.
-            made = tokenizer.call(
-                *columns, truncation=True, max_length=max_length, padding=False, return_attention_mask=False
-            )
+            made = tokenizer.call(*_columns(texts), truncation=True, max_length=max_length, **options)
+            full = [row for row, ids in enumerate(made["input_ids"]) if len(ids) >= max_length]
+            cut = [False] * len(texts)
+            if full:
+                whole = tokenizer.call(*_columns([texts[row] for row in full]), truncation=False, **options)
+                for row, ids in zip(full, whole["input_ids"], strict=True):
+                    cut[row] = len(ids) > max_length
     except RayMergeError:
         raise
     except Exception as error:  # the same
@@ -124,7 +141,11 @@ def tokenise(
             f"{max_length}; give it more room, or data with a column input_ids"
         ) from error
     keys = [key for key in ("input_ids", "token_type_ids") if key in made]
-    return [{key: made[key][row] for key in keys} for row in range(len(texts))]
+    return [Tokens({key: made[key][row] for key in keys}, cut[row]) for row in range(len(texts))]
+
+
+def _columns(texts: Sequence[tuple[str, ...]]) -> list[list[str]]:
+    return [list(column) for column in zip(*texts, strict=True)]
 
 
 def _reason(error: Exception) -> str:

@@ -11,7 +11,8 @@ class Event:
 
     Args:
         kind: "start" (totals are known), "check" (the data were looked at), "select" (thresholds are looked for),
-            "learn" (one more step of phi; units are steps), "unit" (one more done), "merge" (one more published).
+            "learn" (one more step of phi; units are steps), "unit" (one more done), "merge" (one more published),
+            "command" (of the user's), "warning".
         text: what happened, for a person.
         units: done and all.
         n_bytes: written and all.

@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ray_merge.calibration import data_identity
-from ray_merge.errors import AdapterError, CheckpointError, StoreDenied
+from ray_merge.errors import AdapterError, CheckpointError, Refusal, StoreDenied
 from ray_merge.identity import ALGORITHM_VERSION, LEARN_VERSION, MOMENTS_VERSION, digest
 from ray_merge.methods.registry import get
 from ray_merge.plan import Plan
 from ray_merge.plan.statistics import needs_data
-from ray_merge.recipe import Calibration, DataSource
+from ray_merge.recipe import Calibration, DataSource, Recipe
 from ray_merge.spec import Adapter, Merge
 from ray_merge.storage.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from ray_merge.storage.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
@@ -40,44 +40,67 @@ class Inputs:
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def read_inputs_identity(plan: Plan, digests: DigestCache, stores: Stores) -> Inputs:
-    """Versions of everything that the plan's merges are made of; hashes local files."""
+def read_inputs_identity(
+    plan: Plan, digests: DigestCache, stores: Stores, recorded: Mapping[str, Mapping[str, Any]] | None = None
+) -> Inputs:
+    """Versions of everything that the plan's merges are made of; hashes local files.
+
+    Args:
+        plan: whose merges.
+        digests: of local files, remembered.
+        stores: opens them.
+        recorded: what the data of tasks were, from manifests. Who looks at finished merges needs no data, so theirs
+            may be gone; data that are there still count as they are.
+    """
     base = base_versions(plan.base, digests, stores)
     found = in_order(lambda one: _adapter_versions(plan, one, digests, stores), plan.adapters.values())
     adapters = dict(zip(plan.adapters, found, strict=True))
     _check_training_base(plan, base, digests)
-    return Inputs(base, adapters, dict(_data(plan, stores, digests)))
+    return Inputs(base, adapters, _data(plan, stores, digests, recorded or {}))
 
 
-def _data(plan: Plan, stores: Stores, digests: DigestCache) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _data(
+    plan: Plan, stores: Stores, digests: DigestCache, recorded: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
     """What the moments of each task come from, where a merge needs them."""
     merging = [merge for merge in plan.merges if needs_data(plan.recipe, merge)]
+    labelled = any(merge.parameters.get("labels") == "empirical" for merge in merging)
+    found: dict[str, Mapping[str, Any]] = {}
     for name in dict.fromkeys(name for merge in merging for name in merge.adapters):
-        source = plan.recipe.adapters[name]
-        assert source.data is not None, "plan refuses a merge by moments whose tasks have no data"
-        found: dict[str, Any] = {
-            "data": dict(data_identity(source.data, stores, digests, where=f"adapters.{name}.data"))
+        try:
+            found[name] = _task_data(plan.recipe, name, stores, digests, labelled=labelled)
+        except Refusal:
+            if name not in recorded:
+                raise
+            found[name] = recorded[name]
+    return found
+
+
+def _task_data(
+    recipe: Recipe, name: str, stores: Stores, digests: DigestCache, *, labelled: bool
+) -> dict[str, Any]:
+    source = recipe.adapters[name]
+    assert source.data is not None, "plan refuses a merge by moments whose tasks have no data"
+    found: dict[str, Any] = {
+        "data": dict(data_identity(source.data, stores, digests, where=f"adapters.{name}.data"))
+    }
+    if labelled and source.eval is not None:
+        inputs = DataSource(path=source.eval.path)
+        found["labels"] = {
+            "file": dict(data_identity(inputs, stores, digests, where=f"adapters.{name}.eval")),
+            "column": source.eval.label,
         }
-        if (
-            any(merge.parameters.get("labels") == "empirical" for merge in merging)
-            and source.eval is not None
-        ):
-            labelled = DataSource(path=source.eval.path)
-            found["labels"] = {
-                "file": dict(data_identity(labelled, stores, digests, where=f"adapters.{name}.eval")),
-                "column": source.eval.label,
-            }  # fmt: skip
-        if source.head is not None:
-            folder, _, file = source.head.path.rpartition("/")
-            store = stores.open(folder or ".")
-            if not file or store.info(file) is None:
-                raise AdapterError(
-                    f"adapters.{name}.head: there is no {source.head.path}; give a safetensors file with one (classes, "
-                    "width) matrix"
-                )
-            version = file_versions(store, [file], digests)[file]
-            found["head"] = {"file": version, "logit_scale": source.head.logit_scale}
-        yield name, found
+    if source.head is not None:
+        folder, _, file = source.head.path.rpartition("/")
+        store = stores.open(folder or ".")
+        if not file or store.info(file) is None:
+            raise AdapterError(
+                f"adapters.{name}.head: there is no {source.head.path}; give a safetensors file with one (classes, "
+                "width) matrix"
+            )
+        version = file_versions(store, [file], digests)[file]
+        found["head"] = {"file": version, "logit_scale": source.head.logit_scale}
+    return found
 
 
 NO_BYTES = ("commit_every",)

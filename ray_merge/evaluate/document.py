@@ -2,7 +2,8 @@
 
     {<model>: {<task>: {metric, value, n, normalised}},                 base, single/<task>, <merge>
      "means": {<model>: mean of normalised over its own tasks},
-     "held_out": [<task>], "hits": {...}, "pareto": {...}, "command": {...}, "missing": [<merge>], "notes": [...]}
+     "held_out": [<task>], "hits": {...}, "pareto": {...}, "command": {...}, "missing": [<merge>],
+     "cut_rows": {<task>: rows}, "notes": [...]}
 
 Pure: numbers in, plain data out.
 """
@@ -14,12 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_merge.evaluate.models import BASE, SINGLE
+from ray_merge.recipe.names import BASE, SINGLE
 from ray_merge.spec import Merge
 from ray_merge.work.evaluate_job import HITS_AT, Score, ScoredTask, ScoreUnit
-
-KEYS = ("means", "held_out", "hits", "pareto", "command", "missing", "notes")
-"""What stands beside models, so that no merge may be called so."""
 
 LOWER_IS_BETTER = ("perplexity",)
 
@@ -33,6 +31,11 @@ HITS = (
     "together, by the softmax of each task's own head (of text heads by their cosines); mean over tasks"
 )
 PERPLEXITY = "perplexity is of all tokens of a row but its first, over all rows together"
+EXACT_MATCH = (
+    "exact_match is the share of rows whose answer begins with the label, blanks at the ends aside, where no letter or "
+    "digit follows a last letter or digit of it: '12' is right in '12.', wrong in '123'"
+)
+CUT = "cut_rows: rows that have more than calibration.max_length tokens (by the base's tokenizer) and were cut there"
 ARITHMETIC = "scores are computed in float32"
 
 
@@ -48,6 +51,7 @@ class Scored:
         units: what was asked, by model and task.
         held_out: tasks that merges were scored on without holding them.
         missing: merges that are not complete.
+        cut: how many rows of a task were cut, for those that have any.
     """
 
     models: Sequence[str]
@@ -57,6 +61,7 @@ class Scored:
     units: Mapping[tuple[str, str], ScoreUnit]
     held_out: Sequence[str]
     missing: Sequence[str]
+    cut: Mapping[str, int]
 
 
 def make_document(scored: Scored, commands: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,6 +86,8 @@ def make_document(scored: Scored, commands: Mapping[str, Any]) -> dict[str, Any]
         document["command"] = dict(commands)
     if scored.missing:
         document["missing"] = list(scored.missing)
+    if scored.cut:
+        document["cut_rows"] = dict(scored.cut)
     return {**document, "notes": _notes(scored, with_hits=bool(hits))}
 
 
@@ -198,6 +205,8 @@ def _notes(scored: Scored, *, with_hits: bool) -> list[str]:
     notes = [NORMALISED, ARITHMETIC]
     notes += [F1] if "f1" in metrics else []
     notes += [PERPLEXITY] if "perplexity" in metrics else []
+    notes += [EXACT_MATCH] if "exact_match" in metrics else []
+    notes += [CUT] if scored.cut else []
     notes += [HITS] if with_hits else []
     emr = [name for name, merge in scored.merges.items() if merge.method == "emr"]
     if emr:

@@ -10,22 +10,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ray_merge.drive.identify import merge_id, merge_inputs, read_inputs_identity
 from ray_merge.drive.outputs import Target, look, output_root, today
 from ray_merge.errors import RecipeError
 from ray_merge.fit import fit_adapters
 from ray_merge.plan import Plan
+from ray_merge.plan.statistics import needs_data
 from ray_merge.recipe import AdapterSource
+from ray_merge.recipe.names import BASE, SINGLE
 from ray_merge.spec import Adapter, Merge
 from ray_merge.storage.adapter import read_adapter
 from ray_merge.storage.checkpoint import Checkpoint, read_checkpoint
+from ray_merge.storage.commit import read_manifest
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.store import Stores, join
 from ray_merge.work.evaluate_job import ScoredModel
-
-BASE = "base"
-SINGLE = "single"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +56,9 @@ def find_merges(plan: Plan, cache: Path, date: str | None, stores: Stores) -> Fo
     Raises:
         OutputConflict: a folder holds something else.
     """
-    inputs = read_inputs_identity(plan, DigestCache(cache / "digests"), stores)
     day, output = date or today(), plan.recipe.output
+    recorded = _recorded_data(plan, output, day, stores)
+    inputs = read_inputs_identity(plan, DigestCache(cache / "digests"), stores, recorded)
     targets = []
     for merge in plan.merges:
         document = merge_inputs(plan, merge, inputs)
@@ -67,6 +69,20 @@ def find_merges(plan: Plan, cache: Path, date: str | None, stores: Stores) -> Fo
         missing=tuple(merge.name for merge, target in pairs if not target.complete),
         root=_root(output, day, stores),
     )
+
+
+def _recorded_data(plan: Plan, output: str, day: str, stores: Stores) -> dict[str, dict[str, Any]]:
+    """Task -> what its data were, as the manifests say of those complete merges that needed any."""
+    found: dict[str, dict[str, Any]] = {}
+    if "{id}" in output:
+        return found  # the id says where a merge is, and the data are part of it
+    root = output_root(output, "", day)
+    for merge in plan.merges:
+        if needs_data(plan.recipe, merge):
+            manifest = read_manifest(stores.open(join(root, *merge.name.split("/")))) or {}
+            for name, data in manifest.get("inputs", {}).get("data", {}).items():
+                found[name] = {**data, **found.get(name, {})}
+    return found
 
 
 def _root(output: str, day: str, stores: Stores) -> str:

@@ -12,16 +12,17 @@ from ray_merge.drive.events import Event
 from ray_merge.engines import Engine, evaluate_pools
 from ray_merge.errors import RecipeError
 from ray_merge.evaluate.command import Called, check_command, run_commands
-from ray_merge.evaluate.document import KEYS, Scored, make_document, shown_models
-from ray_merge.evaluate.models import BASE, SINGLE, Found, changed_bytes, find_merges, models_of
+from ray_merge.evaluate.document import Scored, make_document, shown_models
+from ray_merge.evaluate.models import Found, changed_bytes, find_merges, models_of
 from ray_merge.evaluate.tasks import check_hits, chosen_tasks, joint_pool, plan_tasks
 from ray_merge.evaluate.written import PATH, replace_object
 from ray_merge.plan import Plan, make_plan, read_named
 from ray_merge.plan.stages import PASSING_COPIES, STAGE_RUNTIME_BYTES
 from ray_merge.pool import Pool, Task
 from ray_merge.recipe import Calibration, expand, select
+from ray_merge.recipe.arguments import check_count, check_list
+from ray_merge.recipe.names import BASE, SINGLE
 from ray_merge.recipe.read import read_recipe
-from ray_merge.spec import Merge
 from ray_merge.storage.cache import cache_folder
 from ray_merge.storage.checkpoint import Checkpoint
 from ray_merge.storage.commit import pretty_json
@@ -107,6 +108,9 @@ def evaluate(
         RunFailed: a model has no score, or a worker failed.
     """
     started = time.monotonic()
+    check_count("workers", workers)
+    check_count("limit", limit)
+    check_list("held_out", held_out)
     stores, cache = Stores(), cache_folder(cache_dir)
     plan, base, asked_for = _plan(recipe, output, only, held_out, cache, with_command=command is not None)
     tasks = plan_tasks(plan, asked_for, limit)
@@ -118,10 +122,13 @@ def evaluate(
     units = _units(models, tasks, found, held_out, hits=hits)
     asked = _Asked(plan, found, tasks, models, units, tuple(held_out), called)
     job = _job(asked, cache, device)
-    job = replace(job, versions=_versions(job, stores))
+    looked = _look(job, stores)
+    if warning := _cut_warning(looked, job.calibration):
+        progress(Event(kind="warning", text=warning))
+    job = replace(job, versions={name: one.sha256 for name, one in looked.items()})
     scores = _score(job, units, evaluate_pools(engine, address, workers), progress)
     commands = {} if command is None else run_commands(command, called, progress)
-    document = make_document(_scored(asked, scores), commands)
+    document = make_document(_scored(asked, scores, looked), commands)
     return Evaluation(
         url=replace_object(stores.open(found.root), PATH, pretty_json(document)),
         document=document,
@@ -143,7 +150,6 @@ def _plan(
     """The plan with the adapters of all tasks, the base as it lies there, and the tasks."""
     parsed, source = read_recipe(recipe, output)
     merges = select(expand(parsed, source), only)
-    _check_names(merges)
     tasks = chosen_tasks(parsed, merges, held_out)
     if not tasks and not with_command:
         raise RecipeError(
@@ -156,17 +162,6 @@ def _plan(
         unpickler(cache / "adapters"),
     )
     return make_plan(parsed, merges, base, stored), base, tasks
-
-
-def _check_names(merges: Sequence[Merge]) -> None:
-    """Merges stand beside these words in evaluation.json."""
-    taken = (BASE, SINGLE, *KEYS)
-    merge = next((one for one in merges if one.name.partition("/")[0] in taken), None)
-    if merge is not None:
-        raise RecipeError(
-            f"merge {merge.name!r}: evaluate uses the names {', '.join(taken)} for other things; rename the merge, or "
-            "leave it out with --only"
-        )
 
 
 def _units(
@@ -222,15 +217,34 @@ def _width(base: Checkpoint) -> int:
     return max((max(shape) for shape in shapes if text.get("vocab_size") not in shape), default=0)
 
 
-def _versions(job: EvaluateJob, stores: Stores) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A task's rows as the base's tokenizer makes them: a digest, how many, and how many were cut."""
+
+    sha256: str
+    n_rows: int
+    cut: int
+
+
+def _look(job: EvaluateJob, stores: Stores) -> dict[str, _Rows]:
     """Look at every row of every task, so that a wrong one is refused before a model is loaded."""
     from ray_merge.work.evaluate_rows import read_rows
 
-    cache = Path(job.cache)
-    return {
-        name: read_rows(task, job.base, job.calibration, cache, stores).sha256
-        for name, task in job.tasks.items()
-    }
+    found = {}
+    for name, task in job.tasks.items():
+        rows = read_rows(task, job.base, job.calibration, Path(job.cache), stores)
+        found[name] = _Rows(rows.sha256, rows.n_rows, rows.cut)
+    return found
+
+
+def _cut_warning(looked: Mapping[str, _Rows], calibration: Calibration) -> str:
+    cut = [f"{one.cut} of {one.n_rows} rows of {name}" for name, one in looked.items() if one.cut]
+    if not cut:
+        return ""
+    return (
+        f"{', '.join(cut)} have more than {calibration.max_length} tokens and are cut there; raise "
+        "calibration.max_length to score them whole"
+    )
 
 
 def _score(
@@ -252,7 +266,7 @@ def _score(
     return scores
 
 
-def _scored(asked: _Asked, scores: Mapping[tuple[str, str], Score]) -> Scored:
+def _scored(asked: _Asked, scores: Mapping[tuple[str, str], Score], looked: Mapping[str, _Rows]) -> Scored:
     complete = {merge.name: merge for merge, _ in asked.found.complete}
     return Scored(
         models=shown_models(list(asked.tasks), list(complete)),
@@ -262,6 +276,7 @@ def _scored(asked: _Asked, scores: Mapping[tuple[str, str], Score]) -> Scored:
         units={(unit.model, unit.task): unit for unit in asked.units},
         held_out=asked.held_out,
         missing=asked.found.missing,
+        cut={name: one.cut for name, one in looked.items() if one.cut},
     )
 
 

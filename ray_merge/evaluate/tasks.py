@@ -19,7 +19,7 @@ from ray_merge.plan.task_heads import (
 )
 from ray_merge.recipe import DataSource, Recipe
 from ray_merge.recipe.source import nearest
-from ray_merge.spec import Merge
+from ray_merge.spec import Adapter, Merge
 from ray_merge.work.evaluate_job import Answer, ScoredTask
 
 METRICS: Mapping[Answer, tuple[str, ...]] = {
@@ -30,6 +30,8 @@ METRICS: Mapping[Answer, tuple[str, ...]] = {
 """What can be measured of each kind of answer."""
 
 CLASSES: Answer = "classification"
+
+CAUSAL_TYPE = "CAUSAL_LM"
 
 ANSWERS: Mapping[Answer, str] = {
     "classification": "one class for each row",
@@ -89,7 +91,7 @@ def _plan_task(plan: Plan, name: str, limit: int | None, classes: Classes) -> Sc
     assert source.eval is not None, "chosen_tasks takes tasks with eval"
     inputs = DataSource(path=source.eval.path, text=source.data.text if source.data else None, limit=limit)
     task, metric = TaskData(name, inputs, adapter), source.eval.metric
-    skeleton, text = classes.of(plan.recipe, task), None
+    skeleton, text = classes.of(plan.recipe, task, _kind(adapter, metric)), None
     if source.head is not None:
         skeleton, text = _text_head(plan, task, metric, skeleton)
     answer, n_outputs = _answer(plan, task, skeleton) if text is None else (CLASSES, text.n_outputs)
@@ -110,6 +112,16 @@ def _plan_task(plan: Plan, name: str, limit: int | None, classes: Classes) -> Sc
         adapter=adapter,
         text=text,
     )
+
+
+def _kind(adapter: Adapter, metric: str) -> str | None:
+    """PEFT's task type, where the metric asks for more than the recipe's `task` says.
+
+    `task: classification` of a causal model says for TARA which of its tokens is looked at, not that it has other
+    heads: its labels are texts, which the model is to say.
+    """
+    own = adapter.config.get("task_type")
+    return CAUSAL_TYPE if own == CAUSAL_TYPE and metric in METRICS["causal"] else None
 
 
 def _text_head(plan: Plan, task: TaskData, metric: str, skeleton: Skeleton) -> tuple[Skeleton, TaskHead]:
@@ -136,11 +148,10 @@ def _answer(plan: Plan, task: TaskData, skeleton: Skeleton) -> tuple[Answer, int
             "each row, so it is not scored here; write task: classification, regression or generation if it is one of "
             "these, or take its eval out and use --command"
         )
-    check_complete(
-        task,
-        skeleton,
-        "so nothing answers for its eval; save the adapter with its head (modules_to_save), or take the eval out",
-    )
+    advice = "save the adapter with its head (modules_to_save), or take the eval out"
+    if head == "classification" and plan.adapters[name].config.get("task_type") == CAUSAL_TYPE:
+        advice = "write metric: exact_match with the label's text in the label column"
+    check_complete(task, skeleton, f"so nothing answers for its eval; {advice}")
     if head == "causal":
         return "causal", 0
     n_outputs = head_rows(plan.adapters[name], skeleton)

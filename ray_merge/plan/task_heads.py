@@ -1,7 +1,8 @@
 """What a task predicts: its model class, its head, and why an entropy of its predictions is or is not to be had.
 
 Owns: which transformers class an adapter was trained in, and the kinds of heads. Fisher diagonals (plan/fisher.py) and
-entropies of predictions (TARA, AdaMerging) ask here. Reads headers and configs only.
+entropies of predictions (TARA, AdaMerging) ask here. Reads headers and configs only, and
+the numbers of a text head (plan/text_head.py).
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ray_merge.errors import AdapterError, CheckpointError, RayMergeError, RecipeError
+from ray_merge.errors import CheckpointError, RayMergeError, RecipeError
 from ray_merge.plan.embeddings import embedding_classes, embedding_width, misses
 from ray_merge.plan.moments import TaskData
+from ray_merge.plan.text_head import HeadFile, head_file
 from ray_merge.recipe import Recipe
-from ray_merge.spec import FLOAT_DTYPES, Adapter, Merge, TensorEntry
+from ray_merge.spec import Adapter, Merge
 from ray_merge.storage.checkpoint import Checkpoint
-from ray_merge.storage.headers import read_header
-from ray_merge.storage.store import ObjectInfo, Stores
 
 if TYPE_CHECKING:
     from ray_merge.models.skeleton import Skeleton
@@ -36,23 +36,6 @@ TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "generation"
 """The recipe's plain words as PEFT's."""
 
 USE_NSC = "use merge_method: nsc, which looks at activations and needs no labels and no head"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadFile:
-    """A text head: one matrix in a safetensors file.
-
-    Args:
-        url: the folder that holds it.
-        info: the file.
-        entry: the matrix, (C, D).
-        logit_scale: what cosines are multiplied by; it decides how far entropies can fall.
-    """
-
-    url: str
-    info: ObjectInfo
-    entry: TensorEntry
-    logit_scale: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,7 +281,7 @@ def _text_head(place: str, recipe: Recipe, classes: Classes, task: TaskData) -> 
     """A matrix of texts, and the class whose embeddings are as wide as its rows."""
     source = recipe.adapters[task.name].head
     assert source is not None, "the caller looked"
-    file = _head_file(place, source.path, source.logit_scale)
+    file = head_file(place, source.path, source.logit_scale)
     n_texts, width = file.entry.shape
     trained_in = classes.of(recipe, task)
     found = classes.embedding(trained_in, adapter_of(task))
@@ -315,23 +298,3 @@ def _text_head(place: str, recipe: Recipe, classes: Classes, task: TaskData) -> 
             "base model"
         )
     return TaskHead(kind="text", n_outputs=n_texts, model_class=model_class, file=file)
-
-
-def _head_file(place: str, path: str, logit_scale: float) -> HeadFile:
-    """The matrix of a text head, from its file's header."""
-    folder, _, name = path.rpartition("/")
-    store = Stores().open(folder or ".")
-    info = store.info(name)
-    if info is None:
-        raise AdapterError(
-            f"{place}.head: there is no {path}; give a safetensors file with one (classes, width) matrix"
-        )
-    tensors = read_header(store, name).tensors.values()
-    matrices = [one for one in tensors if len(one.shape) == 2 and one.dtype in FLOAT_DTYPES.values()]
-    if len(matrices) != 1 or matrices[0].shape[0] < 2:
-        shapes = ", ".join(f"{one.name} {one.shape}" for one in matrices) or "none"
-        raise AdapterError(
-            f"{place}.head: {path} holds the matrices {shapes}; expected one of (classes, width) with two classes or "
-            "more"
-        )
-    return HeadFile(url=store.url, info=info, entry=matrices[0], logit_scale=logit_scale)

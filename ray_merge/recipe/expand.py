@@ -16,6 +16,7 @@ from typing import Any
 from ray_merge.errors import MethodError, RecipeError
 from ray_merge.methods.registry import get
 from ray_merge.methods.resolve import resolve_parameters
+from ray_merge.recipe.arguments import check_list
 from ray_merge.recipe.model import MergeSource, Recipe
 from ray_merge.recipe.preferences import check_preferences, count_preferences, preferences_of
 from ray_merge.recipe.source import Source, nearest
@@ -67,8 +68,9 @@ def select(merges: Sequence[Merge], only: Sequence[str]) -> list[Merge]:
     """The merges whose name equals or matches (glob) one of `only`; all of them when it is empty.
 
     Raises:
-        RecipeError: a pattern that matches no merge.
+        Refusal: a pattern that matches no merge, or a text where a list of them belongs.
     """
+    check_list("only", only)
     for pattern in only:
         if not any(merge.name == pattern or fnmatchcase(merge.name, pattern) for merge in merges):
             raise RecipeError(f"--only {pattern}: no such merge{nearest(pattern, [m.name for m in merges])}")

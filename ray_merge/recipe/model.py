@@ -24,29 +24,14 @@ from pydantic import (
 )
 
 from ray_merge.errors import RecipeError, shown
+from ray_merge.recipe.names import check_merge_name, check_name
 from ray_merge.recipe.problems import describe
 from ray_merge.recipe.size import parse_size
 from ray_merge.recipe.source import MAX_RECIPE_BYTES, Source, nearest, parse_yaml, plain_data
 from ray_merge.spec import FLOAT_DTYPES, Export
 
-NAME_PATTERN = r"[A-Za-z0-9._-]{1,64}"
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 assert set(FLOAT_DTYPES) == {"float16", "bfloat16", "float32", "float64"}
-
-
-def check_name(value: Any) -> str:
-    """An adapter or merge name: it becomes a folder, so only `[A-Za-z0-9._-]{1,64}` without `__`.
-
-    A leading dot is refused too: `.ray_merge` is where state lies, `.tmp-` marks unfinished files.
-    """
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"{shown(value)} is no name; write it in quotes")  # noqa: TRY004 (pydantic's)
-    text = str(value)
-    if not re.fullmatch(NAME_PATTERN, text) or "__" in text or text.startswith("."):
-        raise ValueError(
-            f"{shown(text)} is no usable name: use up to 64 of A-Z a-z 0-9 . _ - with no '__' and no dot in front"
-        )
-    return text
 
 
 def _one_size(value: Any) -> Any:
@@ -85,6 +70,7 @@ def _check_mapping(value: Any) -> Any:
 
 Size = Annotated[int, BeforeValidator(parse_size)]
 Name = Annotated[str, BeforeValidator(check_name)]
+MergeName = Annotated[str, BeforeValidator(check_merge_name)]
 KeyMapping = Annotated[dict[str, str], BeforeValidator(_check_mapping)]
 """Regular expressions on runtime names -> what takes their place, in order."""
 Word = Annotated[str, Field(min_length=1)]
@@ -210,7 +196,7 @@ Preferences = Annotated[
 class MergeSource(_Model):
     """One entry of `merges`, before sweeps, combinations and preferences are expanded."""
 
-    name: Name
+    name: MergeName
     merge_method: str
     adapters: list[Name] | None = None
     parameters: Annotated[dict[str, Any], BeforeValidator(_none_is_empty)] = Field(default_factory=dict)

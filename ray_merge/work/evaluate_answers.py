@@ -7,6 +7,7 @@ Legend: B rows, L tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -90,3 +91,22 @@ def continued(
                 going.append(row)
         live = going
     return said
+
+
+def says(said: Sequence[int], text: str, decode: Callable[[Sequence[int]], str]) -> bool:
+    """Whether an answer begins with a text, and the text's last word ends there.
+
+    Right if some of the first tokens, decoded and without blanks at the ends, are the text, and the token behind them
+    does not go on with a letter or digit right behind a letter or digit: "12" is in "12." and in " 12 a", not in "123".
+
+    Args:
+        said: tokens of the answer.
+        text: the label, without blanks at its ends.
+        decode: makes text of tokens.
+    """
+    made = [decode(said[:count]) for count in range(1, len(said) + 1)]
+    for before, after in pairwise([*made, *made[-1:]]):
+        goes_on = before[-1:].isalnum() and after[len(before) :][:1].isalnum()
+        if before.strip() == text and not goes_on:
+            return True
+    return False

@@ -32,7 +32,8 @@ class Wanted:
 
     Args:
         text: the label, without blanks at its ends.
-        n_tokens: of the label as it is written.
+        n_tokens: that the model may say: as many as the label has alone or behind a blank, and one that shows where
+            the answer ends.
     """
 
     text: str
@@ -51,12 +52,14 @@ class LabelledRows:
         batches: arrays of inputs, in order of length.
         labels: of each batch, one for each row.
         tokenizer: that labels were made tokens by; None where none are.
+        cut: how many inputs had more tokens than `calibration.max_length`, and were cut there.
         sha256: of inputs and labels.
     """
 
     batches: Sequence[Mapping[str, Any]]
     labels: Sequence[Sequence[Label]]
     tokenizer: Tokenizer | None
+    cut: int
     sha256: str
 
     @property
@@ -100,7 +103,7 @@ def read_rows(
     split = [list(islice(rest, len(next(iter(batch.values()))))) for batch in batches]
     plain = [[one.text, one.n_tokens] if isinstance(one, Wanted) else one for one in labels]
     sha256 = digest({"inputs": found.sha256, "labels": plain})
-    return LabelledRows(batches=batches, labels=split, tokenizer=tokenizer, sha256=sha256)
+    return LabelledRows(batches=batches, labels=split, tokenizer=tokenizer, cut=found.cut, sha256=sha256)
 
 
 def _labels(
@@ -151,31 +154,38 @@ def _wanted(given: float | str, tokenizer: Tokenizer, place: str) -> Wanted:
         raise RecipeError(
             f"{place} holds {given!r}, but exact_match needs the text that follows; write it in quotes"
         )
-    tokens = tokenizer.call(str(given), add_special_tokens=False)["input_ids"]
-    if not str(given).strip() or not tokens:
+    text = str(given).strip()
+    n_tokens = max(
+        len(tokenizer.call(one, add_special_tokens=False)["input_ids"]) for one in (text, f" {text}")
+    )
+    if not text or not n_tokens:
         raise RecipeError(
             f"{place} holds {shown(given)}, an empty text, which every answer would match; remove the row"
         )
-    return Wanted(str(given).strip(), len(tokens))
+    return Wanted(text, 1 + n_tokens)
 
 
 def _check_room(
     task: ScoredTask, found: Calibrated, labels: Sequence[Label], texts: Checkpoint, calibration: Calibration
 ) -> None:
     """A prompt whose end was cut off, or that leaves no room for the answer, would be scored without a word."""
+    if task.evaluation.metric != "exact_match":
+        return
+    if found.cut:
+        raise RecipeError(
+            f"{task.where}: {found.cut} of the {found.rows} texts of {task.source.path} have more than "
+            f"{calibration.max_length} tokens and are cut there (calibration.max_length), which exact_match cannot go "
+            "on from; raise it"
+        )
     masks = [batch.attention_mask for batch in found.batches if batch.attention_mask is not None]
     lengths = [int(length) for mask in masks for length in mask.sum(dim=1)]
     limits = limits_of(texts)
     for length, label in zip(lengths, labels, strict=False):
-        if not isinstance(label, Wanted):
-            return
-        if length >= calibration.max_length:
+        assert isinstance(label, Wanted), "exact_match has texts for labels"
+        # The last token of an answer is read off and not put in.
+        n_tokens = length + label.n_tokens - 1
+        if limits.positions is not None and n_tokens > limits.positions:
             raise RecipeError(
-                f"{task.where}: a text of {task.source.path} has {length} tokens or more and is cut there "
-                f"(calibration.max_length = {calibration.max_length}), which exact_match cannot go on from; raise it"
-            )
-        if limits.positions is not None and length + label.n_tokens > limits.positions:
-            raise RecipeError(
-                f"{task.where}: a text of {length} tokens and its label of {label.n_tokens} are more than "
+                f"{task.where}: a text of {length} tokens and up to {label.n_tokens - 1} of its label are more than "
                 f"{limits.url} takes ({limits.positions_key}); remove the row"
             )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from ray_merge.algebra.metrics import CLASSES, NUMBERS, perplexity, places_in_po
 from ray_merge.errors import RunFailed
 from ray_merge.models.stage_calls import Alter, StageOutput
 from ray_merge.pool import Turn
-from ray_merge.work.evaluate_answers import Arrays, continued, groups, negative_log_likelihood
+from ray_merge.work.evaluate_answers import Arrays, continued, groups, negative_log_likelihood, says
 from ray_merge.work.evaluate_heads import Heads, pooled
 from ray_merge.work.evaluate_job import HITS_AT, Score, ScoredModel, ScoredTask
 from ray_merge.work.evaluate_rows import LabelledRows, Wanted
@@ -86,7 +86,7 @@ class Scoring:
         return logits
 
     def text(self, rows: LabelledRows, turn: Turn, ends: frozenset[int]) -> float:
-        """Perplexity of the texts, or the share that is gone on with as the labels say."""
+        """Perplexity of the texts, or the share whose answers begin with their label (`says`)."""
         if self.task.evaluation.metric == "perplexity":
             found = [self._nats(batch, turn) for batch in rows.batches]
             return perplexity(sum(nats for nats, _ in found), sum(tokens for _, tokens in found))
@@ -107,14 +107,13 @@ class Scoring:
         self, batch: Arrays, wanted: list[Wanted], rows: LabelledRows, turn: Turn, ends: frozenset[int]
     ) -> int:
         assert rows.tokenizer is not None
-        decode: Callable[..., str] = rows.tokenizer.call.decode
+        decode = partial(rows.tokenizer.call.decode, skip_special_tokens=True)
         right = 0
         longest = max(one.n_tokens for one in wanted)
         for span, some in groups(batch, self._vocabulary, longest):
             mine = wanted[span]
             said = continued(lambda one: self._logits(one, turn), some, [one.n_tokens for one in mine], ends)
-            for tokens, one in zip(said, mine, strict=True):
-                right += decode(tokens, skip_special_tokens=True).strip() == one.text
+            right += sum(says(tokens, one.text, decode) for tokens, one in zip(said, mine, strict=True))
         return right
 
     def _logits(self, batch: Arrays, turn: Turn) -> Tensor:

@@ -46,6 +46,19 @@ def test_texts_become_tokens_of_the_bases_own_tokenizer_padded_on_the_right(tmp_
     assert first.pixel_values is None
 
 
+@pytest.mark.parametrize(("max_length", "cut"), [(3, 2), (4, 2), (5, 1), (6, 0)])
+def test_inputs_that_are_cut_are_counted(tmp_path, max_length, cut):
+    base = make_base(tmp_path / "b")
+    path = texts(tmp_path, "one", "one two three", "one two three four")  # and two special tokens
+    assert load(base, path, max_length=max_length).cut == cut
+    ready = [
+        {"input_ids": [1, *range(4, 4 + count), 2, 0], "attention_mask": [1] * (count + 2) + [0]}
+        for count in (1, 3, 4)
+    ]
+    rows = json_lines(tmp_path / "ids.jsonl", ready)
+    assert load(base, rows, max_length=max_length).cut == cut
+
+
 def test_pairs_are_pairs_and_their_second_text_has_its_own_type(tmp_path):
     rows = [{"text": "one", "text_b": "two three", "q": "four", "label": 1}]
     base, path = make_base(tmp_path / "b"), json_lines(tmp_path / "data.jsonl", rows)

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from lessons import information
-from ray_merge.errors import RecipeError
+from ray_merge.errors import AdapterError, RecipeError
 from whole_models import Whole, batches, check, factors, images, run, write_adapter, write_rows
 
 SIZES = {
@@ -79,5 +79,14 @@ def test_a_text_head_of_another_width_is_refused(tmp_path, monkeypatch):
     adapters = school(tmp_path, model, width=5)
     message = r"pets\.head: the rows of .* have 5 numbers, but CLIPVisionModelWithProjection gives 8"
     with pytest.raises(RecipeError, match=message):
+        run(tmp_path, "tara_a", adapters, {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_text_head_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapters = school(tmp_path, CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)))
+    save_file({"texts": torch.full((4, 8), torch.nan)}, tmp_path / "cars.safetensors")
+    with pytest.raises(AdapterError, match=r"cars\.head: cars\.safetensors: texts holds NaN or Inf"):
         run(tmp_path, "tara_a", adapters, {})
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from ray_merge.errors import AdapterError, RecipeError
 from ray_merge.moments import fit_all
 from ray_merge.plan.moments import TaskData
-from ray_merge.plan.task_heads import HeadFile, TaskHead, plan_heads
+from ray_merge.plan.task_heads import TaskHead, plan_heads
+from ray_merge.plan.text_head import HeadFile
 from ray_merge.recipe import load_recipe
 from ray_merge.spec import Merge
 from tiny import factors, write_adapter
@@ -276,6 +277,17 @@ def test_a_file_that_is_no_text_head_is_refused(bases):
         (texts(folder, (3, WIDTH), dtype=torch.int64), "the matrices none"),
     ):
         assert words in refusal(folder, AdapterError, a=(one, {"head": path}))
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(torch.nan, torch.float32), (-torch.inf, torch.bfloat16)])
+def test_a_text_head_with_nan_or_inf_is_refused_with_file_and_tensor(bases, value, dtype):
+    folder = bases("bare")
+    one = adapter(folder, BERT_QUERY.removeprefix("bert."), task_type="FEATURE_EXTRACTION")
+    path, matrix = folder / f"broken-{next(numbers)}.safetensors", torch.ones(3, WIDTH, dtype=dtype)
+    matrix[2, -1] = value
+    save_file({"texts": matrix}, path)
+    message = refusal(folder, AdapterError, a=(one, {"head": str(path)}))
+    assert f"adapters.a.head: {path}: texts holds NaN or Inf" in message
 
 
 def test_tasks_of_different_classes_are_refused_with_both(bases):

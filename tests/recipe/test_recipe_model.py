@@ -142,6 +142,14 @@ def test_usable_names(name):
     assert load(RECIPE.replace("name: m", f"name: {name}")).merges[0].name == name
 
 
+@pytest.mark.parametrize("name", ["ray_merge", "base", "single", "means", "notes", "cut_rows"])
+def test_names_that_evaluation_json_uses_are_refused_for_merges_alone(name):
+    message = refusal(RECIPE.replace("name: m", f"name: {name}\n    sweep: {{lambda: [0.2]}}"))
+    assert f"r.yaml:9: merges[0].name: a merge cannot be named {name!r}: " in message
+    assert "evaluation.json" in message
+    assert name in load(RECIPE.replace("  a: /adapters/a", f"  {name}: /adapters/a")).adapters
+
+
 @pytest.mark.parametrize(
     "name",
     ["''", "x" * 65, "a__b", "a b", "a/b", "..", ".", "...", ".ray_merge", ".tmp-x", "\u00e9", '"a\\n"', "true",

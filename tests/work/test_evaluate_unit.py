@@ -6,16 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
 
+from ray_merge.calibration.tokens import Tokenizer
 from ray_merge.models.stage_calls import StageOutput
 from ray_merge.recipe import DataSource
 from ray_merge.recipe.model import Evaluation
 from ray_merge.spec import Adapter
-from ray_merge.work.evaluate_answers import LOGIT_BYTES, continued, groups, negative_log_likelihood
+from ray_merge.work.evaluate_answers import LOGIT_BYTES, continued, groups, negative_log_likelihood, says
 from ray_merge.work.evaluate_heads import Heads, chained, pooled, remembered
 from ray_merge.work.evaluate_job import ScoredTask, head_alone, without_head
+from ray_merge.work.evaluate_rows import _wanted
 from ray_merge.work.evaluate_unit import Shelf
 from tiny import entry
 
@@ -112,6 +116,65 @@ def test_the_likelihood_of_texts_is_torch_s_and_padding_counts_nothing():
     )
     assert tokens == 5
     assert nats == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    """Byte-level BPE without a blank in front: "12" is one token, and " 12" two."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, min_frequency=2, show_progress=False
+    )
+    made.train_from_iterator(["12\n12\n12\nyes\nyes\n", "a yes, a no; yes"], trainer)
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=made), None)
+
+
+def answer(bpe: Tokenizer, label: str | int, text: str) -> bool:
+    """What a model that says `text` and then full stops gets for it, token by token."""
+    ids = bpe.call(text + " ." * 9)["input_ids"]
+    size = len(bpe.call)
+
+    def scripted(batch: Any) -> torch.Tensor:
+        n_said = batch["attention_mask"].sum() - 2  # behind a prompt of two tokens
+        return functional.one_hot(torch.tensor(ids[n_said]), size).float().expand(1, int(n_said) + 2, size)
+
+    wanted = _wanted(label, bpe, "here")
+    (said,) = continued(scripted, batch_of([[1, 2]]), [wanted.n_tokens], frozenset())
+    assert len(said) == wanted.n_tokens
+    return says(said, wanted.text, bpe.call.decode)
+
+
+def test_blanks_change_tokens_here(bpe):
+    counts = [len(bpe.call(text)["input_ids"]) for text in ("12", " 12", "123", "yes", " yes")]
+    assert counts == [1, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("label", ["12", " 12 ", 12])
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("12", True), (" 12", True), ("\n12", True), ("12.", True), ("12, 3", True), (" 12 3", True), ("12\n", True),
+        ("123", False), ("12a", False), ("1 2", False), ("1", False), ("312", False), ("no 12", False),
+    ],
+)  # fmt: skip
+def test_an_answer_is_right_that_begins_with_the_label_and_ends_its_word(bpe, label, text, right):
+    assert answer(bpe, label, text) == right
+
+
+def test_no_answer_is_no_label(bpe):
+    assert not says([], "12", bpe.call.decode)
+
+
+@pytest.mark.parametrize(
+    ("label", "text", "right"),
+    [("yes", " yes.", True), ("yes", "yesa", False), ("yes no", "yes no", True), ("a.", "a.b", True),
+     ("\u00e9t\u00e9", " \u00e9t\u00e9", True), ("\u00e9", "\u00e9t\u00e9", False)],
+)  # fmt: skip
+def test_labels_of_several_tokens(bpe, label, text, right):
+    assert answer(bpe, label, text) == right
 
 
 def test_groups_hold_every_row_once_and_are_cut_to_their_longest():
