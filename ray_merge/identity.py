@@ -16,7 +16,7 @@ ALGORITHM_VERSION = 3
 MOMENTS_VERSION = 1
 """Raised whenever the same inputs would give other moments; it is part of their ids."""
 
-LEARN_VERSION = 1
+LEARN_VERSION = 2
 """Raised whenever the same inputs would give another phi; it is part of the ids of merges that learn."""
 
 

@@ -18,6 +18,7 @@ from ray_merge.errors import AdapterError, CheckpointError, Refusal, StoreDenied
 from ray_merge.identity import ALGORITHM_VERSION, LEARN_VERSION, MOMENTS_VERSION, digest
 from ray_merge.methods.registry import get
 from ray_merge.plan import Plan
+from ray_merge.plan.learn import is_null_space
 from ray_merge.plan.statistics import needs_data
 from ray_merge.recipe import Calibration, DataSource, Recipe
 from ray_merge.spec import Adapter, Merge
@@ -65,10 +66,13 @@ def _data(
     """What the moments of each task come from, where a merge needs them."""
     merging = [merge for merge in plan.merges if needs_data(plan.recipe, merge)]
     labelled = any(merge.parameters.get("labels") == "empirical" for merge in merging)
+    headed = {name for merge in merging if _predicts(merge) for name in merge.adapters}
     found: dict[str, Mapping[str, Any]] = {}
     for name in dict.fromkeys(name for merge in merging for name in merge.adapters):
         try:
-            found[name] = _task_data(plan.recipe, name, stores, digests, labelled=labelled)
+            found[name] = _task_data(
+                plan.recipe, name, stores, digests, labelled=labelled, headed=name in headed
+            )
         except Refusal:
             if name not in recorded:
                 raise
@@ -77,7 +81,7 @@ def _data(
 
 
 def _task_data(
-    recipe: Recipe, name: str, stores: Stores, digests: DigestCache, *, labelled: bool
+    recipe: Recipe, name: str, stores: Stores, digests: DigestCache, *, labelled: bool, headed: bool
 ) -> dict[str, Any]:
     source = recipe.adapters[name]
     assert source.data is not None, "plan refuses a merge by moments whose tasks have no data"
@@ -90,7 +94,7 @@ def _task_data(
             "file": dict(data_identity(inputs, stores, digests, where=f"adapters.{name}.eval")),
             "column": source.eval.label,
         }
-    if source.head is not None:
+    if headed and source.head is not None:
         folder, _, file = source.head.path.rpartition("/")
         store = stores.open(folder or ".")
         if not file or store.info(file) is None:
@@ -247,13 +251,18 @@ def _adapter_input(plan: Plan, merge: Merge, name: str, files: Versions) -> dict
 
 
 def _used_data(merge: Merge, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a merge takes from a task's data: labels only where it is told to use them, a text head where it learns."""
+    """What a merge takes from a task's data: labels only where it is told to use them, a text head where it is used."""
     kept = ["data"]
     if merge.parameters.get("labels") == "empirical":
         kept.append("labels")
-    if get(merge.method).learned:
+    if _predicts(merge):
         kept.append("head")
     return {key: data[key] for key in kept if key in data}
+
+
+def _predicts(merge: Merge) -> bool:
+    """Whether a merge learns from predictions, which heads make; nsc measures activations."""
+    return bool(get(merge.method).learned) and not is_null_space(merge)
 
 
 def merge_id(inputs: Mapping[str, Any]) -> str:

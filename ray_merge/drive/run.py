@@ -8,7 +8,6 @@ running the same recipe again, and a finished one is a no-op that does not even 
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import uuid
@@ -20,20 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from ray_merge.drive.events import Event
-from ray_merge.drive.identify import Inputs, merge_id, merge_inputs, read_inputs_identity
-from ray_merge.drive.learned import PHI, phi_bytes
-from ray_merge.drive.outputs import Target, look, today
+from ray_merge.drive.identify import Inputs, read_inputs_identity
+from ray_merge.drive.learned import PHI, is_learned, phi_bytes
+from ray_merge.drive.outputs import Target
 from ray_merge.drive.preflight import preflight
 from ray_merge.drive.publish import publish
 from ray_merge.drive.resolved import resolved_recipe
+from ray_merge.drive.targets import find_targets
 from ray_merge.drive.thresholds import THRESHOLDS, read_thresholds, select_thresholds, selecting, to_json
 from ray_merge.drive.units import missing_units, object_names, total_bytes
-from ray_merge.errors import OutputConflict, Refusal, RunFailed
+from ray_merge.errors import Refusal, RunFailed
 from ray_merge.methods.context import Thresholds
 from ray_merge.plan import ADAPTER_OBJECT, Plan
 from ray_merge.pool import Pool, Task
 from ray_merge.spec import Merge, Receipt
-from ray_merge.storage.commit import STATE_FOLDER, commit_bytes, probe
+from ray_merge.storage.commit import STATE_FOLDER, check_fit, commit_bytes, probe
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.store import Stores, open_store
 from ray_merge.work.job import AdapterUnit, EmrUnit, Job, MomentsIndex, PhiIndex, ShardUnit, Unit
@@ -59,10 +59,12 @@ class Prepared:
 
 
 Preparation = Callable[
-    [Sequence[Merge], Mapping[str, str], Mapping[str, Mapping[str, Any]]], Callable[[], Prepared] | None
+    [Sequence[Merge], Mapping[str, str], Mapping[str, Mapping[str, Any]]],
+    Callable[[Callable[[], None]], Prepared] | None,
 ]
 """(merges, their ids, what the ids say of each task's data) -> plans the moments and the learning that they need, with
-every refusal that headers can show; what it returns finds or computes them.
+every refusal that headers can show; what it returns finds or computes them. It is given what has to be called when the
+data were looked at and before anything is learned: whether the outputs are fit.
 
 None where they need none. Called only when there is something to do."""
 
@@ -162,7 +164,7 @@ def run(
     stores = Stores()
     inputs = read_inputs_identity(plan, DigestCache(settings.cache / "digests"), stores)
     context = _Context(plan, settings, inputs, stores, progress, list(plan.warnings), Counter(), prepare)
-    targets = _targets(context)
+    targets = find_targets(plan, inputs, settings.date, stores)
     unfinished = [
         _Open(merge, target, set(object_names(plan, merge)) - set(target.receipts), dict(target.receipts))
         for merge, target in zip(plan.merges, targets, strict=True)
@@ -181,29 +183,6 @@ def run(
         decoded_bytes=context.base_bytes["decoded"],
         warnings=tuple(context.warnings),
     )
-
-
-def _targets(context: _Context) -> list[Target]:
-    plan, targets = context.plan, []
-    seen: dict[str, str] = {}
-    date = context.settings.date or today()  # one day for the whole run
-    for merge in plan.merges:
-        document = merge_inputs(plan, merge, context.inputs)
-        target = look(plan.recipe.output, merge.name, merge_id(document), document, date, context.stores)
-        if f"{_real(target.url)}/".startswith(f"{_real(plan.base.url)}/"):
-            # Its files would count as the base's own: other ids, and the next run would copy them.
-            raise OutputConflict(
-                f"{target.url} lies inside the base model {plan.base.url}; choose another output"
-            )
-        if target.url in seen:
-            raise OutputConflict(f"merges {seen[target.url]!r} and {merge.name!r} both go to {target.url}")
-        seen[target.url] = merge.name
-        targets.append(target)
-    return targets
-
-
-def _real(url: str) -> str:
-    return url if "://" in url else os.path.realpath(url)  # links hide where a folder lies
 
 
 def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFactory) -> int:
@@ -239,7 +218,7 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
             # Adapters are looked at before anything is made of them; the workers cannot do both at once.
             with make_pool(job, len(adapters)) as pool:
                 preflight(pool, adapters, context.inputs, [item.merge for item in unfinished])
-            prepared = preparing()
+            prepared = preparing(lambda: _check_outputs(context, unfinished))
             job = replace(job, moments=prepared.moments, phi=prepared.phi)
             for item in unfinished:
                 if item.merge.name in prepared.phi:
@@ -299,6 +278,14 @@ def _describe(units: Sequence[Unit], unfinished: Sequence[_Open]) -> str:
     there = sum(len(item.receipts) for item in unfinished)
     again = f", {there} object(s) are there already" if there else ""
     return f"{len(units)} unit(s) for {len(unfinished)} merge(s){again}"
+
+
+def _check_outputs(context: _Context, unfinished: Sequence[_Open]) -> None:
+    """Refuse an output that is unfit before learning, which may take hours; each merge is probed when it is made."""
+    for root in dict.fromkeys(
+        item.target.root for item in unfinished if item.missing and is_learned(item.merge)
+    ):
+        check_fit(context.stores.open(root))
 
 
 def _probe(context: _Context, item: _Open) -> None:

@@ -36,7 +36,7 @@ class Lesson:
         index: of the merge in the plan.
         merge_id: 64 hex digits.
         inputs: task -> what decides its anchor.
-        n_rows: task -> rows of its sample.
+        lengths: task -> tokens of each row of its sample.
         store: of the recipe.
         progress: called with every event.
     """
@@ -45,7 +45,7 @@ class Lesson:
     index: int
     merge_id: str
     inputs: Mapping[str, Mapping[str, Any]]
-    n_rows: Mapping[str, int]
+    lengths: Mapping[str, Sequence[int]]
     store: Store
     progress: Callable[[Event], None]
 
@@ -78,13 +78,14 @@ class _Loop:
             Order(
                 learning.merge.seed,
                 task,
-                lesson.n_rows[task],
+                len(lesson.lengths[task]),
                 size,
                 grouped=bool(self._parameters["group_by_length"]),
             )
             for task in learning.tasks
         ]
-        self._passes = Passes(lesson.plan, lesson.index, pool, orders)
+        lengths = [lesson.lengths[task] for task in learning.tasks]
+        self._passes = Passes(lesson.plan, lesson.index, pool, orders, lengths)
         self._leaves = Leaves(lesson.plan, learning)
         self._optimiser = torch.optim.AdamW(
             list(self._leaves.tensors.values()),
@@ -105,6 +106,8 @@ class _Loop:
         if self._anchors is None:
             self._anchors = self._find_anchors()
         found = self._passes.gradients(self._leaves, self.step)
+        if self.step == 0:
+            self._warn_of_idle(found)
         value, weights_T = scalarise(self._learning, found.values, self._anchors)
         by_site = {
             site: sum(
@@ -139,10 +142,22 @@ class _Loop:
 
     def _find_anchors(self) -> Sequence[float]:
         lesson = self._lesson
+        n_rows = {task: len(some) for task, some in lesson.lengths.items()}
         note = lambda text: lesson.progress(  # noqa: E731
             Event(kind="learn", text=f"{self._learning.merge.name}: {text}", units=(self.step, self.steps))
         )
-        return anchors_of(self._passes, self._leaves, lesson.inputs, lesson.n_rows, lesson.store, note)
+        return anchors_of(self._passes, self._leaves, lesson.inputs, n_rows, lesson.store, note)
+
+    def _warn_of_idle(self, found: TaskGradients) -> None:
+        """Say which sites no prediction depends on; nsc measures inputs, and what comes behind them never matters."""
+        idle = [site for site in self._learning.shapes if not any(task[site].any() for task in found.by_site)]
+        if idle and self._learning.heads:
+            text = (
+                f"merge {self._learning.merge.name!r}: no prediction depends on phi at {len(idle)} of "
+                f"{len(self._learning.shapes)} site(s), the first is {idle[0]}: the model never runs them, or their "
+                "updates are zero; they keep their init"
+            )
+            self._lesson.progress(Event(kind="warning", text=text))
 
     def _add_penalty(self, by_site: dict[str, torch.Tensor]) -> float:
         weight = float(self._parameters["effective_rank"])

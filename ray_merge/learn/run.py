@@ -1,12 +1,12 @@
 """Learned merges of a run, from ids to phi: what is in the store already, the pool, and the loop of each merge.
 
-A merge whose last state is there starts nothing. Data of all tasks are looked at before anything is written.
+A merge whose last state is there starts nothing. Data of all tasks are looked at before any group of merges learns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from ray_merge.calibration import data_identity
 from ray_merge.drive.events import Event
 from ray_merge.drive.identify import calibration_inputs, file_versions, model_versions
 from ray_merge.drive.moments import adapter_inputs
-from ray_merge.errors import Refusal, RunFailed
+from ray_merge.errors import NotCuttable, Refusal, RunFailed
 from ray_merge.identity import LEARN_VERSION, digest
 from ray_merge.learn.leaves import leaf_names
 from ray_merge.learn.loop import Lesson, learn
@@ -30,6 +30,9 @@ from ray_merge.work.learn_job import DataRead, LearnJob, ReadUnit
 
 LearnPoolFactory = Callable[[LearnJob], StepPool]
 """Makes the pool with one place for each stage; called only when something is to be learned."""
+
+Samples = Mapping[tuple[str, str], DataRead]
+"""What was found of each sample: (task, calibration as JSON) -> its rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +62,8 @@ class School:
     progress: Callable[[Event], None] = lambda _: None
 
 
-def ensure_learned(
-    plans: Sequence[LearnPlan], merge_ids: Mapping[str, str], school: School
-) -> dict[str, PhiIndex]:
-    """The phi of every merge of the plans, by merge name; learned where the store has no last state.
+def look_at_data(plans: Sequence[LearnPlan], merge_ids: Mapping[str, str], school: School) -> Samples:
+    """Look at the data of every task of the merges that have no last state; writes nothing.
 
     Args:
         plans: one for each model class.
@@ -70,23 +71,70 @@ def ensure_learned(
         school: where and how.
 
     Raises:
-        Refusal: found before anything was written: data that cannot be used, a model that cannot be cut.
+        Refusal: data that cannot be used, or a device that is not there.
+        RunFailed: data changed since the run was planned.
+    """
+    stores = Stores()
+    missing = _missing(plans, merge_ids, stores.open(school.store))
+    if not missing:
+        return {}
+    units: dict[tuple[str, str], ReadUnit] = {}
+    for plan, some in missing:
+        versions = {name: digest(data) for name, data in _data(plan, school, stores).items()}
+        for one in (plan.learnings[index] for index in some):
+            tasks = [task for task in plan.stages.tasks if task.name in one.tasks]
+            made = [
+                ReadUnit(replace(task, adapter=None), plan.calibration(one), versions[task.name])
+                for task in tasks
+            ]
+            units |= {unit.sample: unit for unit in made}
+    # Any place of any plan can look at data: one pool does it for all of them, before anything is learned.
+    with school.make_pool(_job(missing[0][0], school, {})) as pool:
+        found = {
+            done.id: done.value for done in pool.run([Step(unit.id, unit, 0) for unit in units.values()])
+        }
+    school.progress(Event(kind="check", text=f"looked at the data of {len(units)} task(s)"))
+    return {sample: found[unit.id] for sample, unit in units.items()}
+
+
+def ensure_learned(
+    plans: Sequence[LearnPlan], merge_ids: Mapping[str, str], school: School, samples: Samples
+) -> dict[str, PhiIndex]:
+    """The phi of every merge of the plans, by merge name; learned where the store has no last state.
+
+    Args:
+        plans: one for each model class.
+        merge_ids: merge name -> 64 hex digits.
+        school: where and how.
+        samples: what `look_at_data` found.
+
+    Raises:
+        Refusal: found before anything was written: a model that cannot be cut.
         RunFailed: found later; running again goes on from the last committed state.
     """
     stores = Stores()
     store = stores.open(school.store)
-    wrote = False
-    for plan in plans:
-        missing = [index for index, one in enumerate(plan.learnings) if _last(store, one, merge_ids) is None]
-        if missing:
-            try:
-                _learn_group(plan, missing, merge_ids, school, stores)
-            except Refusal as error:
-                if not wrote:
-                    raise
-                raise RunFailed(f"{error}; what was learned before is kept") from error
-            wrote = True
+    for place, (plan, missing) in enumerate(_missing(plans, merge_ids, store)):
+        try:
+            _learn_group(plan, missing, merge_ids, school, samples, stores)
+        except NotCuttable:
+            raise  # the caller asks for one stage then; what was learned before is found again
+        except Refusal as error:
+            if not place:
+                raise
+            raise RunFailed(f"{error}; what was learned before is kept") from error
     return {one.merge.name: _index(store, plan, one, merge_ids) for plan in plans for one in plan.learnings}
+
+
+def _missing(
+    plans: Sequence[LearnPlan], merge_ids: Mapping[str, str], store: Store
+) -> list[tuple[LearnPlan, list[int]]]:
+    """The plans that have merges without a last state, and the indices of these."""
+    pairs = [
+        (plan, [index for index, one in enumerate(plan.learnings) if _last(store, one, merge_ids) is None])
+        for plan in plans
+    ]
+    return [(plan, some) for plan, some in pairs if some]
 
 
 def _last(store: Store, one: Learning, merge_ids: Mapping[str, str]) -> ObjectInfo | None:
@@ -108,15 +156,13 @@ def _index(store: Store, plan: LearnPlan, one: Learning, merge_ids: Mapping[str,
     return PhiIndex(store.url, info, leaf_names(plan, one), one.tasks)
 
 
-def _learn_group(
-    plan: LearnPlan,
-    missing: Sequence[int],
-    merge_ids: Mapping[str, str],
-    school: School,
-    stores: Stores,
-) -> None:
+def _data(plan: LearnPlan, school: School, stores: Stores) -> dict[str, dict[str, Any]]:
+    """What the data of each task are now.
+
+    Raises:
+        RunFailed: not what they were when the merge ids were made.
+    """
     digests = DigestCache(school.cache / "digests")
-    names = [task.name for task in plan.stages.tasks]
     data = {
         task.name: dict(data_identity(task.data, stores, digests, where=f"adapters.{task.name}.data"))
         for task in plan.stages.tasks
@@ -124,54 +170,52 @@ def _learn_group(
     for name, found in data.items():
         if found != school.data[name]["data"]:
             raise RunFailed(f"the data of {name} changed since the run was planned; run again")
-    job = LearnJob(
+    return data
+
+
+def _job(plan: LearnPlan, school: School, data: Mapping[str, Mapping[str, Any]]) -> LearnJob:
+    return LearnJob(
         plan=plan,
-        adapters={name: school.adapters[name] for name in names},
+        adapters={task.name: school.adapters[task.name] for task in plan.stages.tasks},
         sites=school.sites,
-        versions={name: digest(found) for name, found in data.items()},
+        versions={name: digest(dict(found)) for name, found in data.items()},
         cache=str(school.cache),
         device=school.device,
         placement=school.placement,
     )
+
+
+def _learn_group(
+    plan: LearnPlan,
+    missing: Sequence[int],
+    merge_ids: Mapping[str, str],
+    school: School,
+    samples: Samples,
+    stores: Stores,
+) -> None:
+    digests = DigestCache(school.cache / "digests")
+    data = _data(plan, school, stores)
     base = dict(model_versions(plan.stages.base, digests, stores))
     text = f"{len(missing)} merge(s) learn in {len(plan.stages.stages)} stage(s) of {plan.stages.class_name}"
     school.progress(Event(kind="start", text=text))
-    with school.make_pool(job) as pool:
-        rows = _read(plan, missing, pool, school)
+    with school.make_pool(_job(plan, school, data)) as pool:
         for index in missing:
             one = plan.learnings[index]
             inputs = {
                 name: _anchor_inputs(plan, one, name, base, data[name], school, digests, stores)
                 for name in one.tasks
             }
+            sample = plan.calibration(one).model_dump_json()
             lesson = Lesson(
                 plan=plan,
                 index=index,
                 merge_id=merge_ids[one.merge.name],
                 inputs=inputs,
-                n_rows={name: rows[index, name] for name in one.tasks},
+                lengths={name: samples[name, sample].lengths for name in one.tasks},
                 store=stores.open(school.store),
                 progress=school.progress,
             )
             learn(lesson, pool)
-
-
-def _read(
-    plan: LearnPlan, missing: Sequence[int], pool: StepPool, school: School
-) -> dict[tuple[int, str], int]:
-    """Look at the data of every task; returns rows by merge and task."""
-    units: dict[tuple[str, str], ReadUnit] = {}
-    keys: dict[tuple[int, str], tuple[str, str]] = {}
-    for index in missing:
-        one = plan.learnings[index]
-        for task in one.tasks:
-            keys[index, task] = task, plan.calibration(one).model_dump_json()
-            units.setdefault(keys[index, task], ReadUnit(index, task))
-    # Any place can look at data; the first one keeps them.
-    steps = [Step(unit.id, unit, 0) for unit in units.values()]
-    found: dict[str, DataRead] = {done.id: done.value for done in pool.run(steps)}
-    school.progress(Event(kind="check", text=f"looked at the data of {len(units)} task(s)"))
-    return {key: found[units[sample].id].rows for key, sample in keys.items()}
 
 
 def _anchor_inputs(

@@ -47,10 +47,19 @@ class Passes:
         index: of the merge in the plan.
         pool: one place for each stage.
         orders: of each task's rows, in the order of the merge's adapters.
+        lengths: of each task, the tokens of each row of its sample.
     """
 
-    def __init__(self, plan: LearnPlan, index: int, pool: StepPool, orders: Sequence[Order]) -> None:
+    def __init__(
+        self,
+        plan: LearnPlan,
+        index: int,
+        pool: StepPool,
+        orders: Sequence[Order],
+        lengths: Sequence[Sequence[int]],
+    ) -> None:
         self._plan, self._index, self._pool, self._orders = plan, index, pool, orders
+        self._lengths = lengths
         self._last = plan.last_stage(self.learning)
         self._sites = [plan.sites_of(self.learning, stage) for stage in range(len(plan.stages.stages))]
 
@@ -104,9 +113,26 @@ class Passes:
         rows = self._orders[place].batch(step)
         size = int(self.learning.merge.parameters["micro_batch_size"])
         return [
-            Batched(self._index, task, some, f"{step}/{task}/{number}", alone, len(some) / len(rows))
+            Batched(
+                self._index,
+                task,
+                some,
+                f"{step}/{task}/{number}",
+                alone,
+                len(some) / len(rows),
+                self._tokens(place, some) / self._tokens(place, rows),
+            )
             for number, some in enumerate(cut(rows, size))
         ]
+
+    def _tokens(self, place: int, rows: Sequence[int]) -> int:
+        """Tokens of some rows that the loss looks at: the first ones of a causal model, or all of them."""
+        task, lengths = self.learning.tasks[place], self._lengths[place]
+        head = self.learning.heads.get(task)
+        if head is not None and head.kind == "causal":
+            at_most = int(self.learning.merge.parameters["tokens"])
+            return sum(min(lengths[row], at_most) for row in rows)
+        return sum(lengths[row] for row in rows)
 
     def _there(
         self, batch: Batched, phi: Sequence[Phi], last: int, chain: str, *, predict: bool = False

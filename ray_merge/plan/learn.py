@@ -24,7 +24,7 @@ from ray_merge.spec import FactorEntry, Merge, TensorEntry
 Precision = Literal["float32", "float64", "bfloat16"]
 
 FACTOR_COPIES = 3
-"""Of the factors at a site in float32: as read, as a basis, and what goes by while an update is made."""
+"""Of the factors at a site in the arithmetic's dtype: as read, as a basis, and what goes by while an update is made."""
 
 KEPT_BYTES = 2**30
 """Activations of one batch that a stage keeps at most; beyond it, it computes them again."""
@@ -262,7 +262,8 @@ def activation_bytes(config: Mapping[str, Any], rows: int, length: int, n_blocks
 def _factor_bytes(plan: Plan, names: Sequence[str], site: str) -> int:
     rows, columns = plan.sites[site].shape
     rank = sum(_rank(plan, name, site) for name in names)
-    return 4 * FACTOR_COPIES * rank * (rows + columns)
+    item = 8 if plan.recipe.dtype == "float64" else 4
+    return item * FACTOR_COPIES * rank * (rows + columns)
 
 
 def _rank(plan: Plan, name: str, site: str) -> int:

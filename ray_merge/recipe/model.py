@@ -113,7 +113,7 @@ class HeadSource(_Model):
     logits = logit_scale * cos(embedding, row). CLIP's own scale is about 100; with 1 every entropy stays near ln C.
     """
 
-    path: str
+    path: Word
     logit_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 

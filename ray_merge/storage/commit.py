@@ -27,8 +27,14 @@ RECIPE = "ray_merge/recipe.yaml"
 MANIFEST = "ray_merge/MANIFEST.json"
 RECEIPTS = "ray_merge/receipts"
 SITES = "ray_merge/sites.parquet"
+EVALUATION = "ray_merge/evaluation.json"
+"""Of an output, beside its merges."""
+
 STATE_FOLDER = ".ray_merge"
 """Scratch and state beside the merges of an output; it never counts as "holds something else"."""
+
+FITNESS = f"{STATE_FOLDER}/put-once"
+"""What `check_fit` puts, into an output."""
 
 HASH_CHUNK_BYTES = 16 * 2**20
 
@@ -97,6 +103,19 @@ def probe(store: Store, recipe: bytes, merge_id: str) -> None:
         raise OutputConflict(
             f"{store.url} belongs to merge id {owner}, this is {merge_id}; choose another output, or put {{id}} into it"
         )
+
+
+def check_fit(store: Store) -> None:
+    """See that an output can publish exactly once, before hours are spent on what goes there.
+
+    Args:
+        store: the output that holds merges; it keeps one small object of its state afterwards, whoever checks it.
+
+    Raises:
+        StoreUnfit: the second put of one name was not refused.
+    """
+    if store.put_if_absent(FITNESS, b"put once\n", {}) and store.put_if_absent(FITNESS, b"put once\n", {}):
+        raise StoreUnfit(store.url, "a second put of the same name was accepted")
 
 
 def id_line(merge_id: str) -> str:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from ray_merge.plan.learn import LearnPlan
+from ray_merge.plan.moments import TaskData
+from ray_merge.recipe import Calibration
 from ray_merge.spec import Adapter, Site
 
 Phi = Mapping[str, NDArray[Any]]
@@ -44,24 +46,35 @@ class LearnJob:
 
 @dataclass(frozen=True, slots=True)
 class ReadUnit:
-    """Read the data of one task and look at every row that is sampled; any place can do it."""
+    """Read the data of one task and look at every row that is sampled; any place of any plan of the base can do it.
 
-    learning: int
-    task: str
+    Args:
+        task: whose data; without its adapter, which is large and tells nothing about them.
+        calibration: which rows.
+        version: digest of the content that the data must still have.
+    """
+
+    task: TaskData
+    calibration: Calibration
+    version: str
+
+    @property
+    def sample(self) -> tuple[str, str]:
+        """What tells samples apart."""
+        return self.task.name, self.calibration.model_dump_json()
 
     @property
     def id(self) -> str:
         """Unit id."""
-        return f"read/{self.learning}/{self.task}"
+        return "read/" + "/".join(self.sample)
 
 
 @dataclass(frozen=True, slots=True)
 class DataRead:
-    """What a task's data held: rows that were taken, and their tokens."""
+    """What a task's data held: the tokens of each row that was taken; 1 for an image."""
 
     task: str
-    rows: int
-    tokens: int
+    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +87,9 @@ class Batched:
         rows: places in the sample, in the order of the batch.
         name: unique among the batches of one step.
         alone: True for the model with this task's adapter alone, at its full size; phi is then not looked at.
-        share: of the step's batch of the task, where that is cut into micro-batches; its losses count so much.
+        share: of the rows of the step's batch of the task, where that is cut into micro-batches: means over rows count
+            so much.
+        token_share: of its tokens that are looked at: means over tokens count so much.
     """
 
     learning: int
@@ -83,6 +98,7 @@ class Batched:
     name: str
     alone: bool = False
     share: float = 1.0
+    token_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ class EntropyLoss:
         head: of the task.
         given: the batch.
         parameters: of the merge.
-        share: of the step's batch of the task.
+        share: of the predictions of the step's batch of the task.
         own: log p (N, C) of the own adapter, for agreement.
         matrix: (C, D) of a text head; None for the others.
     """
@@ -108,6 +108,11 @@ def text_logits(out: StageOutput, matrix: Tensor, head: TaskHead) -> Tensor:
     return head.file.logit_scale * functional.normalize(embeds, dim=-1) @ rows_CD.T
 
 
+def _is_by_token(x: Tensor, mask: Tensor | None) -> bool:
+    """Whether an input has a row for each token, as `token_rows` takes it; else each example has as many rows."""
+    return mask is not None and tuple(x.shape[:-1]) in (tuple(mask.shape), (mask.numel(),))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NullSpaceLoss:
     """Mean null-space ratio of a task's activations at its target sites (NSC), times its share.
@@ -119,7 +124,8 @@ class NullSpaceLoss:
         n_sites: target sites of the task in all stages.
         mask: (B, L), 1 = token; None where every row counts.
         unmasked: module paths whose rows are no tokens, so that all of them count.
-        share: of the step's batch of the task.
+        share: of the rows of the step's batch of the task.
+        token_share: of its tokens.
     """
 
     bases: Mapping[str, Tensor]
@@ -127,6 +133,7 @@ class NullSpaceLoss:
     mask: Tensor | None
     unmasked: frozenset[str]
     share: float
+    token_share: float
     values: dict[str, list[float]] = field(default_factory=dict)
 
     def __call__(self, path: str, x: Tensor) -> Tensor | None:
@@ -136,9 +143,11 @@ class NullSpaceLoss:
             return None
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             leaf = x.detach().requires_grad_()
-            rows_NI = token_rows(leaf, None if path in self.unmasked else self.mask)
+            mask = None if path in self.unmasked else self.mask
+            rows_NI = token_rows(leaf, mask)
+            share = self.token_share if _is_by_token(x, mask) else self.share
             wide_NI = rows_NI if rows_NI.dtype == torch.float64 else rows_NI.float()
-            value = null_space_ratio(wide_NI, basis_RI.to(wide_NI)).mean() * (self.share / self.n_sites)
+            value = null_space_ratio(wide_NI, basis_RI.to(wide_NI)).mean() * (share / self.n_sites)
             (gradient,) = torch.autograd.grad(value, leaf)
         self.values.setdefault(path, []).append(float(value.detach()))
         return gradient

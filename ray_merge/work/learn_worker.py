@@ -84,10 +84,9 @@ class LearnWorker:
     # ---- the four units
 
     def _read(self, unit: ReadUnit) -> DataRead:
-        learning = self._learning(unit.learning)
-        found = self._load(learning, unit.task)
-        self._rows[unit.task, self._job.plan.calibration(learning).model_dump_json()] = TaskRows(found)
-        return DataRead(unit.task, found.rows, found.tokens)
+        base, cache = self._job.plan.stages.base, Path(self._job.cache)
+        found = read_task(unit.task, unit.calibration, base, unit.version, cache, self._stores)
+        return DataRead(unit.task.name, TaskRows(found).lengths())
 
     def _pass(self, unit: PassUnit, given: Sequence[Any]) -> tuple[Graded, Any]:
         batch, learning = unit.batch, self._learning(unit.batch.learning)
@@ -264,7 +263,7 @@ class LearnWorker:
             head=head,
             given=given,
             parameters=learning.merge.parameters,
-            share=batch.share,
+            share=batch.token_share if head.kind == "causal" else batch.share,
             own=own,
             matrix=matrix,
         )
@@ -277,6 +276,7 @@ class LearnWorker:
             mask=given.attention_mask,
             unmasked=self._job.plan.stages.unmasked,
             share=batch.share,
+            token_share=batch.token_share,
         )
 
     def _row_bases(self, batch: Batched, learning: Learning, targets: Sequence[str]) -> dict[str, Tensor]:

@@ -119,11 +119,16 @@ class Mixture:
             self._looked_up[self._site_of.get(parameter.removesuffix(".weight"), "")] = None
             used = weight
             for slot in self._slots.get(parameter, ()):
-                if slot.tensor in self._replaced:
+                if slot.tensor in self._replaced:  # moved once, and only where the stage runs it
                     used = self._replaced[slot.tensor].to(weight.device, weight.dtype)
+                    self._replaced[slot.tensor] = used
                 for site in self._inside.get(slot.tensor, ()):
                     if site.name in phi:
-                        used = used.clone() if used is weight else used
+                        used = (
+                            used.clone()
+                            if used is weight or used is self._replaced.get(slot.tensor)
+                            else used
+                        )
                         B_OP, A_PI = self.update(site.name, phi[site.name])
                         add_update(part_of(used, slot), site, (B_OP @ A_PI).to(used.dtype))
             return used

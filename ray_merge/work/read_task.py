@@ -77,6 +77,11 @@ class TaskRows:
     def __init__(self, found: Calibrated) -> None:
         self._rows = [arrays_of(batch) for batch in found.batches]
 
+    def lengths(self) -> tuple[int, ...]:
+        """The tokens of each row; 1 where it has no mask, as all of them then have as many."""
+        masks = [row.get("attention_mask") for row in self._rows]
+        return tuple(1 if mask is None else int(mask.sum()) for mask in masks)
+
     def batch(self, places: Sequence[int]) -> Mapping[str, Any]:
         """The rows at some places, padded on the right to the longest of them."""
         chosen = [self._rows[place] for place in places]

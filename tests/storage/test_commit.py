@@ -7,8 +7,10 @@ import pytest
 from ray_merge.errors import OutputConflict, ShardConflict, StoreUnfit
 from ray_merge.spec import Receipt, SiteReport
 from ray_merge.storage.commit import (
+    FITNESS,
     MANIFEST,
     RECIPE,
+    check_fit,
     commit,
     commit_bytes,
     hash_object,
@@ -116,6 +118,14 @@ def test_the_probe_refuses_a_store_that_takes_a_second_put(store):
 
     with pytest.raises(StoreUnfit, match="a second put of the same name was accepted"):
         probe(Overwriting(), id_line(ID).encode(), ID)
+    with pytest.raises(StoreUnfit, match="a second put of the same name was accepted"):
+        check_fit(Overwriting())
+
+
+def test_an_output_that_is_fit_may_be_checked_again(store):
+    check_fit(store)
+    check_fit(store)
+    assert [info.path for info in store.list()] == [FITNESS]
 
 
 def test_a_receipt_is_read_as_it_was_written(store):

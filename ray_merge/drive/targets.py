@@ -1,0 +1,100 @@
+"""Where all merges of a plan go and what is there: one place for each, none of them inside the base."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterable
+
+from ray_merge.drive.identify import Inputs, merge_id, merge_inputs
+from ray_merge.drive.outputs import Target, look, output_root, today
+from ray_merge.errors import OutputConflict
+from ray_merge.plan import Plan
+from ray_merge.storage.commit import read_manifest
+from ray_merge.storage.ordered import MAX_THREADS, in_order
+from ray_merge.storage.store import Stores, join
+
+EARLIER_DAYS = 366
+"""How far back a merge is looked for under earlier dates: a year of nights costs one small request each."""
+
+
+def find_targets(plan: Plan, inputs: Inputs, date: str | None, stores: Stores) -> list[Target]:
+    """The place of every merge of a plan, in its order.
+
+    Args:
+        plan: whose merges.
+        inputs: content versions of what they are made of.
+        date: UTC day for `{date}` in `output`; today by default.
+        stores: opens them.
+
+    Raises:
+        OutputConflict: somebody else's files, two merges in one place, or a place inside the base model.
+    """
+    targets: list[Target] = []
+    seen: dict[str, str] = {}
+    day = date or today()  # one day for all of them
+    for merge in plan.merges:
+        document = merge_inputs(plan, merge, inputs)
+        target = look(plan.recipe.output, merge.name, merge_id(document), document, day, stores)
+        if f"{_real(target.url)}/".startswith(f"{_real(plan.base.url)}/"):
+            # Its files would count as the base's own: other ids, and the next run would copy them.
+            raise OutputConflict(
+                f"{target.url} lies inside the base model {plan.base.url}; choose another output"
+            )
+        if target.url in seen:
+            raise OutputConflict(f"merges {seen[target.url]!r} and {merge.name!r} both go to {target.url}")
+        seen[target.url] = merge.name
+        targets.append(target)
+    return targets
+
+
+def _real(url: str) -> str:
+    return url if "://" in url else os.path.realpath(url)  # links hide where a folder lies
+
+
+def is_complete(url: str, merge_id: str, stores: Stores) -> bool:
+    """Whether the manifest of that very merge lies at `url` now.
+
+    Raises:
+        OutputConflict: what lies there is not a manifest.
+    """
+    manifest = read_manifest(stores.open(url))
+    return manifest is not None and manifest.get("id") == merge_id
+
+
+def complete_before(template: str, name: str, merge_id: str, date: str, stores: Stores) -> str | None:
+    """Where a merge is complete under an earlier day of `{date}` in `output`, the latest first; None where nowhere.
+
+    Args:
+        template: `output` of the recipe.
+        name: of the merge.
+        merge_id: 64 hex digits.
+        date: of this night.
+        stores: opens them.
+    """
+    if "{date}" not in template:
+        return None
+    first = datetime.date.fromisoformat(date)
+    days = [(first - datetime.timedelta(days=back)).isoformat() for back in range(1, EARLIER_DAYS + 1)]
+    urls = [join(output_root(template, merge_id, day), *name.split("/")) for day in days]
+    for start in range(0, len(urls), MAX_THREADS):  # the latest nights answer most often
+        some = urls[start : start + MAX_THREADS]
+        there = in_order(lambda url: _was_complete(url, merge_id, stores), some)
+        found = next((url for url, complete in zip(some, there, strict=True) if complete), None)
+        if found is not None:
+            return found
+    return None
+
+
+def _was_complete(url: str, merge_id: str, stores: Stores) -> bool:
+    try:
+        return is_complete(url, merge_id, stores)
+    except OutputConflict:
+        return False  # what an earlier night left damaged must not stop this one
+
+
+def incomplete(targets: Iterable[Target], stores: Stores) -> list[Target]:
+    """Those whose manifest is not there."""
+    asked = list(targets)
+    there = in_order(lambda target: is_complete(target.url, target.merge_id, stores), asked)
+    return [target for target, complete in zip(asked, there, strict=True) if not complete]
