@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from ray_merge.emr import load_emr
     from ray_merge.errors import RayMergeError, Refusal, RunFailed
     from ray_merge.evaluate import evaluate
+    from ray_merge.gc import gc
     from ray_merge.heads import load_head
     from ray_merge.inspect import inspect
     from ray_merge.methods.merge_factors import merge_factors
     from ray_merge.moments import calibrate
     from ray_merge.osrm import init_adapters
+    from ray_merge.report import report
     from ray_merge.spec import Factor
     from ray_merge.verify import verify
 
@@ -36,6 +38,7 @@ _HOME = {
     "RunFailed": "ray_merge.errors",
     "calibrate": "ray_merge.moments",
     "evaluate": "ray_merge.evaluate",
+    "gc": "ray_merge.gc",
     "init_adapters": "ray_merge.osrm",
     "inspect": "ray_merge.inspect",
     "load_emr": "ray_merge.emr",
@@ -44,6 +47,7 @@ _HOME = {
     "methods": "ray_merge.api",
     "osrm_project": "ray_merge.algebra.osrm",
     "plan": "ray_merge.api",
+    "report": "ray_merge.report",
     "run": "ray_merge.api",
     "verify": "ray_merge.verify",
 }
@@ -78,6 +82,7 @@ __all__ = [
     "RunFailed",
     "calibrate",
     "evaluate",
+    "gc",
     "init_adapters",
     "inspect",
     "load_emr",
@@ -86,6 +91,7 @@ __all__ = [
     "methods",
     "osrm_project",
     "plan",
+    "report",
     "run",
     "verify",
 ]

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ray_merge.drive.events import Event
+from ray_merge.drive.identify import read_inputs_identity
+from ray_merge.drive.outputs import Target
 from ray_merge.drive.run import RunResult, Settings
 from ray_merge.drive.run import run as drive_run
+from ray_merge.drive.targets import find_targets
 from ray_merge.engines import Engine, memory_ceiling, unit_pools
 from ray_merge.errors import Refusal
 from ray_merge.methods.registry import METHODS, describe
@@ -24,6 +27,8 @@ from ray_merge.recipe import expand, require_merges, select
 from ray_merge.recipe.arguments import check_count
 from ray_merge.recipe.read import read_recipe
 from ray_merge.storage.cache import cache_folder
+from ray_merge.storage.digest import DigestCache
+from ray_merge.storage.store import Stores
 from ray_merge.work.pickles import unpickler
 
 
@@ -32,6 +37,7 @@ def plan(
     *,
     output: str | None = None,
     only: Sequence[str] = (),
+    workers: int | None = None,
     memory: str | int | None = None,
     cache_dir: str | Path | None = None,
 ) -> Plan:
@@ -41,14 +47,16 @@ def plan(
         recipe: path, URL, or the recipe as a mapping.
         output: in place of the recipe's own.
         only: names or globs of merges; all of them when empty.
+        workers: how many a run would have, for the stages of what is learned; by default one per CPU.
         memory: ceiling per worker, for example "640MB".
         cache_dir: node-local folder, where pickled adapters that the recipe allows are converted.
 
     Raises:
         Refusal: the recipe cannot be run; the message says where and what to do.
     """
+    check_count("workers", workers)
     planned = _plan(recipe, output, only, memory, cache_dir)
-    engines = Engines(memory=memory, cache=cache_folder(cache_dir))
+    engines = Engines(workers=workers, memory=memory, cache=cache_folder(cache_dir))
     return replace(planned, moments=prepared_facts(planned, engines))
 
 
@@ -72,6 +80,32 @@ def _plan(
             f"a time, the ceiling is {ceiling / 1e6:.0f} MB; raise it, or merge fewer adapters at once"
         )
     return planned
+
+
+def outlook(
+    recipe: str | Path | dict[str, Any],
+    *,
+    output: str | None = None,
+    only: Sequence[str] = (),
+    date: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[Plan, list[Target]]:
+    """What a run would make, with ids, and what of it is there already; writes nothing and starts no worker.
+
+    Args:
+        recipe: path, URL, or the recipe as a mapping.
+        output: in place of the recipe's own.
+        only: names or globs of merges; all of them when empty.
+        date: UTC day for `{date}` in `output`.
+        cache_dir: node-local folder for digests.
+
+    Raises:
+        Refusal: the recipe cannot be run.
+    """
+    planned = _plan(recipe, output, only, None, cache_dir)
+    stores = Stores()
+    inputs = read_inputs_identity(planned, DigestCache(cache_folder(cache_dir) / "digests"), stores)
+    return planned, find_targets(planned, inputs, date, stores)
 
 
 def run(

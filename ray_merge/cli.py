@@ -1,7 +1,7 @@
 """`ray-merge`: the command line. Options in, one library call, text out; exit codes 0, 1 and 2.
 
 0: complete. 2: refused before anything was written (usage errors too). 1: failed later. The last line on
-stderr says why, in one sentence.
+stderr says why, in one sentence. Commands that make things are here, those that look at them in cli_outputs.py.
 """
 
 from __future__ import annotations
@@ -13,33 +13,30 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from ray_merge import show, show_evaluate, show_inspect, show_moments, show_progress
-from ray_merge.errors import RayMergeError, Refusal, RunFailed
-
-app = typer.Typer(
-    name="ray-merge",
-    help="Merge many LoRA adapters into large base models, as a batch job on Ray.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain usage errors: their last line says what is wrong
+from ray_merge import (
+    cli_outputs,
+    show,
+    show_evaluate,
+    show_moments,
+    show_progress,
 )
-
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe: YAML file, local or by URL.")
-]
-OutputOption = Annotated[str | None, typer.Option(help="Where results go, in place of the recipe's output.")]
-OnlyOption = Annotated[list[str] | None, typer.Option(help="Name or glob of merges; may be repeated.")]
-MemoryOption = Annotated[str | None, typer.Option(metavar="SIZE", help="Ceiling per worker, such as 640MB.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-AddressOption = Annotated[str, typer.Option(help="local (embedded Ray), auto, or HOST:PORT.")]
-EngineOption = Annotated[Literal["ray", "local"], typer.Option(help="local: everything in this process.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-CacheOption = Annotated[Path | None, typer.Option(help="Node-local folder for adapters and digests.")]
+from ray_merge.cli_options import (
+    AddressOption,
+    CacheOption,
+    DeviceOption,
+    EngineOption,
+    JsonOption,
+    MemoryOption,
+    OnlyOption,
+    OutputOption,
+    RecipeArgument,
+    app,
+)
+from ray_merge.errors import RayMergeError, Refusal, RunFailed, redacted, sentence
 
 
 @app.command()
@@ -51,13 +48,27 @@ def plan(
     cluster: Annotated[
         str, typer.Option(metavar="SPEC", help="For hours: workers=64,read=1GB/s,write=500MB/s,flops=2T.")
     ] = "",
+    emit_kuberay: Annotated[
+        bool, typer.Option("--emit-kuberay", help="Print the RayJob that runs the recipe on Kubernetes.")
+    ] = False,
+    image: Annotated[str | None, typer.Option(help="RayJob: image made by cluster/Dockerfile.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="RayJob: default ray-merge.")] = None,
+    queue: Annotated[str | None, typer.Option(help="RayJob: LocalQueue of Kueue.")] = None,
+    device: Annotated[str | None, typer.Option(help="RayJob: cpu, or cuda for one GPU a worker.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What would be read, merged and written; peak memory; refusals. Reads headers only."""
-    from ray_merge import api
+    from ray_merge import api, show_kuberay
     from ray_merge.plan.estimate import parse_cluster
 
     workers = parse_cluster(cluster)
+    job = show_kuberay.JobOptions(image=image, namespace=namespace, queue=queue, device=device)
+    if emit_kuberay:
+        if as_json:
+            raise Refusal("--emit-kuberay prints YAML; leave out --json")
+        show_kuberay.rayjob(recipe, job, workers, output=output, only=only or [], memory=memory)
+        return
+    job.refuse()
     planned = api.plan(recipe, output=output, only=only or [], memory=memory)
     if as_json:
         typer.echo(json.dumps(show.plan_json(planned, workers), indent=1))
@@ -216,42 +227,11 @@ def evaluate(
         raise RunFailed(why)
 
 
-@app.command()
-def verify(
-    output: Annotated[
-        str, typer.Argument(metavar="OUTPUT", help="A recipe's output, or one merge's folder.")
-    ],
-    probe: Annotated[bool, typer.Option(help="Also compare y = (W + dW) x with the factors.")] = True,
-    cache_dir: CacheOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Re-hash every published file and probe merged weights against base and factors."""
-    from ray_merge.verify import verify as check
-
-    show.verified(check(output, cache_dir=cache_dir, probe=probe), as_json=as_json)
-
-
-@app.command()
-def inspect(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Folders of PEFT adapters.")],
-    base: Annotated[str | None, typer.Option(help="Base model to fit the adapters to.")] = None,
-    cache_dir: CacheOption = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read tensors, and nothing else, from adapter_model.bin.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Ranks, scales, norms, effective rank of adapters; overlap and interference of pairs; what would be refused."""
-    from ray_merge.inspect import inspect as look
-
-    found = look(adapters, base=base, cache_dir=cache_dir, allow_pickle=allow_pickle)
-    if as_json:
-        typer.echo(json.dumps(show_inspect.inspection_json(found), indent=1, allow_nan=False))
-    else:
-        show_inspect.inspection_table(found)
-    if found.refused:
-        names = ", ".join(found.refused)
-        raise Refusal(f"{len(found.refused)} of {len(found.adapters)} adapter(s) would be refused: {names}")
+app.command("verify")(cli_outputs.verify)
+app.command("report")(cli_outputs.report)
+app.command("status")(cli_outputs.status)
+app.command("gc")(cli_outputs.collect)
+app.command("inspect")(cli_outputs.inspect)
 
 
 @app.command()
@@ -279,11 +259,11 @@ def demo(
     run_demo(output=output, cache_dir=cache_dir, engine=engine)
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit with its code."""
+def main(arguments: Sequence[str] | None = None, program: typer.Typer = app) -> NoReturn:
+    """Run a program, by default the command line, and exit with its code."""
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
-    sys.exit(_exit_code(list(sys.argv[1:] if arguments is None else arguments)))
+    sys.exit(_exit_code(list(sys.argv[1:] if arguments is None else arguments), program))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -293,20 +273,19 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise RunFailed(f"stopped by {signal.Signals(number).name}; run the recipe again to finish it")
 
 
-def _exit_code(arguments: list[str]) -> int:
+def _exit_code(arguments: list[str], program: typer.Typer = app) -> int:
     try:
-        app(arguments)
+        program(arguments)
     except SystemExit as stop:  # typer's own: 0, or 2 after a usage error
         return stop.code if isinstance(stop.code, int) else 0
     except RayMergeError as error:
         return _fail(str(error), error.exit_code)
     except Exception as error:  # noqa: BLE001  (the last resort: a bug, or a library's error that nobody expected)
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), file=sys.stderr)
         return _fail(f"internal error: {type(error).__name__}: {error}", 1)
     return 0
 
 
 def _fail(message: str, code: int) -> int:
-    sentence = " ".join(message.split())
-    typer.echo(f"ray-merge: {sentence}", err=True)
+    typer.echo(f"ray-merge: {sentence(' '.join(message.split()))}", err=True)
     return code

@@ -5,7 +5,8 @@
     |   +-- RecipeError, AdapterError, CheckpointError (NotCuttable), MethodError, OutputConflict, StoreDenied,
     |   |   StoreUnfit, NotFinite
     +-- RunFailed        found after the first object was written; exit code 1
-        +-- UnitFailed, ShardConflict, StoreError
+    |   +-- UnitFailed, ShardConflict, StoreError
+    +-- ContactLost      a cluster that was given a job does not answer; exit code 3 (`jobs/submit.py` only)
 
 A class with several arguments hands all of them to `super().__init__` and makes its text in `__str__`:
 an exception whose `__init__` does not match its `args` cannot be unpickled, and Ray then hides it behind
@@ -14,9 +15,30 @@ an exception whose `__init__` does not match its `args` cannot be unpickled, and
 
 from __future__ import annotations
 
+import re
 import reprlib
 
-_SHORT = reprlib.Repr()
+_CREDENTIALS = re.compile(r"(?<=://)[^\s/@:]*:(?!\d{1,5}/)[^\s'\"]*@|(?<=://)(?<!hf://)[^\s/'\"]*@")
+"""user:password@, also where the password has a slash (keys of AWS do); user@, but for the revision of hf://name@x. A
+port and a slash begin no password."""
+
+_SIGNATURE = re.compile(r"(?<=://)([^\s?'\"]*)\?[^\s'\"]*=[^\s'\"]*")
+"""What follows the path of a signed URL."""
+
+
+def redacted(text: str) -> str:
+    """A text for people, whatever it quotes: without user names, passwords and signatures in URLs."""
+    return _SIGNATURE.sub(r"\1", _CREDENTIALS.sub("", text)) if "://" in text else text
+
+
+class _Short(reprlib.Repr):
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(
+            redacted(x), level
+        )  # cut first, a password might lose the @ that shows what it is
+
+
+_SHORT = _Short()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _SHORT.maxlevel = 3
 
@@ -31,7 +53,8 @@ MAX_SENTENCE = 2000
 
 
 def sentence(text: str) -> str:
-    """A message on one line, without control characters and of bounded length, whatever names hostile files have."""
+    """A message on one line, without credentials and control characters and of bounded length, whatever it quotes."""
+    text = redacted(text)
     if not text.isprintable():
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
     return text if len(text) <= MAX_SENTENCE else f"{text[:1200]} ... {text[-600:]}"
@@ -54,6 +77,10 @@ class Refusal(RayMergeError):
 
 class RecipeError(Refusal):
     """The recipe is not valid: the place (file and line, or key), what is wrong, the nearest right thing."""
+
+
+class DataGone(RecipeError):
+    """Data, labels or a head that a recipe names are not there; a manifest may still say what they were."""
 
 
 class AdapterError(Refusal):
@@ -133,6 +160,19 @@ class RunFailed(RayMergeError):
     """The run stopped after its first object was written; run the recipe again to finish it."""
 
 
+class ContactLost(RayMergeError):
+    """Nobody answers any more, so nobody knows how the job ends: what was asked, for how long, the last answer."""
+
+    exit_code = 3
+
+    def __init__(self, what: str, seconds: float, answer: str) -> None:
+        super().__init__(what, seconds, answer)
+
+    def __str__(self) -> str:
+        what, seconds, answer = self.args
+        return sentence(f"{what} has not answered for {seconds:.0f} s ({answer}); its state is unknown")
+
+
 class UnitFailed(RunFailed):
     """One unit of work did not succeed within its attempts."""
 
@@ -173,6 +213,8 @@ __all__ = [
     "AdapterError",
     "AdapterShapeError",
     "CheckpointError",
+    "ContactLost",
+    "DataGone",
     "MethodError",
     "NotCuttable",
     "NotFinite",

@@ -55,17 +55,18 @@ def _prepare(
     """Moments, then phi; what learning needs is looked at before either of them writes."""
     if not learning:
         return Prepared(moments=compute_needed(plan, needed, engines, school.progress))
-    from ray_merge.learn.run import look_at_data  # with torch, which a plan does not need
+    from ray_merge.learn.run import look_at_data, states_of  # with torch, which a plan does not need
 
     samples = look_at_data(learning, ids, school)
     ready()
     moments = compute_needed(plan, needed, engines, school.progress)
+    before = states_of(learning, ids, school)
     try:
         phi = _learned(plan, learning, ids, school, samples, engines)
     except Refusal as error:
-        if not needed:
+        if not needed and states_of(learning, ids, school) == before:
             raise
-        raise RunFailed(f"{error}; the moments that were computed before are kept") from error
+        raise RunFailed(f"{error}; what was computed and learned before is kept") from error
     return Prepared(moments=moments, phi=phi)
 
 

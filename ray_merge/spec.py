@@ -343,7 +343,8 @@ class Receipt:
         unit: id of the unit that made it.
         sites: what was merged in it.
         sums: numbers by site that the driver adds up over all objects: of emr (drive/rescalers.py).
-        seconds: by phase: read, merge, write, upload.
+        began: when its unit began, in seconds since 1970 (UTC) by the worker's clock; 0 where nobody noted it.
+        seconds: by phase: read, merge, write, upload; together from `began` to this receipt.
         unit_bytes: of the base, by the whole unit and for all of its merges: "read", and of these "decoded".
         worker: host and process that made it.
         adopted: True when the object was there already with the same bytes.
@@ -357,6 +358,7 @@ class Receipt:
     unit: str
     sites: tuple[SiteReport, ...] = ()
     sums: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    began: float = 0.0
     seconds: Mapping[str, float] = field(default_factory=dict)
     unit_bytes: Mapping[str, int] = field(default_factory=dict)
     worker: str = ""

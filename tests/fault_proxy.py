@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import urlsplit
 
 
@@ -45,10 +48,33 @@ class Hang:
 
 
 class Shorten:
-    """The connection breaks in the middle of the answer's body."""
+    """The connection ends in the middle of the answer's body, as after a time-out of a load balancer."""
 
 
-Fault = Reply | Drop | Lose | Hang | Shorten | None
+class Reset:
+    """The connection is reset (RST) in the middle of the answer's body: a server that was killed."""
+
+
+class CutRequest:
+    """The connection is reset in the middle of the request's body, on both sides: a client or a cable that died."""
+
+
+class Halve:
+    """Half of the answer's body under a Content-Length that fits it: a truncated answer that looks whole."""
+
+
+@dataclass(frozen=True)
+class Delay:
+    """The answer takes `seconds` longer."""
+
+    seconds: float
+
+
+class Stale:
+    """The answer that the same request got when it came first; the first one passes."""
+
+
+Fault = Reply | Drop | Lose | Hang | Shorten | Reset | CutRequest | Halve | Delay | Stale | None
 
 
 @dataclass
@@ -58,6 +84,7 @@ class FaultProxy:
     endpoint: str
     rule: Callable[[Call], Fault]
     calls: list[Call] = field(default_factory=list)
+    earlier: dict[str, tuple[int, list[tuple[str, str]], bytes]] = field(default_factory=dict)
     hanging: threading.Event = field(default_factory=threading.Event)
     stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -65,6 +92,7 @@ class FaultProxy:
         """Forget what came, let go what hangs, and follow `rule` from now on."""
         self.stopped.set()
         self.rule, self.calls, self.hanging, self.stopped = rule, [], threading.Event(), threading.Event()
+        self.earlier = {}
 
     def count(self, method: str, part: str = "") -> int:
         return sum(call.method == method and part in call.target for call in self.calls)
@@ -103,28 +131,65 @@ def nth(fault: Fault, method: str, part: str, *numbers: int) -> Callable[[Call],
     return rule
 
 
+Answer = tuple[int, list[tuple[str, str]], bytes]
+
+
+def _ask(server: str, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
+    connection = http.client.HTTPConnection(server, timeout=30)
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        kept = [(k, v) for k, v in response.getheaders() if k.lower() not in _OF_ONE_HOP]
+        return response.status, kept, response.read()
+    finally:
+        connection.close()
+
+
+_OF_ONE_HOP = {"connection", "transfer-encoding"}
+
+
+def _send_and_reset(server: str, method: str, path: str, headers: Any, body: bytes) -> None:
+    """Half a request: all headers, the first half of the body, and then RST."""
+    host, _, port = server.partition(":")
+    lines = [f"{method} {path} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items() if k.lower() != "expect")]
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
 def _handler(proxy: FaultProxy, server: str) -> type[BaseHTTPRequestHandler]:
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # Headers and body are two writes: with Nagle's algorithm the second waits 40 ms for an acknowledgement.
+        disable_nagle_algorithm = True
 
         def handle_one_request(self) -> None:
-            with contextlib.suppress(ConnectionError):  # the client was killed or gave up
+            # The client was killed or gave up, or the server behind is away: both connections just end.
+            try:
                 super().handle_one_request()
+            except (OSError, http.client.HTTPException, ValueError):
+                self.close_connection = True
 
         def relay(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             with lock:
                 call = Call(self.command, self.path, len(proxy.calls) + 1)
                 proxy.calls.append(call)
             fault = proxy.rule(call)
+            n_bytes = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(n_bytes // 2 if isinstance(fault, CutRequest) else n_bytes)
             if isinstance(fault, Hang):
                 stopped = proxy.stopped
                 proxy.hanging.set()
                 stopped.wait()
+            if isinstance(fault, Delay):
+                proxy.stopped.wait(fault.seconds)
             if isinstance(fault, Drop | Hang):
                 self.close_connection = True
+            elif isinstance(fault, CutRequest):
+                _send_and_reset(server, self.command, self.path, self.headers, body)
+                self.reset()
             elif isinstance(fault, Reply):
                 text = f"<Error><Code>{fault.code}</Code><Message>made by the test</Message></Error>".encode()
                 self.answer(fault.status, [("Content-Type", "application/xml")], text)
@@ -132,22 +197,25 @@ def _handler(proxy: FaultProxy, server: str) -> type[BaseHTTPRequestHandler]:
                 self.forward(body, fault)
 
         def forward(self, body: bytes, fault: Fault) -> None:
-            connection = http.client.HTTPConnection(server, timeout=30)
-            connection.request(self.command, self.path, body, dict(self.headers))
-            response = connection.getresponse()
-            data = response.read()
-            connection.close()
+            status, headers, data = _ask(server, self.command, self.path, dict(self.headers), body)
+            if self.command == "GET" and data:
+                status, headers, data = self.remember((status, headers, data), isinstance(fault, Stale))
             if isinstance(fault, Lose):
                 self.close_connection = True
                 return
-            headers = [
-                (k, v)
-                for k, v in response.getheaders()
-                if k.lower() not in {"connection", "transfer-encoding"}
-            ]
-            self.answer(response.status, headers, data, cut=isinstance(fault, Shorten))
+            if isinstance(fault, Halve):
+                data = data[: len(data) // 2]
+                headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
+            self.answer(status, headers, data, fault)
 
-        def answer(self, status: int, headers: list[tuple[str, str]], data: bytes, cut: bool = False) -> None:
+        def remember(self, answer: Answer, old: bool) -> Answer:
+            with lock:
+                first = proxy.earlier.setdefault(self.path, answer) if "list-type=2" in self.path else answer
+            return first if old else answer
+
+        def answer(
+            self, status: int, headers: list[tuple[str, str]], data: bytes, fault: Fault = None
+        ) -> None:
             self.send_response_only(status)
             names = {name.lower() for name, _ in headers}
             for name, value in headers:
@@ -155,8 +223,17 @@ def _handler(proxy: FaultProxy, server: str) -> type[BaseHTTPRequestHandler]:
             if "content-length" not in names:
                 self.send_header("Content-Length", str(len(data)))
             self.end_headers()
+            cut = isinstance(fault, Shorten | Reset)
             self.wfile.write(data[: len(data) // 2] if cut else data)
             self.close_connection = self.close_connection or cut
+            if isinstance(fault, Reset):
+                self.reset()
+
+        def reset(self) -> None:
+            self.close_connection = True
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            # shutdown() of the library would send a FIN first; the descriptor closed with a linger of 0 sends RST.
+            self.connection.close()
 
         def log_message(self, format: str, *args: object) -> None:
             pass

@@ -46,8 +46,11 @@ def find_weed() -> str | None:
 
 
 @contextlib.contextmanager
-def run_server(folder: Path, weed: str) -> Iterator[S3Server]:
-    """A server that keeps its data in `folder`, with the bucket BUCKET, ready to take objects."""
+def run_server(folder: Path, weed: str, first: int | None = None) -> Iterator[S3Server]:
+    """A server that keeps its data in `folder`, with the bucket BUCKET, ready to take objects.
+
+    `first` is the first of its ports; a server that was killed comes back with the same folder and ports.
+    """
     config = folder / "s3.json"
     identity = {
         "name": "tests",
@@ -56,8 +59,8 @@ def run_server(folder: Path, weed: str) -> Iterator[S3Server]:
     }
     config.write_text(json.dumps({"identities": [identity]}))
     data = folder / "data"
-    data.mkdir()
-    first = free_ports()
+    data.mkdir(exist_ok=True)
+    first = first or free_ports()
     names = ("-master.port", "-volume.port", "-filer.port", "-s3.port")
     ports = [f"{name}={first + offset}" for offset, name in enumerate(names)]
     command = [
@@ -127,7 +130,10 @@ def _wait_until_it_takes_objects(process: subprocess.Popen[bytes], endpoint: str
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
-            client.create_bucket(Bucket=BUCKET)
+            with contextlib.suppress(
+                client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou
+            ):
+                client.create_bucket(Bucket=BUCKET)
             client.put_object(Bucket=BUCKET, Key="ready", Body=b"ready")
             client.delete_object(Bucket=BUCKET, Key="ready")
         except Exception as error:

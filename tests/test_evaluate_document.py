@@ -12,8 +12,8 @@ from ray_merge.drive.outputs import Target
 from ray_merge.errors import Refusal
 from ray_merge.evaluate.command import Called, check_command, run_commands
 from ray_merge.evaluate.document import normalised, pareto_tables
-from ray_merge.evaluate.written import replace_object
 from ray_merge.spec import Merge
+from ray_merge.storage.replaced import replace_object
 from ray_merge.storage.store import Stores, open_store
 
 

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 from urllib.parse import unquote
 
-from ray_merge.errors import RecipeError, shown
+from ray_merge.errors import DataGone, RecipeError, shown
 from ray_merge.recipe import DataSource
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.ordered import in_order
@@ -58,7 +58,8 @@ def find_files(path: str, stores: Stores, where: str) -> tuple[DataFile, ...]:
     found = _matches(path, stores) if re.search(r"[*?\[]", path) else _below(stores.open(path))
     files = tuple(DataFile(s, i, FORMATS[_suffix(i.path)]) for s, i in found if _suffix(i.path) in FORMATS)
     if not files:
-        raise RecipeError(
+        kind = RecipeError if found else DataGone
+        raise kind(
             f"{where}: {redact(path)} does not exist or holds no data file ({', '.join(FORMATS)}); give a file, a "
             "folder of files, or a glob such as folder/*.parquet"
         )

@@ -127,12 +127,7 @@ def tokenise(
     try:
         with quiet_and_offline():
             made = tokenizer.call(*_columns(texts), truncation=True, max_length=max_length, **options)
-            full = [row for row, ids in enumerate(made["input_ids"]) if len(ids) >= max_length]
-            cut = [False] * len(texts)
-            if full:
-                whole = tokenizer.call(*_columns([texts[row] for row in full]), truncation=False, **options)
-                for row, ids in zip(full, whole["input_ids"], strict=True):
-                    cut[row] = len(ids) > max_length
+            cut = _cut(tokenizer, texts, made, max_length, options)
     except RayMergeError:
         raise
     except Exception as error:  # the same
@@ -142,6 +137,26 @@ def tokenise(
         ) from error
     keys = [key for key in ("input_ids", "token_type_ids") if key in made]
     return [Tokens({key: made[key][row] for key in keys}, cut[row]) for row in range(len(texts))]
+
+
+def _cut(
+    tokenizer: Tokenizer,
+    texts: Sequence[tuple[str, ...]],
+    made: Any,
+    max_length: int,
+    options: Mapping[str, bool],
+) -> list[bool]:
+    """Which texts were cut: what a fast tokenizer says; the others take full ones once more."""
+    encodings = getattr(made, "encodings", None)
+    if encodings:
+        return [bool(one.overflowing) for one in encodings]
+    cut = [False] * len(texts)
+    full = [row for row, ids in enumerate(made["input_ids"]) if len(ids) >= max_length]
+    if full:
+        whole = tokenizer.call(*_columns([texts[row] for row in full]), truncation=False, **options)
+        for row, ids in zip(full, whole["input_ids"], strict=True):
+            cut[row] = len(ids) > max_length
+    return cut
 
 
 def _columns(texts: Sequence[tuple[str, ...]]) -> list[list[str]]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ray_merge.calibration import data_identity
-from ray_merge.errors import AdapterError, CheckpointError, Refusal, StoreDenied
+from ray_merge.errors import AdapterError, CheckpointError, DataGone, StoreDenied
 from ray_merge.identity import ALGORITHM_VERSION, LEARN_VERSION, MOMENTS_VERSION, digest
 from ray_merge.methods.registry import get
 from ray_merge.plan import Plan
@@ -50,8 +50,8 @@ def read_inputs_identity(
         plan: whose merges.
         digests: of local files, remembered.
         stores: opens them.
-        recorded: what the data of tasks were, from manifests. Who looks at finished merges needs no data, so theirs
-            may be gone; data that are there still count as they are.
+        recorded: what the data, labels and heads of tasks were, from manifests. Who looks at finished merges needs
+            none of them, so they may be gone; what is there still counts as it is.
     """
     base = base_versions(plan.base, digests, stores)
     found = in_order(lambda one: _adapter_versions(plan, one, digests, stores), plan.adapters.values())
@@ -69,42 +69,52 @@ def _data(
     headed = {name for merge in merging if _predicts(merge) for name in merge.adapters}
     found: dict[str, Mapping[str, Any]] = {}
     for name in dict.fromkeys(name for merge in merging for name in merge.adapters):
-        try:
-            found[name] = _task_data(
-                plan.recipe, name, stores, digests, labelled=labelled, headed=name in headed
-            )
-        except Refusal:
-            if name not in recorded:
-                raise
-            found[name] = recorded[name]
+        parts = _parts_of(plan.recipe, name, stores, digests, labelled=labelled, headed=name in headed)
+        found[name] = {key: _now_or_then(key, look, recorded.get(name, {})) for key, look in parts.items()}
     return found
 
 
-def _task_data(
+def _now_or_then(key: str, look: Callable[[], dict[str, Any]], recorded: Mapping[str, Any]) -> Any:
+    """What a part of a task's data is; where it is gone, what it was."""
+    try:
+        return look()
+    except DataGone:
+        if key not in recorded:
+            raise
+        return recorded[key]
+
+
+def _parts_of(
     recipe: Recipe, name: str, stores: Stores, digests: DigestCache, *, labelled: bool, headed: bool
-) -> dict[str, Any]:
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """How each part is looked at: data, labels, head."""
     source = recipe.adapters[name]
-    assert source.data is not None, "plan refuses a merge by moments whose tasks have no data"
-    found: dict[str, Any] = {
-        "data": dict(data_identity(source.data, stores, digests, where=f"adapters.{name}.data"))
-    }
-    if labelled and source.eval is not None:
-        inputs = DataSource(path=source.eval.path)
-        found["labels"] = {
-            "file": dict(data_identity(inputs, stores, digests, where=f"adapters.{name}.eval")),
-            "column": source.eval.label,
+    data, evaluation, head = source.data, source.eval, source.head
+    assert data is not None, "plan refuses a merge by moments whose tasks have no data"
+    place = f"adapters.{name}"
+    parts = {"data": lambda: dict(data_identity(data, stores, digests, where=f"{place}.data"))}
+    if labelled and evaluation is not None:
+        inputs = DataSource(path=evaluation.path)
+        parts["labels"] = lambda: {
+            "file": dict(data_identity(inputs, stores, digests, where=f"{place}.eval")),
+            "column": evaluation.label,
         }
-    if headed and source.head is not None:
-        folder, _, file = source.head.path.rpartition("/")
-        store = stores.open(folder or ".")
-        if not file or store.info(file) is None:
-            raise AdapterError(
-                f"adapters.{name}.head: there is no {source.head.path}; give a safetensors file with one (classes, "
-                "width) matrix"
-            )
-        version = file_versions(store, [file], digests)[file]
-        found["head"] = {"file": version, "logit_scale": source.head.logit_scale}
-    return found
+    if headed and head is not None:
+        parts["head"] = lambda: {
+            "file": _head_version(f"{place}.head", head.path, stores, digests),
+            "logit_scale": head.logit_scale,
+        }
+    return parts
+
+
+def _head_version(place: str, path: str, stores: Stores, digests: DigestCache) -> Any:
+    folder, _, file = path.rpartition("/")
+    store = stores.open(folder or ".")
+    if not file or store.info(file) is None:
+        raise DataGone(
+            f"{place}: there is no {path}; give a safetensors file with one (classes, width) matrix"
+        )
+    return file_versions(store, [file], digests)[file]
 
 
 NO_BYTES = ("commit_every",)

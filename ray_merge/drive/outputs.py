@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ def look(
     url = join(root, *name.split("/"))
     store = stores.open(url)
     _refuse_inside(root, name, stores)
+    _refuse_outside(root, store)
     manifest = read_manifest(store)
     if manifest is not None:
         _check_owner(store, str(manifest.get("id")), merge_id, difference(manifest.get("inputs", {}), inputs))
@@ -83,11 +85,13 @@ def look(
     if owner is None:
         state = f"{STATE_FOLDER}/"  # of a recipe whose output is this folder
         first = next((info.path for info in store.list() if not info.path.startswith(state)), None)
-        if first is not None:
+        if first is None:
+            return Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=False, receipts={})
+        owner = recorded_id(store)  # another driver may have begun this merge since we looked
+        if owner is None:
             raise OutputConflict(
                 f"{url} holds something else ({first}) and no {RECIPE}; choose another output or empty that folder"
             )
-        return Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=False, receipts={})
     _check_owner(store, owner, merge_id, "an unfinished run of other inputs")
     receipts = read_receipts(store, merge_id)
     return Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=False, receipts=receipts)
@@ -103,6 +107,17 @@ def _refuse_inside(root: str, name: str, stores: Stores) -> None:
             raise OutputConflict(
                 f"{outer.url} is merge id {owner[:12]}, and {name!r} would lie inside it; choose another output or name"
             )
+
+
+def _refuse_outside(root: str, store: Store) -> None:
+    if store.local_root is None:
+        return
+    leads = os.path.realpath(store.local_root)
+    if not f"{leads}/".startswith(f"{os.path.realpath(root).rstrip('/')}/"):
+        raise OutputConflict(
+            f"{store.url} is a link that leads out of the output, to {leads}; give that folder as output, "
+            "or remove the link"
+        )
 
 
 def _check_owner(store: Store, owner: str, merge_id: str, change: str) -> None:

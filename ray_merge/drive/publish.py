@@ -25,12 +25,13 @@ from ray_merge.drive.learned import PHI, is_learned, learned_lines
 from ray_merge.drive.outputs import Target
 from ray_merge.drive.rescalers import rescalers_json
 from ray_merge.drive.thresholds import THRESHOLDS, selecting
+from ray_merge.errors import RunFailed
 from ray_merge.models.blocks import natural_key
 from ray_merge.plan import ADAPTER_OBJECT, Plan
 from ray_merge.plan.emr import RESCALERS, is_emr
 from ray_merge.spec import Adapter, Merge, Receipt, SiteReport
 from ray_merge.storage.checkpoint import CONFIG_FILE, INDEX_FILE
-from ray_merge.storage.commit import MANIFEST, SITES, commit_bytes, pretty_json
+from ray_merge.storage.commit import MANIFEST, RECIPE, SITES, commit_bytes, pretty_json, recorded_id
 from ray_merge.storage.headers import make_header
 from ray_merge.storage.store import Store, Stores
 from ray_merge.work.pickles import safetensors_of
@@ -119,6 +120,11 @@ def publish(
         files.put("adapter/adapter_config.json", pretty_json(exported_config(plan, merge, by_site)))
     if merge.export != "adapter":
         _put_checkpoint_files(plan, merge, files, stores)
+    if recorded_id(files.store) != target.merge_id:  # the first that `gc` removes; the shards may be gone too
+        raise RunFailed(
+            f"{target.url}/{RECIPE} was removed while this run was at work; run the recipe again, and give `gc` a "
+            "longer --older-than"
+        )
     commit_bytes(files.store, MANIFEST, _manifest(plan, merge, target, files), target.merge_id)
     return rounding_warnings(merge, reports)
 

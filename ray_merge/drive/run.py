@@ -291,7 +291,11 @@ def _check_outputs(context: _Context, unfinished: Sequence[_Open]) -> None:
 def _probe(context: _Context, item: _Open) -> None:
     recipe = resolved_recipe(context.plan, item.merge, item.target.merge_id)
     store = context.stores.open(item.target.url)
-    probe(store, recipe, item.target.merge_id)
+    if probe(store, recipe, item.target.merge_id) and item.target.receipts:
+        raise RunFailed(
+            f"{store.url}: what an earlier run had published there was removed since this one began; run the recipe "
+            "again"
+        )
     if item.thresholds is not None:
         commit_bytes(store, THRESHOLDS, to_json(item.merge, item.thresholds), item.target.merge_id)
     if item.phi is not None:

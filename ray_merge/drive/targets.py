@@ -15,7 +15,10 @@ from ray_merge.storage.ordered import MAX_THREADS, in_order
 from ray_merge.storage.store import Stores, join
 
 EARLIER_DAYS = 366
-"""How far back a merge is looked for under earlier dates: a year of nights costs one small request each."""
+"""How far back a merge is looked for under earlier dates, on a local disk."""
+
+REMOTE_DAYS = 31
+"""The same in a bucket, where each day is a request. What lies further back is known from a night's summary."""
 
 
 def find_targets(plan: Plan, inputs: Inputs, date: str | None, stores: Stores) -> list[Target]:
@@ -62,8 +65,10 @@ def is_complete(url: str, merge_id: str, stores: Stores) -> bool:
     return manifest is not None and manifest.get("id") == merge_id
 
 
-def complete_before(template: str, name: str, merge_id: str, date: str, stores: Stores) -> str | None:
-    """Where a merge is complete under an earlier day of `{date}` in `output`, the latest first; None where nowhere.
+def complete_before(
+    template: str, name: str, merge_id: str, date: str, stores: Stores, *, known: str | None = None
+) -> tuple[str, str] | None:
+    """Under which earlier day of `{date}` in `output` a merge is complete, and where; the latest one, None for none.
 
     Args:
         template: `output` of the recipe.
@@ -71,18 +76,22 @@ def complete_before(template: str, name: str, merge_id: str, date: str, stores: 
         merge_id: 64 hex digits.
         date: of this night.
         stores: opens them.
+        known: a day that is looked at first, whatever lies between.
     """
     if "{date}" not in template:
         return None
     first = datetime.date.fromisoformat(date)
-    days = [(first - datetime.timedelta(days=back)).isoformat() for back in range(1, EARLIER_DAYS + 1)]
-    urls = [join(output_root(template, merge_id, day), *name.split("/")) for day in days]
-    for start in range(0, len(urls), MAX_THREADS):  # the latest nights answer most often
-        some = urls[start : start + MAX_THREADS]
-        there = in_order(lambda url: _was_complete(url, merge_id, stores), some)
-        found = next((url for url, complete in zip(some, there, strict=True) if complete), None)
+    back = (
+        REMOTE_DAYS if stores.open(output_root(template, merge_id, date)).local_root is None else EARLIER_DAYS
+    )
+    days = [(first - datetime.timedelta(days=number)).isoformat() for number in range(1, back + 1)]
+    chunks = [days[start : start + MAX_THREADS] for start in range(0, back, MAX_THREADS)]
+    for some in [[known], *chunks] if known else chunks:  # the latest nights answer most often
+        urls = [join(output_root(template, merge_id, day), *name.split("/")) for day in some]
+        there = in_order(lambda url: _was_complete(url, merge_id, stores), urls)
+        found = next((at for at, complete in enumerate(there) if complete), None)
         if found is not None:
-            return found
+            return some[found], urls[found]
     return None
 
 

@@ -15,11 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_merge.recipe.names import BASE, SINGLE
+from ray_merge.recipe.names import BASE, LOWER_IS_BETTER, SINGLE
 from ray_merge.spec import Merge
 from ray_merge.work.evaluate_job import HITS_AT, Score, ScoredTask, ScoreUnit
-
-LOWER_IS_BETTER = ("perplexity",)
 
 NORMALISED = (
     "normalised = 100 * value / the single adapter's value, of perplexity 100 * the single adapter's / value; null "

@@ -15,7 +15,6 @@ from ray_merge.evaluate.command import Called, check_command, run_commands
 from ray_merge.evaluate.document import Scored, make_document, shown_models
 from ray_merge.evaluate.models import Found, changed_bytes, find_merges, models_of
 from ray_merge.evaluate.tasks import check_hits, chosen_tasks, joint_pool, plan_tasks
-from ray_merge.evaluate.written import PATH, replace_object
 from ray_merge.plan import Plan, make_plan, read_named
 from ray_merge.plan.stages import PASSING_COPIES, STAGE_RUNTIME_BYTES
 from ray_merge.pool import Pool, Task
@@ -25,7 +24,8 @@ from ray_merge.recipe.names import BASE, SINGLE
 from ray_merge.recipe.read import read_recipe
 from ray_merge.storage.cache import cache_folder
 from ray_merge.storage.checkpoint import Checkpoint
-from ray_merge.storage.commit import pretty_json
+from ray_merge.storage.commit import EVALUATION, pretty_json
+from ray_merge.storage.replaced import replace_object
 from ray_merge.storage.store import Stores
 from ray_merge.work.evaluate_job import EvaluateJob, Score, ScoredModel, ScoredTask, ScoreUnit
 from ray_merge.work.pickles import unpickler
@@ -130,7 +130,7 @@ def evaluate(
     commands = {} if command is None else run_commands(command, called, progress)
     document = make_document(_scored(asked, scores, looked), commands)
     return Evaluation(
-        url=replace_object(stores.open(found.root), PATH, pretty_json(document)),
+        url=replace_object(stores.open(found.root), EVALUATION, pretty_json(document)),
         document=document,
         missing=found.missing,
         failed=tuple(name for name, one in commands.items() if one["exit_code"] != 0),

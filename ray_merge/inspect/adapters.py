@@ -22,7 +22,7 @@ from ray_merge.spec import Adapter, Merge
 from ray_merge.storage.adapter import CONFIG_FILE, Pickles, read_adapter
 from ray_merge.storage.cache import cache_folder
 from ray_merge.storage.checkpoint import Checkpoint, read_checkpoint, read_json
-from ray_merge.storage.store import Stores
+from ray_merge.storage.store import Stores, redact
 from ray_merge.work.factors import AdapterFiles
 from ray_merge.work.pickles import unpickler
 
@@ -80,7 +80,10 @@ def unique_names(urls: Sequence[str]) -> list[str]:
 
     `runs/a/checkpoint-90` and `runs/b/checkpoint-90` become `a-checkpoint-90` and `b-checkpoint-90`.
     """
-    parts = [[part for part in re.split(r"[/\\]", url) if part not in ("", ".", "..")] for url in urls]
+    # A signed URL is refused when it is opened, and its signature must not be part of a name until then.
+    parts = [
+        [part for part in re.split(r"[/\\]", redact(url)) if part not in ("", ".", "..")] for url in urls
+    ]
     names = [_usable(path[-1:]) for path in parts]
     for depth in (2, 3):
         names = [

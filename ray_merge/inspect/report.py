@@ -12,6 +12,7 @@ from typing import Any
 from ray_merge.inspect.measure import PairNumbers, SiteNumbers
 from ray_merge.spec import Adapter, Site
 from ray_merge.storage.adapter import StoredAdapter
+from ray_merge.storage.store import redact
 
 VARIANTS: Mapping[str, str] = {
     "use_rslora": "rsLoRA", "use_dora": "DoRA", "lora_bias": "lora_bias", "fan_in_fan_out": "fan_in_fan_out",
@@ -157,7 +158,7 @@ def report(found: Found, measured: Mapping[str, SiteNumbers]) -> InspectedAdapte
     effective = [site.effective_rank or 0.0 for site in told]
     return InspectedAdapter(
         name=found.name,
-        url=found.url,
+        url=redact(found.url),
         refusal=found.refusal,
         peft_version=_text(found.config.get("peft_version")),
         task_type=_text(found.config.get("task_type")),

@@ -154,8 +154,8 @@ class _Loop:
         if idle and self._learning.heads:
             text = (
                 f"merge {self._learning.merge.name!r}: no prediction depends on phi at {len(idle)} of "
-                f"{len(self._learning.shapes)} site(s), the first is {idle[0]}: the model never runs them, or their "
-                "updates are zero; they keep their init"
+                f"{len(self._learning.shapes)} site(s), the first is {idle[0]}: the model never runs them, their "
+                "updates are zero, or the predictions are saturated; they keep their init"
             )
             self._lesson.progress(Event(kind="warning", text=text))
 

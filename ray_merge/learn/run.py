@@ -14,7 +14,7 @@ from ray_merge.calibration import data_identity
 from ray_merge.drive.events import Event
 from ray_merge.drive.identify import calibration_inputs, file_versions, model_versions
 from ray_merge.drive.moments import adapter_inputs
-from ray_merge.errors import NotCuttable, Refusal, RunFailed
+from ray_merge.errors import RunFailed
 from ray_merge.identity import LEARN_VERSION, digest
 from ray_merge.learn.leaves import leaf_names
 from ray_merge.learn.loop import Lesson, learn
@@ -109,21 +109,21 @@ def ensure_learned(
         samples: what `look_at_data` found.
 
     Raises:
-        Refusal: found before anything was written: a model that cannot be cut.
+        Refusal: a model that cannot be cut, or another device; earlier merges may have states (`states_of`).
         RunFailed: found later; running again goes on from the last committed state.
     """
     stores = Stores()
     store = stores.open(school.store)
-    for place, (plan, missing) in enumerate(_missing(plans, merge_ids, store)):
-        try:
-            _learn_group(plan, missing, merge_ids, school, samples, stores)
-        except NotCuttable:
-            raise  # the caller asks for one stage then; what was learned before is found again
-        except Refusal as error:
-            if not place:
-                raise
-            raise RunFailed(f"{error}; what was learned before is kept") from error
+    for plan, missing in _missing(plans, merge_ids, store):
+        _learn_group(plan, missing, merge_ids, school, samples, stores)
     return {one.merge.name: _index(store, plan, one, merge_ids) for plan in plans for one in plan.learnings}
+
+
+def states_of(plans: Sequence[LearnPlan], merge_ids: Mapping[str, str], school: School) -> set[str]:
+    """Names of all states that merges of the plans have in the store."""
+    store = Stores().open(school.store)
+    names = [one.merge.name for plan in plans for one in plan.learnings]
+    return {info.path for name in names for info in store.list(f"learn/{merge_ids[name]}")}
 
 
 def _missing(

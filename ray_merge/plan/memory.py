@@ -15,8 +15,8 @@ DEFAULT_MEMORY_BYTES = 640 * 10**6
 RUNTIME_BYTES = 300 * 10**6
 """A Ray worker with torch and this package loaded (measured: 283 MB with torch 2.13 and Ray 2.60 on Linux)."""
 
-STREAM_BYTES = 40 * 10**6
-"""Chunks read ahead, and the float32 copies of the one being merged (storage/stream.py: 2 MiB as stored)."""
+STREAM_BYTES = 52 * 10**6
+"""13 chunks of 2 MiB read ahead or in use (storage/stream.py), and the float32 copies of the one being merged."""
 
 QUESTION_BYTES = 8 * 2**16
 """A histogram of 16 bits, or the candidates that take its place, when thresholds are selected over a model."""

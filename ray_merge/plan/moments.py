@@ -113,6 +113,7 @@ class StageFacts:
         parts: of the base that moments are made of.
         stages: how many.
         peak_bytes: estimated resident bytes of the largest stage.
+        handed_bytes: that one task's hidden states take between two stages, at most.
     """
 
     kind: str
@@ -121,6 +122,7 @@ class StageFacts:
     parts: int
     stages: int
     peak_bytes: int
+    handed_bytes: int
 
 
 def stage_facts(kind: str, plan: MomentsPlan) -> StageFacts:
@@ -132,6 +134,7 @@ def stage_facts(kind: str, plan: MomentsPlan) -> StageFacts:
         parts=len(plan.parts),
         stages=len(plan.stages),
         peak_bytes=plan.peak_bytes,
+        handed_bytes=plan.handed_bytes,
     )
 
 

@@ -15,6 +15,9 @@ SINGLE = "single"
 EVALUATION_KEYS = ("means", "held_out", "hits", "pareto", "command", "missing", "cut_rows", "notes")
 """What stands beside models in evaluation.json."""
 
+LOWER_IS_BETTER = ("perplexity",)
+"""Metrics of evaluation.json of which less is more."""
+
 TAKEN = {
     "ray_merge": "<output>/ray_merge/ holds evaluation.json",
     **dict.fromkeys((BASE, SINGLE, *EVALUATION_KEYS), "evaluation.json uses it for something else"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ray_merge.errors import shown
+from ray_merge.errors import redacted, shown
 from ray_merge.recipe.source import Source, nearest
 
 Location = tuple[str | int, ...]
@@ -41,7 +41,7 @@ def describe(
         return f"{source.where(path[:-1])}: {_dotted(path)} is missing{more}"
     message = first["msg"].removeprefix("Value error, ")
     message = re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping", message)
-    given = "" if first["type"] == "value_error" else f", got {repr(first['input'])[:80]}"
+    given = "" if first["type"] == "value_error" else f", got {redacted(repr(first['input']))[:80]}"
     return f"{place}: {message[0].lower()}{message[1:]}{given}{more}"
 
 

@@ -39,6 +39,9 @@ MAX_SIDE_FILE_BYTES = 256_000_000
 MAX_SIDE_FILES = 10_000
 """Models have some 20; a home folder that was given by mistake has more than this, and would be copied whole."""
 
+MAX_TENSORS = 500_000
+"""The largest model known (Kimi-K2) has some 150,000; each takes half a kB here."""
+
 MAX_FILE_NAME = 255
 """Characters; file systems keep as many bytes."""
 
@@ -116,6 +119,10 @@ def read_checkpoint(store: Store, *, dequantise: bool = False) -> Checkpoint:
     names = _weight_files(store, files)
     tensors: dict[str, TensorEntry] = {}
     for name, header in zip(names, in_order(partial(read_header, store), names), strict=True):
+        if len(tensors) + len(header.tensors) > MAX_TENSORS:
+            raise CheckpointError(
+                f"{store.url} holds more than {MAX_TENSORS} tensors: no model that is known"
+            )
         for entry in header.tensors.values():
             if entry.name in tensors:
                 raise CheckpointError(

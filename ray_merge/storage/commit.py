@@ -25,6 +25,9 @@ from ray_merge.storage.store import Store
 
 RECIPE = "ray_merge/recipe.yaml"
 MANIFEST = "ray_merge/MANIFEST.json"
+REMOVING = "ray_merge/removing"
+"""There while `ray-merge gc` removes a merge's folder: put before its recipe goes, removed last."""
+
 RECEIPTS = "ray_merge/receipts"
 SITES = "ray_merge/sites.parquet"
 EVALUATION = "ray_merge/evaluation.json"
@@ -84,25 +87,33 @@ def hash_object(store: Store, path: str) -> str:
     return result.hexdigest()
 
 
-def probe(store: Store, recipe: bytes, merge_id: str) -> None:
+def probe(store: Store, recipe: bytes, merge_id: str) -> bool:
     """Put the merge's recipe twice: a store that takes the second put cannot publish exactly once.
 
     The object names the merge id on its first line, so a folder tells whose it is before any shard is there.
 
+    Returns:
+        True when it was not there before.
+
     Raises:
-        OutputConflict: the folder belongs to a merge with another id.
+        OutputConflict: the folder belongs to a merge with another id, or is being removed.
         StoreUnfit: the second put was not refused.
     """
     metadata = {"sha256": hashlib.sha256(recipe).hexdigest(), "merge-id": merge_id}
     if store.put_if_absent(RECIPE, recipe, metadata):
         if store.put_if_absent(RECIPE, recipe, metadata):
             raise StoreUnfit(store.url, "a second put of the same name was accepted")
-        return
+        if store.info(REMOVING) is not None:
+            raise OutputConflict(
+                f"{store.url} is being removed by `ray-merge gc`; run it to its end, then this again"
+            )
+        return True
     owner = recorded_id(store)
     if owner != merge_id:
         raise OutputConflict(
             f"{store.url} belongs to merge id {owner}, this is {merge_id}; choose another output, or put {{id}} into it"
         )
+    return False
 
 
 def check_fit(store: Store) -> None:

@@ -128,6 +128,9 @@ class LocalStore(NotPickled):
     def _put(self, final: Path, source: bytes | Path) -> bool:
         if os.path.lexists(final):
             return False
+        leads = os.path.realpath(final.parent)
+        if not f"{leads}/".startswith(f"{os.path.realpath(self._root).rstrip('/')}/"):
+            raise StoreDenied(str(final), "writing", f"a link on its way leads out of {self.url}, to {leads}")
         make_folder(final.parent)
         if isinstance(source, Path):
             with open(source, "rb") as file:

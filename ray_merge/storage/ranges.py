@@ -1,7 +1,8 @@
 """Byte ranges of one object -> fewer, larger requests, and the bytes back to their ranges.
 
-Pure: sees no store. A gap is cheaper to read than a request is to send, so near ranges share a request; a
-request is cut at `request_bytes`, so that one slow answer does not hold up the others and a retry is cheap.
+Pure: sees no store. A gap is cheaper to read than a request is to send, so near short ranges share a request; a
+request is cut at `request_bytes`, so that one slow answer does not hold up the others and a retry is cheap. Ranges
+above `shared_bytes` in all share none: cutting them out of the answer would copy them, for a round trip in hundreds.
 """
 
 from __future__ import annotations
@@ -35,18 +36,21 @@ class Request:
 
 
 def plan_requests(
-    ranges: Sequence[tuple[int, int]], *, gap_bytes: int, request_bytes: int
+    ranges: Sequence[tuple[int, int]], *, gap_bytes: int, shared_bytes: int, request_bytes: int
 ) -> tuple[Request, ...]:
     """Requests that cover `ranges`, ordered by start.
 
     Ranges may overlap, repeat, be empty and come in any order. No request is longer than `request_bytes`;
-    neighbours share one when at most `gap_bytes` lie between them and it stays within that length.
+    neighbours share one when at most `gap_bytes` lie between them and it is at most `shared_bytes` long.
 
     Raises:
         ValueError: a range with a negative start or with its end before its start; request_bytes < 1.
     """
-    if request_bytes < 1 or gap_bytes < 0:
-        raise ValueError(f"request_bytes={request_bytes} must be >= 1 and gap_bytes={gap_bytes} >= 0")
+    if request_bytes < 1 or gap_bytes < 0 or not 0 <= shared_bytes <= request_bytes:
+        raise ValueError(
+            f"request_bytes={request_bytes} must be >= 1, gap_bytes={gap_bytes} >= 0 "
+            f"and shared_bytes={shared_bytes} between 0 and request_bytes"
+        )
     for start, end in ranges:
         if start < 0 or end < start:
             raise ValueError(f"({start}, {end}) is no byte range")
@@ -54,7 +58,7 @@ def plan_requests(
     pending: list[Piece] = []
     start = end = 0
     for piece in sorted(_pieces(ranges, request_bytes), key=lambda piece: (piece.start, piece.end)):
-        near = piece.start - end <= gap_bytes and max(end, piece.end) - start <= request_bytes
+        near = piece.start - end <= gap_bytes and max(end, piece.end) - start <= shared_bytes
         if pending and not near:
             requests.append(Request(start, end, tuple(pending)))
             pending = []

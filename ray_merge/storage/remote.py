@@ -1,14 +1,16 @@
 """A store behind fsspec: byte ranges in parallel, bounded retries, errors in one sentence without secrets.
 
-Owns everything but writing to S3 (`s3.S3Store`). Writing here means gcsfs' exclusive create, which sends
-ifGenerationMatch=0; fsspec's own mode="create" looks first and writes then, so every other store is refused.
+Owns everything but S3's writing and single GETs (`s3.S3Store`). Writing here means an exclusive create of
+the library: gcsfs sends ifGenerationMatch=0, adlfs If-None-Match. fsspec's own mode="create" looks first and writes
+then, so every other store is refused.
 
-Run in tests: s3:// on SeaweedFS (as the base of S3Store), memory://. Read in their sources, not run: gs://
-with gcsfs 2026.10, hf:// with huggingface_hub 2.4.
+Run in tests: s3:// on SeaweedFS (as the base of S3Store), memory://; az:// on Azurite where one is installed.
+Read in their sources, not run: gs:// with gcsfs 2026.10, hf:// with huggingface_hub 2.4.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,11 +40,17 @@ T = TypeVar("T")
 GAP_BYTES = 256 * 1024
 """At 100 MB/s a gap of this length costs 2.5 ms, less than the round trip of one more request."""
 
+SHARED_BYTES = 4 * 1024 * 1024
 REQUEST_BYTES = 16 * 1024 * 1024
 THREADS = 8
 """At most THREADS * REQUEST_BYTES = 128 MiB are on their way at any time."""
 
-_EXCLUSIVE_CREATE = frozenset({"gs", "gcs"})
+_WIRE_LOGS = ("aiobotocore", "botocore", "gcsfs", "google.auth")
+"""At DEBUG they write whole requests: session tokens, and endpoints with whatever credentials stand in them."""
+
+_EXCLUSIVE_CREATE = frozenset({"gs", "gcs", "az", "abfs", "abfss"})
+_NO_METADATA = frozenset({"az", "abfs", "abfss"})
+"""adlfs gives every object metadata of its own and takes no other: who needs a digest hashes the object."""
 
 
 class RemoteStore(NotPickled):
@@ -106,13 +114,16 @@ class RemoteStore(NotPickled):
 
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
         """Each range, near ones in one request, THREADS requests at a time."""
-        requests = plan_requests(ranges, gap_bytes=GAP_BYTES, request_bytes=REQUEST_BYTES)
+        requests = plan_requests(
+            ranges, gap_bytes=GAP_BYTES, shared_bytes=SHARED_BYTES, request_bytes=REQUEST_BYTES
+        )
 
         def fetch(request: Request) -> Iterable[tuple[Piece, bytes]]:
             return cut(request, self._get(path, request.start, request.end))
 
-        answers = parallel(fetch, requests)
-        return assemble(len(ranges), (piece for answer in answers for piece in answer))
+        answers = [*parallel(fetch, requests)]
+        # Given away one by one: a range that is joined from pieces frees them at once, or all bytes were held twice.
+        return assemble(len(ranges), (piece for _ in range(len(answers)) for piece in answers.pop()))
 
     def put_if_absent(self, path: str, source: bytes | Path, metadata: Mapping[str, str]) -> bool:
         """Exclusive create where the library makes it one request; StoreUnfit elsewhere."""
@@ -121,13 +132,14 @@ class RemoteStore(NotPickled):
         if protocol not in _EXCLUSIVE_CREATE:
             raise StoreUnfit(self.url, f"fsspec has no atomic create for {protocol}://")
         key = self._key(path)
+        kept: dict[str, Any] = {} if protocol in _NO_METADATA else {"metadata": dict(metadata)}
 
         def put() -> bool:
             try:
                 if isinstance(source, Path):
-                    self._fs.put_file(str(source), key, mode="create", metadata=dict(metadata))
+                    self._fs.put_file(str(source), key, mode="create", **kept)
                 else:
-                    self._fs.pipe_file(key, source, mode="create", metadata=dict(metadata))
+                    self._fs.pipe_file(key, source, mode="create", **kept)
             except Exception as error:
                 if is_already_there(error):
                     return False
@@ -150,8 +162,7 @@ class RemoteStore(NotPickled):
             with open(copy, "xb") as file:
 
                 def fetch(start: int) -> None:
-                    data = self._get(path, start, min(start + REQUEST_BYTES, before.n_bytes))
-                    os.pwrite(file.fileno(), data, start)
+                    self._copy(path, start, min(start + REQUEST_BYTES, before.n_bytes), file.fileno())
 
                 parallel(fetch, range(0, before.n_bytes, REQUEST_BYTES))
                 os.fsync(file.fileno())
@@ -175,20 +186,37 @@ class RemoteStore(NotPickled):
             raise StoreError(join(self.url, path), "reading", 1, "no such object")
         return found
 
-    def _get(self, path: str, start: int, end: int) -> bytes:
-        key = self._key(path)
+    def _fetch(self, path: str, start: int, end: int) -> bytes:
+        """Bytes `start`..`end` in one request, tried once; fewer when no more came."""
+        data: bytes = self._fs.cat_file(self._key(path), start=start, end=end)
+        return data
 
+    def _fetch_into(self, path: str, start: int, end: int, target: int) -> int:
+        """The same, written to the same place of the open file `target`; how many came."""
+        return os.pwrite(target, self._fetch(path, start, end), start)
+
+    def _get(self, path: str, start: int, end: int) -> bytes:
         def get() -> bytes:
-            data: bytes = self._fs.cat_file(key, start=start, end=end)
-            if len(data) == end - start:
-                return data
-            found = self.info(path)
-            if found is not None and found.n_bytes < end:
-                cause = f"it is {found.n_bytes} bytes long, wanted {start}..{end}: truncated or replaced"
-                raise StoreError(join(self.url, path), "reading", 1, cause)
-            raise ConnectionError(f"{len(data)} bytes came for {start}..{end}")
+            data = self._fetch(path, start, end)
+            self._check_whole(path, start, end, len(data))
+            return data
 
         return self._retrying("reading", path, get)
+
+    def _copy(self, path: str, start: int, end: int, target: int) -> None:
+        def copy() -> None:
+            self._check_whole(path, start, end, self._fetch_into(path, start, end, target))
+
+        self._retrying("downloading", path, copy)
+
+    def _check_whole(self, path: str, start: int, end: int, n_bytes: int) -> None:
+        if n_bytes == end - start:
+            return
+        found = self.info(path)
+        if found is not None and found.n_bytes < end:
+            cause = f"it is {found.n_bytes} bytes long, wanted {start}..{end}: truncated or replaced"
+            raise StoreError(join(self.url, path), "reading", 1, cause)
+        raise ConnectionError(f"{n_bytes} bytes came for {start}..{end}")
 
     def _fresh(self) -> dict[str, bool]:
         # HfFileSystem keeps listings whatever use_listings_cache says.
@@ -224,9 +252,15 @@ def open_remote(url: str, backoff: Backoff | None = None) -> RemoteStore:
 def make_filesystem(protocol: str, url: str, **settings: Any) -> Any:
     """A file system of this process alone: fsspec's instance cache would keep old credentials.
 
+    Whoever logs everything at DEBUG does not ask for secrets: the libraries' logs of requests begin at INFO, unless
+    their loggers were given a level of their own.
+
     Raises:
         Refusal: no such protocol, or its library is missing.
     """
+    for name in _WIRE_LOGS:
+        if (logger := logging.getLogger(name)).level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
     try:
         return fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **settings)
     except ValueError as error:

@@ -5,6 +5,7 @@ Owns the interface, the rules for URLs and relative paths, and the choice of the
     plain path, file://       `local.LocalStore`      put-if-absent by a hard link
     s3://                     `s3.S3Store`            put-if-absent by If-None-Match (run against SeaweedFS)
     gs://                     `remote.RemoteStore`    put-if-absent by gcsfs' exclusive create (read, not run)
+    az://, abfs://            `remote.RemoteStore`    put-if-absent by If-None-Match (run against Azurite)
     hf://, any other fsspec   `remote.RemoteStore`    reading only (memory:// run; hf:// read, not run)
 
 Endpoints and credentials come from where each library looks for them (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
-from ray_merge.errors import Refusal
+from ray_merge.errors import Refusal, redacted
 from ray_merge.storage.retry import clean
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -212,15 +213,17 @@ def is_temporary(path: str) -> bool:
 
 def redact(url: str) -> str:
     """`url` without user name, password and query: fit for messages."""
-    return url if url.startswith("hf://") else clean(url)
+    return redacted(url) if url.startswith("hf://") else clean(url)
 
 
 def check_no_credentials(url: str) -> None:
     """Refuse credentials and queries in a folder's URL: they would end up in receipts and model cards."""
     if "?" in url:
         raise Refusal(f"{redact(url)}: a folder's URL takes no query (?...)")
-    # hf://name@revision has its @ in the first part, and no user names.
-    if "@" in urlsplit(url).netloc and not url.startswith("hf://"):
+    # hf://name@revision has its @ in the first part, and no user names. A password with a slash in it, as keys of AWS
+    # have, ends the first part before its @.
+    host = urlsplit(url).netloc
+    if ("@" in host and not url.startswith("hf://")) or redacted(url) != url:
         raise Refusal(
             f"{redact(url)}: credentials do not belong into a URL; "
             "set them in the environment or in the library's own configuration file"

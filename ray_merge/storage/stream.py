@@ -11,8 +11,9 @@ from ray_merge.storage.store import Store
 CHUNK_BYTES = 2 * 2**20
 """As stored. A touched chunk of bfloat16 lives in up to six float32 copies (base, update, sum, loss ...): 24 MB."""
 
-AHEAD = 4
-"""Chunks read ahead, on as many threads: at 30 ms a request they carry 270 MB/s from an object store."""
+AHEAD = 12
+"""Chunks read ahead, on as many threads: at 30 ms a request they carry 800 MB/s from an object store, and hold 24 MB.
+From SeaweedFS on loopback 12 took 0.65 of the time of 4 (400 MB, median of 6, machine under load)."""
 
 
 class Reader:

@@ -163,6 +163,7 @@ def _publish(
         adopted = commit(store, ADAPTER_OBJECT, path, sha256=sha256, merge_id=merge_id)
     finally:
         file.discard()
+    seconds = round(time.perf_counter() - started, 3)
     receipt = Receipt(
         merge_id=merge_id,
         name=ADAPTER_OBJECT,
@@ -171,7 +172,8 @@ def _publish(
         tensors=len(layout),
         unit=unit.id,
         sites=reports,
-        seconds={"total": round(time.perf_counter() - started, 3)},
+        began=round(time.time() - seconds, 3),
+        seconds={"total": seconds},
         worker=worker_label(),
         adopted=adopted,
     )

@@ -72,6 +72,7 @@ def run_emr(job: Job, unit: EmrUnit, files: AdapterFiles, stores: Stores, turn: 
         sha256 = file.close()
         store, name = stores.open(job.outputs[merge.name]), emr_object(shard)
         adopted = commit(store, name, path, sha256=sha256, merge_id=merge_id)
+        seconds = round(time.perf_counter() - started, 3)
         receipt = Receipt(
             merge_id=merge_id,
             name=name,
@@ -80,7 +81,8 @@ def run_emr(job: Job, unit: EmrUnit, files: AdapterFiles, stores: Stores, turn: 
             tensors=len(emr_layout(sites)),
             unit=unit.id,
             sums=sums,
-            seconds={"total": round(time.perf_counter() - started, 3)},
+            began=round(time.time() - seconds, 3),
+            seconds={"total": seconds},
             unit_bytes={"read": sources.n_read, "decoded": sources.n_decoded},
             worker=worker_label(),
             adopted=adopted,

@@ -6,8 +6,8 @@ Legend: B rows, L tokens, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -96,17 +96,21 @@ def continued(
 def says(said: Sequence[int], text: str, decode: Callable[[Sequence[int]], str]) -> bool:
     """Whether an answer begins with a text, and the text's last word ends there.
 
-    Right if some of the first tokens, decoded and without blanks at the ends, are the text, and the token behind them
-    does not go on with a letter or digit right behind a letter or digit: "12" is in "12." and in " 12 a", not in "123".
+    Right if some of the first tokens, decoded and without blanks at the ends, are the text, and what comes behind them
+    does not go on with it: no letter or digit right behind a letter or digit, nor a fraction behind a digit. "12" is in
+    "12." and in " 12 a", not in "123", "12.5" or "12/7".
 
     Args:
         said: tokens of the answer.
         text: the label, without blanks at its ends.
         decode: makes text of tokens.
     """
-    made = [decode(said[:count]) for count in range(1, len(said) + 1)]
-    for before, after in pairwise([*made, *made[-1:]]):
-        goes_on = before[-1:].isalnum() and after[len(before) :][:1].isalnum()
-        if before.strip() == text and not goes_on:
-            return True
-    return False
+    whole = decode(said)
+    made = (decode(said[:count]) for count in range(1, len(said) + 1))
+    return any(before.strip() == text and not _goes_on(before, whole[len(before) :]) for before in made)
+
+
+def _goes_on(before: str, behind: str) -> bool:
+    if before[-1:].isdigit() and re.match(r"[.,/]\d", behind):
+        return True
+    return before[-1:].isalnum() and behind[:1].isalnum()

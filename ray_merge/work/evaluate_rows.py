@@ -24,6 +24,8 @@ from ray_merge.work.evaluate_job import ScoredTask
 from ray_merge.work.read_task import arrays_of
 
 ALL_ROWS = 2**31
+LOOK_AHEAD = 2
+"""Tokens behind a label: a point and a digit, or the rest of a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,8 @@ class Wanted:
 
     Args:
         text: the label, without blanks at its ends.
-        n_tokens: that the model may say: as many as the label has alone or behind a blank, and one that shows where
-            the answer ends.
+        n_tokens: that the model may say: as many as the label has alone or behind a blank, one for an empty line in
+            front, and `LOOK_AHEAD` that show where the answer ends.
     """
 
     text: str
@@ -162,7 +164,7 @@ def _wanted(given: float | str, tokenizer: Tokenizer, place: str) -> Wanted:
         raise RecipeError(
             f"{place} holds {shown(given)}, an empty text, which every answer would match; remove the row"
         )
-    return Wanted(text, 1 + n_tokens)
+    return Wanted(text, 1 + n_tokens + LOOK_AHEAD)
 
 
 def _check_room(

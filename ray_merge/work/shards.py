@@ -54,6 +54,7 @@ class _Clock:
     """Seconds by phase; what overlaps is counted where the worker waited."""
 
     def __init__(self) -> None:
+        self.began = round(time.time(), 3)
         self.seconds: dict[str, float] = defaultdict(float)
         self._last = time.perf_counter()
 
@@ -299,6 +300,7 @@ def _publish(context: _Unit, unit: ShardUnit, shard: Shard, output: _Output, sto
         tensors=len(output.tensors),
         unit=unit.id,
         sites=tuple(output.reports),
+        began=clock.began,
         seconds={phase: round(seconds, 3) for phase, seconds in sorted(clock.seconds.items())},
         unit_bytes={"read": context.sources.n_read, "decoded": context.sources.n_decoded},
         worker=worker_label(),

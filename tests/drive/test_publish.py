@@ -9,7 +9,7 @@ from ray_merge.drive.outputs import Target
 from ray_merge.drive.publish import checkpoint_index, head_file, publish
 from ray_merge.errors import ShardConflict
 from ray_merge.spec import Receipt, SiteReport
-from ray_merge.storage.commit import MANIFEST
+from ray_merge.storage.commit import MANIFEST, RECIPE, id_line, probe
 from ray_merge.storage.store import Stores, open_store
 from tiny import Q0, factors, plan_of, tables, write_adapter, write_recipe_files
 
@@ -37,6 +37,7 @@ def published(tmp_path, recipe, to="out", worker="host:1", reverse=False):
     inputs = {"seed": 0, "adapters": [{"name": name, "files": files} for name in plan.merges[0].adapters]}
     target = Target(root=url, url=url, merge_id=ID, inputs=inputs, complete=False, receipts={})
     given = receipts(plan, worker)
+    probe(Stores().open(url), id_line(ID).encode(), ID)
     publish(
         plan, plan.merges[0], target, dict(reversed(given.items())) if reverse else given, Stores(), tmp_path
     )
@@ -57,7 +58,7 @@ def test_the_manifest_names_every_other_file_by_its_bytes(tmp_path):
     named = {entry["name"]: entry for entry in manifest["files"]}
     assert list(named) == sorted(named)
     for name, data in contents(folder).items():
-        if name != MANIFEST:
+        if name not in (MANIFEST, RECIPE):
             assert named[name] == {
                 "name": name,
                 "bytes": len(data),

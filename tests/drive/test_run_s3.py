@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import ray_merge
+from fault_proxy import fault_proxy
 from ray_merge.storage.commit import MANIFEST
 from ray_merge.storage.store import open_store
 from zoo import llama_adapters, tiny_llama
@@ -122,3 +123,26 @@ def test_shards_on_s3_carry_their_sha256_and_merge_id(s3, remote, tmp_path):
         stored = store.metadata(name)
         assert stored["sha256"] == hashlib.sha256(store.read(name)).hexdigest()
         assert stored["merge-id"] == result.merges[0].id
+
+
+def test_a_driver_that_begins_while_another_looks_is_not_taken_for_a_stranger(s3, remote, local, tmp_path):
+    output = f"{s3.url}/out-{uuid.uuid4().hex[:8]}"
+    begun = []
+
+    def other_driver_begins(call):
+        # The listing of the folder comes after the look at recipe.yaml, which was not there.
+        looks = any(name in call.target for name in ("recipe.yaml", "MANIFEST"))
+        lists = "list-type=2" in call.target and f"{output.rpartition('/')[2]}%2Fcore" in call.target
+        if lists and not looks and not begun:
+            begun.append(call)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
+                ray_merge.run(
+                    recipe(remote, output), engine="local", cache_dir=tmp_path / "other", only=["core"]
+                )
+
+    with fault_proxy(s3.endpoint, other_driver_begins) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        ray_merge.run(recipe(remote, output), engine="local", cache_dir=tmp_path / "cache")
+    assert len(begun) == 1
+    assert digests(output) == local

@@ -1,6 +1,6 @@
-"""Where evaluation.json goes: one object, whole or not at all, in place of an earlier one.
+"""Where reports go (evaluation.json, report.html): one object, whole or not at all, in place of an earlier one.
 
-Results are published once and never overwritten; this is a report about them, which is made anew.
+Results are published once and never overwritten; these are about them, and are made anew.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from ray_merge.storage.local import make_folder, sync_folder, temporary
 from ray_merge.storage.remote import make_filesystem
 from ray_merge.storage.retry import Backoff, final_error, is_transient, retrying
 from ray_merge.storage.store import Store, join
-
-PATH = "ray_merge/evaluation.json"
 
 
 def replace_object(store: Store, path: str, data: bytes) -> str:

@@ -1,0 +1,39 @@
+"""SIGTERM and SIGINT as an exception that is told from all others: a scheduler stops a job, a person presses Ctrl-C.
+
+with Interrupts() as stop:
+    ...                        # RunFailed where the signal came
+stop.name                      # "SIGTERM"; empty when nobody asked
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+from ray_merge.errors import RunFailed
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupts:
+    """Takes both signals over for the time of a `with`; the second one is ignored, since the first is being obeyed."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._before: list[Any] = []
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = [signal.signal(number, self._stop) for number in SIGNALS]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in zip(SIGNALS, self._before, strict=False):
+            signal.signal(number, before)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if not self.name:
+            self.name = signal.Signals(number).name
+            raise RunFailed(f"stopped by {self.name}")

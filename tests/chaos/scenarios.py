@@ -1,0 +1,101 @@
+"""The catalogue: which scenarios there are, each fully said by a few words and a seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from world import RECIPES
+
+from random_faults import KINDS
+
+MIXED = tuple(kind for kind in KINDS if kind != "false412")
+
+LOCAL_COUNTS = {
+    **{f"fault-{kind}": 22 for kind in KINDS},
+    "fault-mixed": 36,
+    "kill-driver-s3": 50,
+    "kill-driver-disk": 24,
+    "kill-server": 8,
+    "preempted": 12,
+    "disk-full": 16,
+    "memory-limit": 12,
+    "two-drivers": 18,
+    "clock": 10,
+}
+"""Scenarios of the local engine by kind: 450."""
+
+RAY_COUNTS = {
+    "ray-fault-mixed": 24,
+    "ray-fault-lose": 8,
+    "ray-fault-reset": 8,
+    "ray-kill-worker": 12,
+    "ray-kill-raylet": 3,
+    "ray-preempted-node": 2,
+    "ray-kill-driver": 2,
+    "ray-kill-server": 1,
+}
+"""Through Ray on one kept cluster of three nodes: 60, of which 17 kill a worker, a raylet or the driver."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One disturbed run.
+
+    Args:
+        number: its place in the catalogue.
+        kind: a key of LOCAL_COUNTS or RAY_COUNTS.
+        recipe: a key of world.RECIPES.
+        store: "s3" or "disk", for inputs and output.
+        rate: share of requests that fail; 0 where no request does.
+        seed: decides everything else (moments, which process, limits).
+    """
+
+    number: int
+    kind: str
+    recipe: str
+    store: str
+    rate: float
+    seed: str
+
+    @property
+    def engine(self) -> str:
+        return "ray" if self.kind.startswith("ray-") else "local"
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Kinds of storage faults in it."""
+        name = self.kind.partition("fault-")[2]
+        return MIXED if name == "mixed" else (name,) if name else ()
+
+    @property
+    def rng(self) -> random.Random:
+        return random.Random(self.seed)
+
+    def line(self) -> str:
+        rate = f" {self.rate:.0%} of requests" if self.rate else ""
+        return f"{self.number} {self.kind} {self.store} {self.recipe}{rate} seed {self.seed!r}"
+
+
+def catalogue(seed: int, counts: Mapping[str, int]) -> list[Scenario]:
+    """`counts` scenarios of each kind, kinds taken in turns, so that any first part has some of all."""
+    left = dict(counts)
+    kinds: list[str] = []
+    while any(left.values()):
+        for kind, count in left.items():
+            if count:
+                kinds.append(kind)
+                left[kind] -= 1
+    return [_scenario(number, kind, f"{seed}-{kind}-{number}") for number, kind in enumerate(kinds)]
+
+
+def _scenario(number: int, kind: str, seed: str) -> Scenario:
+    rng = random.Random(f"catalogue {seed}")
+    store = "s3"
+    if kind in ("kill-driver-disk", "memory-limit"):
+        store = "disk"
+    elif kind in ("disk-full", "two-drivers", "preempted", "clock"):
+        store = rng.choice(["s3", "disk"])
+    rate = rng.choice([0.01, 0.05, 0.1, 0.2, 0.3]) if "fault-" in kind else 0.0
+    return Scenario(number, kind, rng.choice(sorted(RECIPES)), store, rate, seed)

@@ -1,0 +1,99 @@
+"""The judge notices what it is there for: a chaos runner that passes everything would be worth nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from judge import Verdict, judge_disturbed, judge_rerun
+from processes import Ended
+from scenarios import LOCAL_COUNTS, RAY_COUNTS, Scenario, catalogue
+from world import Reference
+
+OUT = "s3://b/out"
+RECEIPT = "m/ray_merge/receipts/shard.json"
+
+
+def proof(sha256: str = "aa") -> bytes:
+    return json.dumps({"name": "shard", "sha256": sha256}).encode()
+
+
+WHOLE = {
+    "m/shard": b"weights",
+    RECEIPT: proof(),
+    "m/ray_merge/recipe.yaml": f"output: {OUT}".encode(),
+    "m/ray_merge/MANIFEST.json": b"{}",
+}
+REFERENCE = Reference.of(WHOLE, OUT)
+FAULT = Scenario(0, "fault-lose", "sums", "s3", 0.1, "x")
+
+
+def without(*names: str) -> dict[str, bytes]:
+    return {name: data for name, data in WHOLE.items() if name not in names}
+
+
+def problems(objects: dict[str, bytes], code: int | None = 1, last: str = "ray-merge: why") -> list[str]:
+    verdict = Verdict(FAULT)
+    judge_disturbed(verdict, [Ended(code, last, 1.0)], objects, "s3://b/other", REFERENCE)
+    return verdict.problems
+
+
+def test_a_whole_result_passes_under_another_output():
+    moved = {**WHOLE, "m/ray_merge/recipe.yaml": b"output: s3://b/other"}
+    assert problems(moved, code=0) == []
+
+
+@pytest.mark.parametrize(
+    "left", [{}, {".ray_merge/attempts/1/x": b"half"}, {"m/.tmp-1": b"half"}, {"m/shard": b"weights"}]
+)
+def test_a_failed_run_may_leave_parts_that_are_right_or_marked(left):
+    assert problems(left) == []
+
+
+@pytest.mark.parametrize(
+    ("objects", "part"),
+    [
+        ({"m/shard": b"other"}, "other bytes"),
+        ({"m/strange": b"x"}, "no undisturbed run writes it"),
+        ({RECEIPT: proof()}, "which is not there"),
+        ({"m/shard": b"weights", RECEIPT: proof("bb")}, "proves sha256 bb"),
+        ({"m/shard": b"weights", RECEIPT: proof()[:9]}, "no whole receipt"),
+        (without("m/shard", RECEIPT, "m/ray_merge/recipe.yaml"), "a manifest without"),
+    ],
+)
+def test_what_a_reader_could_mistake_for_a_result_is_a_problem(objects, part):
+    assert any(part in problem for problem in problems(objects))
+
+
+@pytest.mark.parametrize(
+    ("code", "last", "part"),
+    [
+        (None, "", "no end"),
+        (0, "", "exit code 0 without"),
+        (99, "", "exit code 99"),
+        (-11, "", "exit code -11"),
+        (1, "Traceback", "without a sentence"),
+        (1, "ray-merge: internal error: KeyError", "internal error"),
+        (2, "ray-merge: no", "exit code 2 and"),
+    ],
+)
+def test_an_end_that_does_not_tell_the_truth_is_a_problem(code, last, part):
+    assert any(part in problem for problem in problems({"m/shard": b"weights"}, code, last))
+
+
+def test_a_rerun_that_does_not_bring_everything_is_a_loss():
+    verdict = Verdict(FAULT)
+    judge_rerun(verdict, Ended(0, "", 1.0), without("m/shard"), OUT, REFERENCE)
+    assert len(verdict.lost) == 1
+    assert verdict.corrupt  # a receipt and a manifest without the shard
+
+
+def test_the_catalogue_has_what_was_promised():
+    scenarios = catalogue(0, {**LOCAL_COUNTS, **RAY_COUNTS})
+    local = [scenario for scenario in scenarios if scenario.engine == "local"]
+    assert len(local) >= 440
+    assert len(scenarios) - len(local) == 60
+    assert sum(s.kind == "kill-driver-s3" for s in local) >= 40
+    assert sum("kill" in s.kind for s in scenarios if s.engine == "ray") >= 10
+    assert len({s.seed for s in scenarios}) == len(scenarios) >= 500
+    assert scenarios == catalogue(0, {**LOCAL_COUNTS, **RAY_COUNTS})

@@ -1,0 +1,203 @@
+"""What scenarios are about: a tiny real base, adapters, recipes, stores, and what an undisturbed run leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from s3_server import BUCKET, make_client
+from zoo import llama_adapters, lora, tiny_llama
+
+MANIFEST = "ray_merge/MANIFEST.json"
+STATE = ".ray_merge/"
+
+PLAIN = ["a0", "a1"]
+"""Adapters without DoRA, for methods that work on factors."""
+
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "sums": [
+        {"name": "sum", "merge_method": "task_arithmetic", "parameters": {"lambda": 0.4}},
+        {"name": "dare", "merge_method": "dare_linear", "parameters": {"density": 0.5}},
+    ],
+    "ties": [
+        {"name": "ties", "merge_method": "ties", "parameters": {"scope": "tensor"}},
+        {
+            "name": "core",
+            "merge_method": "ties",
+            "parameters": {"scope": "tensor", "space": "core"},
+            "adapters": PLAIN,
+            "export": "both",
+        },
+    ],
+    "sweep": [
+        {"name": "scale", "merge_method": "task_arithmetic", "sweep": {"lambda": [0.2, 0.6]}},
+        {
+            "name": "knots",
+            "merge_method": "knots_ties",
+            "parameters": {"scope": "tensor"},
+            "adapters": PLAIN,
+            "export": "adapter",
+        },
+    ],
+    "model": [
+        {"name": "whole", "merge_method": "ties", "parameters": {"scope": "model", "density": 0.3}},
+        {"name": "emr", "merge_method": "emr", "adapters": PLAIN},
+    ],
+}
+"""Two merges or more in each; `model` selects over all sites first and writes one file for each adapter."""
+
+TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class World:
+    """Inputs on a disk and in a bucket.
+
+    Args:
+        folder: base/ and adapters/ in it.
+        remote: the same, s3://...
+        endpoint: of the real server.
+    """
+
+    folder: Path
+    remote: str
+    endpoint: str
+
+    def recipe(self, name: str, store: str, output: str) -> dict[str, Any]:
+        """One of RECIPES over inputs in that store ("s3" or "disk")."""
+        root = self.remote if store == "s3" else str(self.folder)
+        return {
+            "base_model": f"{root}/base",
+            "output": output,
+            "max_shard_size": "60KB",
+            "adapters": {f"a{i}": f"{root}/adapters/a{i}" for i in range(3)},
+            "merges": RECIPES[name],
+        }
+
+    def objects(self, output: str) -> dict[str, bytes]:
+        """Everything below `output`, seen by another way than the code under test; temporary files too."""
+        if not output.startswith("s3://"):
+            root = Path(output)
+            return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        client = _client(self.endpoint, os.getpid())
+        prefix = f"{urlsplit(output).path.lstrip('/')}/"
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+        return {
+            key.removeprefix(prefix): client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys
+        }
+
+
+@lru_cache
+def _client(endpoint: str, pid: int) -> Any:
+    """One client for each process: making one takes longer than what most scenarios ask of it."""
+    return make_client(endpoint)
+
+
+def make_world(folder: Path, endpoint: str) -> World:
+    """Three adapters of different methods (LoRA, rsLoRA, DoRA) on a Llama of 3 layers in several files."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tiny_llama(folder / "plain", layers=3)
+    model = AutoModelForCausalLM.from_pretrained(folder / "plain")
+    model.save_pretrained(folder / "base", max_shard_size="60KB")
+    shutil.copy(folder / "plain" / "tokenizer_config.json", folder / "base")
+    llama_adapters(folder / "base", folder / "adapters", 1)
+    for index, options in ((1, {"use_rslora": True}), (2, {"use_dora": True})):
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        lora(
+            base,
+            folder / "adapters" / f"a{index}",
+            ["q_proj", "o_proj", "up_proj"],
+            seed=index + 1,
+            **options,
+        )
+    client = make_client(endpoint)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.relative_to(folder).parts[0] in ("base", "adapters"):
+            client.put_object(
+                Bucket=BUCKET, Key=f"chaos-inputs/{path.relative_to(folder)}", Body=path.read_bytes()
+            )
+    return World(folder, f"s3://{BUCKET}/chaos-inputs", endpoint)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an undisturbed run published: sha256 by path, the output's own name left out; receipts apart."""
+
+    files: Mapping[str, str]
+    receipts: Mapping[str, str]
+
+    @classmethod
+    def of(cls, objects: Mapping[str, bytes], output: str) -> Reference:
+        """The reference from all objects of an undisturbed run's output."""
+        files = {path: _digest(path, data, output) for path, data in objects.items() if _is_file(path)}
+        receipts = {path: _proven(data) for path, data in objects.items() if "/receipts/" in path}
+        return cls(files, receipts)
+
+    def merges(self) -> list[str]:
+        return [path.removesuffix(f"/{MANIFEST}") for path in self.files if path.endswith(f"/{MANIFEST}")]
+
+    def wrong(self, objects: Mapping[str, bytes], output: str) -> list[str]:
+        """What of a disturbed run's objects a reader could mistake for a result although it is none."""
+        problems = []
+        for path, data in objects.items():
+            if is_marked(path):
+                continue
+            if path not in self.files and path not in self.receipts:
+                problems.append(f"{path}: no undisturbed run writes it")
+            elif path in self.receipts:
+                problems += self._wrong_receipt(path, data, objects)
+            elif _digest(path, data, output) != self.files[path]:
+                problems.append(f"{path}: {len(data)} other bytes than an undisturbed run's")
+        for merge in self.merges():
+            if f"{merge}/{MANIFEST}" in objects and (lacking := self._lacking(merge, objects)):
+                problems.append(f"{merge}: a manifest without {lacking[:3]}")
+        return problems
+
+    def missing(self, objects: Mapping[str, bytes]) -> list[str]:
+        """What an undisturbed run has and this does not."""
+        return sorted({*self.files, *self.receipts} - set(objects))
+
+    def _lacking(self, merge: str, objects: Mapping[str, bytes]) -> list[str]:
+        return [p for p in (*self.files, *self.receipts) if p.startswith(f"{merge}/") and p not in objects]
+
+    def _wrong_receipt(self, path: str, data: bytes, objects: Mapping[str, bytes]) -> list[str]:
+        try:
+            proven = _proven(data)
+        except (ValueError, KeyError):
+            return [f"{path}: no whole receipt"]
+        if proven != self.receipts[path]:
+            return [f"{path}: proves sha256 {proven[:12]}, an undisturbed run's {self.receipts[path][:12]}"]
+        merge, _, _ = path.partition("/ray_merge/receipts/")
+        name = json.loads(data)["name"]
+        return [] if f"{merge}/{name}" in objects else [f"{path}: proves {name}, which is not there"]
+
+
+def is_marked(path: str) -> bool:
+    """Unfinished, and every reader can see it: state beside the merges, or a temporary name."""
+    return path.startswith(STATE) or any(part.startswith(TEMPORARY) for part in path.split("/"))
+
+
+def _is_file(path: str) -> bool:
+    return not is_marked(path) and "/receipts/" not in path
+
+
+def _digest(path: str, data: bytes, output: str) -> str:
+    # recipe.yaml names the output that it was made for.
+    known = data.replace(output.encode(), b"OUTPUT") if path.endswith("recipe.yaml") else data
+    return hashlib.sha256(known).hexdigest()
+
+
+def _proven(receipt: bytes) -> str:
+    return str(json.loads(receipt)["sha256"])
