@@ -15,7 +15,7 @@ from typing import Any
 from ray_merge.calibration import Calibrated, labels_of, load_batches
 from ray_merge.calibration.limits import limits_of
 from ray_merge.calibration.tokens import Tokenizer, load_tokenizer
-from ray_merge.errors import RecipeError, Refusal, shown
+from ray_merge.errors import DataGone, RecipeError, Refusal, shown
 from ray_merge.identity import digest
 from ray_merge.recipe import Calibration
 from ray_merge.storage.checkpoint import Checkpoint
@@ -94,7 +94,7 @@ def read_rows(
     try:
         found = load_batches(task.source, every, task.name, texts, cache, stores)
     except Refusal as error:
-        if type(error) not in (Refusal, RecipeError):
+        if type(error) not in (Refusal, RecipeError, DataGone):
             raise
         # The reader's words are those of unlabelled inputs.
         raise type(error)(str(error).replace(f"adapters.{task.name}.data:", f"{task.where}:", 1)) from error
