@@ -1,6 +1,6 @@
 """A run under injected request failures beside an undisturbed one: same bytes, how much longer.
 
-    python benchmarks/faults.py FOLDER [--rate 0.2] [--pairs 3] [--layers 8] [--hidden 1024] [--adapters 4]
+    python benchmarks/faults.py FOLDER [--rate 0.2] [--pairs 3] [--layers 8] [--hidden 512] [--adapters 4]
 
 Base, adapters and output lie on a real S3 server (SeaweedFS, loopback); every request of both kinds of run goes
 through the same proxy (tests/fault_proxy.py), which in every other run lets a share of the requests fail: 500, 503
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.2)
     parser.add_argument("--pairs", type=int, default=3)
     synthetic.add_options(parser)
-    parser.set_defaults(layers=8, hidden=1024, adapters=4)
+    parser.set_defaults(layers=8, hidden=512, adapters=4)
     given = parser.parse_args()
     home = given.folder / f"llama-{given.layers}x{given.hidden}"
     synthetic.make(

@@ -64,6 +64,10 @@ class Progress:
             self._show_plain(event)
 
     def _show_live(self, live: RichProgress, event: Event) -> None:
+        if event.kind not in ("unit", "learn"):
+            live.console.print(_sentence(event))
+            if not any((*event.units, *event.n_bytes)):  # it moves no bar
+                return
         learns = event.kind == "learn"
         word, amount = ("steps", event.units) if learns else ("units", event.n_bytes)
         units = f"{event.units[0]}/{event.units[1]} {word}"
@@ -74,8 +78,6 @@ class Progress:
         live.update(
             self._tasks[bar], completed=amount[0], total=amount[1] or None, units=units, description=text
         )
-        if event.kind not in ("unit", "learn"):
-            live.console.print(_sentence(event))
 
     def _show_plain(self, event: Event) -> None:
         now = time.monotonic()

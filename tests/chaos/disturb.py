@@ -48,6 +48,8 @@ class Stage:
         folder: its own scratch folder.
         recipe: the recipe's file.
         seconds: of an undisturbed run of it.
+        n_objects: that an undisturbed run leaves.
+        count: how many objects there are now.
         environment: for drivers, with the address of the real server.
         own: a server that may be killed; None where none is needed.
         limits: called before the rerun to take away what limited the run.
@@ -58,6 +60,8 @@ class Stage:
     folder: Path
     recipe: Path
     seconds: float
+    n_objects: int
+    count: Callable[[], int]
     environment: dict[str, str]
     own: OwnServer | None = None
     limits: list[Callable[[], object]] = field(default_factory=list)
@@ -92,10 +96,15 @@ def storage_faults(stage: Stage) -> list[Ended]:
 
 
 def kill_driver(stage: Stage) -> list[Ended]:
-    """kill -9 at a random moment of the run."""
-    moment = stage.rng.random() * stage.seconds
+    """kill -9 at a random moment: before the first object, or when a random number of them is there, and a bit."""
+    n_objects = stage.rng.randrange(stage.n_objects)
+    later = stage.rng.random() * (0.03 if n_objects else 0.4 * stage.seconds)
     driver = stage.start()
-    stage.notes["killed"] = driver.alive_after(moment)
+    alive = True
+    while alive and n_objects and stage.count() < n_objects:
+        alive = driver.is_alive()
+    time.sleep(later)
+    stage.notes.update(killed=driver.is_alive(), n_objects=n_objects)
     driver.kill()
     return [driver.wait()]
 

@@ -71,6 +71,9 @@ class Driver:
         """Wait so long from its start; True when it runs still."""
         with contextlib.suppress(InterruptedError):
             time.sleep(max(0.0, self.started + seconds - time.monotonic()))
+        return self.is_alive()
+
+    def is_alive(self) -> bool:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def wait(self, seconds: float = DEADLINE_SECONDS) -> Ended:

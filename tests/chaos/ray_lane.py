@@ -8,6 +8,7 @@ from scenario to scenario. The rerun is the local engine's: bytes do not depend 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -59,8 +60,11 @@ class RayLane:
 
         thread = Thread(target=drive, daemon=True)
         thread.start()
-        thread.join(DEADLINE_SECONDS)
-        return ended[0] if ended else Ended(None, "", time.monotonic() - started)
+        thread.join(2 * DEADLINE_SECONDS)  # two workers import torch in it
+        if ended:
+            return ended[0]
+        faulthandler.dump_traceback(all_threads=True)
+        return Ended(None, "", time.monotonic() - started)
 
     def reference(self, recipe: str) -> tuple[Reference, float]:
         """What the local engine publishes undisturbed, and how long Ray takes; Ray must publish the same."""

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from disturb import OwnServer, Stage, disturb, scratch
@@ -63,7 +64,16 @@ class Lane:
         with scratch(self.folder / name) as folder:
             output = self.output(name, scenario.store, folder)
             path = _write_recipe(self.world, scenario.recipe, scenario.store, output, folder)
-            stage = Stage(scenario, folder, path, seconds, self.environment, self.own)
+            stage = Stage(
+                scenario,
+                folder,
+                path,
+                seconds,
+                len(reference.files) + len(reference.receipts),
+                partial(self.world.count, output),
+                self.environment,
+                self.own,
+            )
             ends = disturb(stage)
             verdict.notes = stage.notes
             judge_disturbed(verdict, ends, self.world.objects(output), output, reference)

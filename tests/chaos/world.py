@@ -87,13 +87,27 @@ class World:
         if not output.startswith("s3://"):
             root = Path(output)
             return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-        client = _client(self.endpoint, os.getpid())
-        prefix = f"{urlsplit(output).path.lstrip('/')}/"
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
-        keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+        client, prefix = _client(self.endpoint, os.getpid()), _prefix(output)
+        keys = self._keys(prefix)
         return {
             key.removeprefix(prefix): client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys
         }
+
+    def count(self, output: str) -> int:
+        """How many objects are below `output` that are not temporary."""
+        if not output.startswith("s3://"):
+            paths = (str(path.relative_to(output)) for path in Path(output).rglob("*") if path.is_file())
+            return sum(not is_marked(path) for path in paths)
+        return len(self._keys(_prefix(output)))
+
+    def _keys(self, prefix: str) -> list[str]:
+        client = _client(self.endpoint, os.getpid())
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+
+
+def _prefix(output: str) -> str:
+    return f"{urlsplit(output).path.lstrip('/')}/"
 
 
 @lru_cache
