@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,6 @@ from ray_merge.recipe import Recipe
 from ray_merge.spec import Receipt
 from ray_merge.storage.commit import RECIPE, STATE_FOLDER, read_manifest, read_receipts, recorded_id
 from ray_merge.storage.store import Store, Stores, join
-
-VISIBLE_SECONDS = (0.1, 0.3, 1.0, 3.0)
-"""Waits for an object that is listed and cannot be read yet (SeaweedFS, in 2 of 18 races of two drivers)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +87,7 @@ def look(
         first = next((info.path for info in store.list() if not info.path.startswith(state)), None)
         if first is None:
             return Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=False, receipts={})
-        owner = _begun_meanwhile(store, first)
+        owner = recorded_id(store)  # another driver may have begun this merge since we looked
         if owner is None:
             raise OutputConflict(
                 f"{url} holds something else ({first}) and no {RECIPE}; choose another output or empty that folder"
@@ -99,17 +95,6 @@ def look(
     _check_owner(store, owner, merge_id, "an unfinished run of other inputs")
     receipts = read_receipts(store, merge_id)
     return Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=False, receipts=receipts)
-
-
-def _begun_meanwhile(store: Store, first: str) -> str | None:
-    """The merge id that another driver wrote since we looked; the recipe is listed a moment before it can be read."""
-    owner = recorded_id(store)
-    for seconds in VISIBLE_SECONDS if first == RECIPE else ():
-        if owner is not None:
-            break
-        time.sleep(seconds)
-        owner = recorded_id(store)
-    return owner
 
 
 def _refuse_inside(root: str, name: str, stores: Stores) -> None:

@@ -5,8 +5,7 @@ import pytest
 from ray_merge.drive.outputs import look, output_root, today
 from ray_merge.errors import OutputConflict, RecipeError
 from ray_merge.spec import Receipt
-from ray_merge.storage.commit import MANIFEST, RECIPE, commit_bytes, id_line, pretty_json, probe, put_receipt
-from ray_merge.storage.local import LocalStore
+from ray_merge.storage.commit import MANIFEST, commit_bytes, id_line, pretty_json, probe, put_receipt
 from ray_merge.storage.store import Stores, open_store
 
 ID, OTHER = "a" * 64, "b" * 64
@@ -96,30 +95,6 @@ def test_a_merge_that_was_begun_is_continued_with_its_receipts(tmp_path):
     target = at(tmp_path)
     assert not target.complete
     assert list(target.receipts) == ["model-1.safetensors"]
-
-
-class ListedFirst(LocalStore):
-    """A store that lists the recipe before anybody can read it, as SeaweedFS can."""
-
-    unseen = 3
-
-    def info(self, path):
-        if path == RECIPE and self.unseen:
-            self.unseen -= 1
-            return None
-        return super().info(path)
-
-
-def test_a_recipe_that_another_driver_writes_just_now_is_waited_for(tmp_path):
-    begin(tmp_path)
-
-    class OpensIt(Stores):
-        def open(self, url):
-            return ListedFirst(tmp_path / "out" / "m") if url.endswith("/m") else super().open(url)
-
-    found = look(str(tmp_path / "out"), "m", ID, INPUTS, None, OpensIt())
-    assert not found.complete
-    assert found.merge_id == ID
 
 
 def test_a_merge_that_was_begun_with_other_inputs_is_refused(tmp_path):
