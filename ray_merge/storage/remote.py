@@ -42,8 +42,10 @@ GAP_BYTES = 256 * 1024
 
 SHARED_BYTES = 4 * 1024 * 1024
 REQUEST_BYTES = 16 * 1024 * 1024
+LONGEST_REQUEST_BYTES = 128 * 1024 * 1024
+"""A retry reads so much again at most."""
+
 THREADS = 8
-"""At most THREADS * REQUEST_BYTES = 128 MiB are on their way at any time."""
 
 _WIRE_LOGS = ("aiobotocore", "botocore", "gcsfs", "google.auth")
 """At DEBUG they write whole requests: session tokens, and endpoints with whatever credentials stand in them."""
@@ -115,7 +117,7 @@ class RemoteStore(NotPickled):
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
         """Each range, near ones in one request, THREADS requests at a time."""
         requests = plan_requests(
-            ranges, gap_bytes=GAP_BYTES, shared_bytes=SHARED_BYTES, request_bytes=REQUEST_BYTES
+            ranges, gap_bytes=GAP_BYTES, shared_bytes=SHARED_BYTES, request_bytes=_request_bytes(ranges)
         )
 
         def fetch(request: Request) -> Iterable[tuple[Piece, bytes]]:
@@ -267,6 +269,12 @@ def make_filesystem(protocol: str, url: str, **settings: Any) -> Any:
         raise Refusal(f"{url}: unknown protocol {protocol}://; known: {known_protocols()}") from error
     except ImportError as error:
         raise Refusal(f"{url}: {protocol}:// needs a library that is not installed: {error}") from error
+
+
+def _request_bytes(ranges: Sequence[tuple[int, int]]) -> int:
+    """A range is cut only where THREADS would otherwise have too little to do: its pieces are copied to be joined."""
+    wanted = sum(end - start for start, end in ranges)
+    return min(max(REQUEST_BYTES, -(-wanted // THREADS)), LONGEST_REQUEST_BYTES)
 
 
 def parallel(call: Callable[[S], T], items: Sequence[S], threads: int = THREADS) -> Sequence[T]:
