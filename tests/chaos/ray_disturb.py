@@ -38,6 +38,19 @@ class Stage:
     def rng(self) -> random.Random:
         return self.scenario.rng
 
+    @property
+    def n_objects(self) -> int:
+        """That an undisturbed run leaves."""
+        reference, _ = self.lane.references[self.scenario.recipe]
+        return len(reference.files) + len(reference.receipts)
+
+    def wait_for_objects(self, n_objects: int, ended: Event) -> None:
+        """Until so many are there (of none: for a random time), or the run has ended."""
+        if not n_objects:
+            ended.wait(self.rng.random() * self.seconds * 0.6)
+        while n_objects and not ended.is_set() and self.lane.world.count(self.recipe["output"]) < n_objects:
+            time.sleep(0.005)
+
     def run(self) -> Ended:
         return self.lane.run(self.recipe, self.cache, "ray")
 
@@ -75,13 +88,13 @@ def storage_faults(stage: Stage) -> list[Ended]:
 
 
 def kill_worker(stage: Stage) -> list[Ended]:
-    """kill -9 of a worker at a random moment, in every other scenario of a second one."""
+    """kill -9 of a worker when a random number of objects is there, in every other scenario of a second one."""
     rng, nodes = stage.rng, stage.lane.nodes
     killed: list[int] = []
 
     def kill(ended: Event) -> None:
-        for _ in range(rng.choice([1, 2])):
-            ended.wait(rng.random() * stage.seconds * 0.6)
+        for n_objects in sorted(rng.randrange(2 * stage.n_objects // 3) for _ in range(rng.choice([1, 2]))):
+            stage.wait_for_objects(n_objects, ended)
             while not ended.is_set():
                 if there := nodes.workers():
                     killed.append(rng.choice(there))
@@ -95,13 +108,13 @@ def kill_worker(stage: Stage) -> list[Ended]:
 
 
 def lose_node(stage: Stage) -> list[Ended]:
-    """kill -9 (or, for a preempted node, SIGTERM) of a raylet at a random moment; a new node comes after 1 to 4 s."""
+    """kill -9 (or, for a preempted node, SIGTERM) of a raylet in mid-run; a new node comes after 1 to 4 s."""
     rng, nodes = stage.rng, stage.lane.nodes
     index = rng.randrange(2)
     lose = nodes.end_gracefully if stage.scenario.kind == "ray-preempted-node" else nodes.kill_raylet
 
     def loss(ended: Event) -> None:
-        ended.wait(rng.random() * stage.seconds)
+        stage.wait_for_objects(rng.randrange(2 * stage.n_objects // 3), ended)
         stage.notes["in mid-run"] = not ended.is_set()
         lose(index)
         time.sleep(rng.uniform(1, 4))
@@ -111,7 +124,7 @@ def lose_node(stage: Stage) -> list[Ended]:
 
 
 def kill_driver(stage: Stage) -> list[Ended]:
-    """kill -9 of a driver with a process of its own, at a random moment after its first object."""
+    """kill -9 of a driver with a process of its own, when a random number of objects is there."""
     import json
 
     path = stage.lane.folder / f"recipe-{stage.scenario.number}.json"
@@ -121,9 +134,9 @@ def kill_driver(stage: Stage) -> list[Ended]:
     process = subprocess.Popen(
         [*command, "--workers", "2", "--cache-dir", str(stage.cache)], stdout=2, start_new_session=True
     )
-    while process.poll() is None and not stage.lane.world.objects(stage.recipe["output"]):
-        time.sleep(0.05)
-    time.sleep(stage.rng.random() * stage.seconds * 0.5)
+    n_objects = stage.rng.randrange(1, stage.n_objects)
+    while process.poll() is None and stage.lane.world.count(stage.recipe["output"]) < n_objects:
+        time.sleep(0.005)
     stage.notes["killed"] = process.poll() is None
     process.kill()
     code = process.wait()
