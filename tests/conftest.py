@@ -9,41 +9,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from aside import Aside
+from own_process import in_own_process
 from pool_workers import StepWorker
 from ray_merge.runtime.ray_pool import RayPool
 from ray_merge.runtime.session import Session, open_session
 from s3_server import S3Server, find_weed, run_server
 
-_ASIDE = pytest.StashKey[Aside]()
-_PLACE = pytest.StashKey[int]()
-
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "aside(work): work() begins with the run, in another process (see aside.py)"
+        "markers", "own_process(work): the fixture `answer` is what work() returns in a new process"
     )
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a core each
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin the work of all tests that are going to run and are marked with `aside` (see aside.py)."""
-    marked = [(item, mark) for item in session.items if (mark := item.get_closest_marker("aside"))]
-    if marked and not session.config.option.collectonly:
-        for place, (item, _) in enumerate(marked):
-            item.stash[_PLACE] = place
-        session.stash[_ASIDE] = Aside([mark.kwargs["work"] for _, mark in marked])
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if _ASIDE in session.stash:
-        session.stash[_ASIDE].close()
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares a fixture stays in one of pytest-xdist's processes: a file, and all that uses the run's Ray."""
+    for item in items:
+        shares_ray = "ray_session" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else item.path.stem))
 
 
 @pytest.fixture
-def aside_result(request: pytest.FixtureRequest) -> Any:
-    """What the function of this test's mark `aside` returned, as soon as it is there."""
-    return request.session.stash[_ASIDE].result(request.node.stash[_PLACE])
+def answer(request: pytest.FixtureRequest) -> Any:
+    """What the function of this test's mark `own_process` returns."""
+    mark = request.node.get_closest_marker("own_process")
+    assert mark is not None, "the fixture `answer` needs the mark own_process(work=...)"
+    return in_own_process(mark.kwargs["work"])
 
 
 @pytest.fixture(scope="session")

@@ -140,9 +140,9 @@ def hooked(head: RayHead, recipes: dict[str, Path], cache: Path) -> dict[str, An
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.aside(work=submit_all)
-def test_a_submitted_recipe_ends_with_the_truth(aside_result):
-    found = aside_result
+@pytest.mark.own_process(work=submit_all)
+def test_a_submitted_recipe_ends_with_the_truth(answer):
+    found = answer
     code, printed, said, streams = found["cut"]
     assert (code, streams) == (0, 4), said
     assert found["published"]

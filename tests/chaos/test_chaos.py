@@ -40,14 +40,14 @@ def sample() -> dict:
     )
 
 
-@pytest.mark.aside(work=sample)
-def test_a_sample_of_disturbed_runs_loses_and_corrupts_nothing(aside_result):
-    failed = [verdict for verdict in aside_result["scenarios"] if not verdict["passed"]]
+@pytest.mark.own_process(work=sample)
+def test_a_sample_of_disturbed_runs_loses_and_corrupts_nothing(answer):
+    failed = [verdict for verdict in answer["scenarios"] if not verdict["passed"]]
     assert failed == []
-    assert aside_result["played"] == SAMPLE
-    ends = {verdict["ends"][0]["code"] for verdict in aside_result["scenarios"]}
+    assert answer["played"] == SAMPLE
+    ends = {verdict["ends"][0]["code"] for verdict in answer["scenarios"]}
     assert -9 in ends  # the kills were in time, so something was really disturbed
-    assert sum(int(v["notes"].get("failed", 0)) for v in aside_result["scenarios"]) > 0
+    assert sum(int(v["notes"].get("failed", 0)) for v in answer["scenarios"]) > 0
 
 
 @pytest.mark.slow

@@ -142,9 +142,9 @@ def prepare_twice():
     return first, again, said
 
 
-@pytest.mark.aside(work=prepare_twice)
-def test_prepare_trains_once_and_then_reuses_the_cache(aside_result):
-    first, again, said = aside_result
+@pytest.mark.own_process(work=prepare_twice)
+def test_prepare_trains_once_and_then_reuses_the_cache(answer):
+    first, again, said = answer
     assert again == first
     assert any(line.startswith("adapter described: accuracy") for line in said)
     assert not [line for line in said if line.startswith("again")]

@@ -37,9 +37,9 @@ def run_batch() -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.aside(work=run_batch)
-def test_malformed_input_is_refused_in_one_sentence_and_nothing_is_written(record_property, aside_result):
-    *findings, last = aside_result
+@pytest.mark.own_process(work=run_batch)
+def test_malformed_input_is_refused_in_one_sentence_and_nothing_is_written(record_property, answer):
+    *findings, last = answer
     record_property("fuzz", last)
     print({key: value for key, value in last.items() if key != "reasons"})
     assert findings == [], f"{len(findings)} findings; again: python {BATCH} SEED 1 --show"

@@ -53,12 +53,12 @@ def submit_two() -> dict[str, Any]:
             }
 
 
-@pytest.mark.aside(work=submit_two)
-def test_a_submitted_recipe_is_merged_and_a_refused_one_fails(aside_result):
-    code, printed = aside_result["good"]
+@pytest.mark.own_process(work=submit_two)
+def test_a_submitted_recipe_is_merged_and_a_refused_one_fails(answer):
+    code, printed = answer["good"]
     assert code == 0, printed
-    assert aside_result["published"]
+    assert answer["published"]
     assert "published" in printed
-    code, printed = aside_result["bad"]
+    code, printed = answer["bad"]
     assert code == 1  # `ray job submit` knows 0 and 1 alone; the job's own code is in its log
     assert "unknown merge method 'tees'" in printed

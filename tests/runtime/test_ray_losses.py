@@ -49,19 +49,19 @@ def run_out_of_memory() -> str | None:
     )
 
 
-@pytest.mark.aside(work=lose_a_node)
-def test_the_loss_of_a_node_changes_no_result_and_burns_no_attempt(aside_result):
-    facts = json.loads(aside_result)
+@pytest.mark.own_process(work=lose_a_node)
+def test_the_loss_of_a_node_changes_no_result_and_burns_no_attempt(answer):
+    facts = json.loads(answer)
     assert facts["nodes"] == 2
     assert sorted(facts["values"]) == sorted(f"unit-{i}" for i in range(14))
     # attempts=1 in that run: one counted death would have failed it. The other worker went on meanwhile.
     assert sorted(facts["attempts"]) == [1] * 13 + [2]
 
 
-@pytest.mark.aside(work=run_out_of_memory)
-def test_a_worker_killed_for_memory_ends_the_run_with_the_planned_number(aside_result):
-    if aside_result is None:
+@pytest.mark.own_process(work=run_out_of_memory)
+def test_a_worker_killed_for_memory_ends_the_run_with_the_planned_number(answer):
+    if answer is None:
         pytest.skip(f"less than {3 * SPARE} bytes of memory are free, and this test takes up to {2 * SPARE}")
-    assert "unit hog failed after 2 attempt(s)" in aside_result
-    assert "OutOfMemoryError" in aside_result
-    assert "the plan gave it 123456789 bytes" in aside_result
+    assert "unit hog failed after 2 attempt(s)" in answer
+    assert "OutOfMemoryError" in answer
+    assert "the plan gave it 123456789 bytes" in answer

@@ -46,9 +46,9 @@ def end_two_clusters() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.aside(work=end_two_clusters)
-def test_two_embedded_clusters_do_not_meet_and_leave_nothing_however_they_end(aside_result):
-    seen, facts = aside_result, aside_result["facts"]
+@pytest.mark.own_process(work=end_two_clusters)
+def test_two_embedded_clusters_do_not_meet_and_leave_nothing_however_they_end(answer):
+    seen, facts = answer, answer["facts"]
     assert [fact["value"] for fact in facts] == seen["drivers"]
     assert [fact["nodes"] for fact in facts] == [1, 1]
     assert facts[0]["address"] != facts[1]["address"]
