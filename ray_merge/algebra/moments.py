@@ -9,7 +9,7 @@ A Gram matrix is symmetric, so blocks of columns at and above the diagonal are s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 
 BLOCK_COLUMNS = 96
 """Columns of one block of the triangle."""
+
+DEVICE_BLOCK_COLUMNS = 1024
+"""The same on a GPU, where short products are slow."""
 
 CHUNK_VALUES = 1 << 22
 """Values that are held in float64 at a time, 32 MiB, and at least `BLOCK_COLUMNS` rows."""
@@ -69,7 +72,8 @@ class MomentSums:
         """Add rows.
 
         Args:
-            X_NI: (N, I), any floating dtype, any device; the sums are float64 on the CPU. N may be 0.
+            X_NI: (N, I), any floating dtype, any device; the sums are float64 on the CPU. N may be 0. Rows on a CUDA
+                device are multiplied there, in float64, and each block of the product is brought over once.
 
         Raises:
             ValueError: not a matrix with I columns.
@@ -77,13 +81,27 @@ class MomentSums:
         n_columns = self._sum_I.numel()
         if X_NI.ndim != 2 or X_NI.shape[1] != n_columns:
             raise ValueError(f"rows of {n_columns} columns are summed here, but got {tuple(X_NI.shape)}")
-        for part_NI in torch.split(X_NI.detach(), max(BLOCK_COLUMNS, CHUNK_VALUES // max(n_columns, 1))):
-            # The conversion comes first: sums of squares of float16 overflow above 255.
-            exact_NI = part_NI.to("cpu", torch.float64)
-            self._sum_I += exact_NI.sum(0)
-            for start, stop in _blocks(n_columns):
-                self._upper_II[start:stop, start:].addmm_(exact_NI[:, start:stop].T, exact_NI[:, start:])
+        parts = torch.split(X_NI.detach(), max(BLOCK_COLUMNS, CHUNK_VALUES // max(n_columns, 1)))
+        # The conversion to float64 comes first: sums of squares of float16 overflow above 255.
+        if X_NI.is_cuda:
+            self._add_products_of_device(parts)
+        else:
+            for part_NI in parts:
+                exact_NI = part_NI.to("cpu", torch.float64)
+                self._sum_I += exact_NI.sum(0)
+                for start, stop in _blocks(n_columns):
+                    self._upper_II[start:stop, start:].addmm_(exact_NI[:, start:stop].T, exact_NI[:, start:])
         self._count += X_NI.shape[0]
+
+    def _add_products_of_device(self, parts: Sequence[Tensor]) -> None:
+        n_columns = self._sum_I.numel()
+        for part_NI in parts:
+            self._sum_I += part_NI.double().sum(0).cpu()
+        for start, stop in _blocks(n_columns, DEVICE_BLOCK_COLUMNS):
+            block = parts[0].new_zeros(stop - start, n_columns - start, dtype=torch.float64)
+            for part_NI in parts:
+                block.addmm_(part_NI[:, start:stop].double().T, part_NI[:, start:].double())
+            self._upper_II[start:stop, start:] += block.cpu()
 
     def finish(self) -> Moments:
         """What was added; the sums are handed over, so that nothing can be added any more.
@@ -193,6 +211,6 @@ def _mirror(upper_II: Tensor) -> None:
         upper_II[stop:, start:stop] = upper_II[start:stop, stop:].T
 
 
-def _blocks(n_columns: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, n_columns, BLOCK_COLUMNS):
-        yield start, min(start + BLOCK_COLUMNS, n_columns)
+def _blocks(n_columns: int, width: int = BLOCK_COLUMNS) -> Iterator[tuple[int, int]]:
+    for start in range(0, n_columns, width):
+        yield start, min(start + width, n_columns)
