@@ -1,6 +1,7 @@
 """A slow line in front of a server: one port per client, each with its own bandwidth and latency.
 
     python benchmarks/throttle.py --to 127.0.0.1:8333 --clients 9 --rate 1e6 --latency 0.02 [--total 4e6] [--free 1]
+                                  [--listen 127.0.0.1]
 
 Prints the ports as a JSON list, then answers every line on stdin with the counts so far (JSON: per port bytes down,
 bytes up, requests), and ends when stdin does. It forwards bytes and reads no protocol, so signatures and checksums
@@ -81,18 +82,19 @@ class Line:
                 writer.close()
 
 
-async def serve(host: str, port: int, ports: list[Port], latency_seconds: float) -> None:
+async def serve(to: str, listen_on: str, ports: list[Port], latency_seconds: float) -> None:
     """Listen on one new port per client until stdin ends."""
+    host, _, port = to.rpartition(":")
 
     async def listen(client: Port) -> asyncio.Server:
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            server_reader, server_writer = await asyncio.open_connection(host, port)
+            server_reader, server_writer = await asyncio.open_connection(host, int(port))
             line = Line(client, latency_seconds)
             await asyncio.gather(
                 line.carry("up", reader, server_writer), line.carry("down", server_reader, writer)
             )
 
-        return await asyncio.start_server(connected, "127.0.0.1", 0)
+        return await asyncio.start_server(connected, listen_on, 0)
 
     servers = [await listen(client) for client in ports]
     print(json.dumps([server.sockets[0].getsockname()[1] for server in servers]), flush=True)
@@ -106,6 +108,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--to", required=True, metavar="HOST:PORT")
+    parser.add_argument("--listen", default="127.0.0.1", metavar="HOST", help="address that clients reach")
     parser.add_argument("--clients", type=int, required=True)
     parser.add_argument("--free", type=int, default=1)
     parser.add_argument("--rate", type=float, default=0.0)
@@ -119,8 +122,7 @@ def main() -> None:
         else Port((Pipe(given.rate), store_down), (Pipe(given.rate), store_up))
         for index in range(given.clients)
     ]
-    host, _, port = given.to.rpartition(":")
-    asyncio.run(serve(host, int(port), ports, given.latency))
+    asyncio.run(serve(given.to, given.listen, ports, given.latency))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from ray_merge.cli import main
+from ray_merge.cli_options import LogFormatOption
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -41,13 +42,15 @@ def submit(
     contact_minutes: Annotated[
         float, typer.Option(min=0.0, help="How long the cluster may be silent.")
     ] = 10.0,
+    log_format: LogFormatOption = None,
 ) -> None:
     """Submit a recipe as a Ray job and wait for it; attach where it runs already, do nothing where it is complete."""
+    from ray_merge import logs
     from ray_merge import submit as submitting
     from ray_merge.runtime.jobs_api import JobsApi
 
     request = submitting.Request(
-        recipe=recipe,
+        recipe=logs.work_on(recipe),
         scripts=Path(__file__).resolve().parent,
         output=output,
         only=only or [],
@@ -58,10 +61,10 @@ def submit(
     patience = submitting.Patience(
         contact_seconds=60 * contact_minutes,
         stop_on_interrupt=stop_on_interrupt,
-        say=lambda text: typer.echo(f"submit: {text}", err=True),
+        say=lambda text: logs.say(f"submit: {text}", json_text=text),
         log=lambda text: typer.echo(text, nl=False),
     )
-    submitting.submit(request, JobsApi(address), patience)
+    submitting.submit(request, JobsApi(address, 60 * contact_minutes), patience)
 
 
 if __name__ == "__main__":

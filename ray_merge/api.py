@@ -17,7 +17,7 @@ from ray_merge.drive.outputs import Target
 from ray_merge.drive.run import RunResult, Settings
 from ray_merge.drive.run import run as drive_run
 from ray_merge.drive.targets import find_targets
-from ray_merge.engines import Engine, memory_ceiling, unit_pools
+from ray_merge.engines import Engine, counted, memory_ceiling, unit_pools
 from ray_merge.errors import Refusal
 from ray_merge.methods.registry import METHODS, describe
 from ray_merge.moments import Engines
@@ -142,6 +142,7 @@ def run(
         RunFailed: the run stopped later; run again to finish it.
     """
     check_count("workers", workers)
+    progress = counted(engine, progress)
     planned = _plan(recipe, output, only, memory, cache_dir)
     settings = Settings(cache=cache_folder(cache_dir), device=device, date=date)
     engines = Engines(

@@ -7,9 +7,10 @@ stderr says why, in one sentence. Commands that make things are here, those that
 from __future__ import annotations
 
 import json
+import logging
+import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,7 @@ import typer
 
 from ray_merge import (
     cli_outputs,
+    logs,
     show,
     show_evaluate,
     show_moments,
@@ -30,13 +32,14 @@ from ray_merge.cli_options import (
     DeviceOption,
     EngineOption,
     JsonOption,
+    LogFormatOption,
     MemoryOption,
     OnlyOption,
     OutputOption,
     RecipeArgument,
     app,
 )
-from ray_merge.errors import RayMergeError, Refusal, RunFailed, redacted, sentence
+from ray_merge.errors import RayMergeError, Refusal, RunFailed, sentence
 
 
 @app.command()
@@ -89,6 +92,7 @@ def run(
     cache_dir: CacheOption = None,
     date: Annotated[str | None, typer.Option(help="Day for {date} in output; default: today (UTC).")] = None,
     as_json: JsonOption = False,
+    log_format: LogFormatOption = None,
 ) -> None:
     """Run a recipe: every merge is published once; what is complete is left alone."""
     from ray_merge import api
@@ -125,6 +129,7 @@ def calibrate(
     device: DeviceOption = "cpu",
     cache_dir: CacheOption = None,
     as_json: JsonOption = False,
+    log_format: LogFormatOption = None,
 ) -> None:
     """Moments of every task's inputs into the store; every later run reuses them."""
     from ray_merge import moments
@@ -157,6 +162,7 @@ def init(
     device: DeviceOption = "cpu",
     cache_dir: CacheOption = None,
     as_json: JsonOption = False,
+    log_format: LogFormatOption = None,
 ) -> None:
     """OSRM: adapters to fine-tune from, which the other tasks' inputs hardly reach."""
     from ray_merge import osrm
@@ -200,6 +206,7 @@ def evaluate(
     cache_dir: CacheOption = None,
     date: Annotated[str | None, typer.Option(help="Day for {date} in output; default: today (UTC).")] = None,
     as_json: JsonOption = False,
+    log_format: LogFormatOption = None,
 ) -> None:
     """Scores of the base, single adapters and complete merges on the labelled data of every task."""
     from ray_merge.evaluate import evaluate as score
@@ -275,17 +282,22 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _exit_code(arguments: list[str], program: typer.Typer = app) -> int:
     try:
-        program(arguments)
+        logs.set_up(logs.asked_format(arguments, os.environ))
+        # In JSON typer raises its usage errors, which it would print in several lines otherwise.
+        code = program(arguments, standalone_mode=not logs.is_json())
+        return code if isinstance(code, int) else 0
     except SystemExit as stop:  # typer's own: 0, or 2 after a usage error
         return stop.code if isinstance(stop.code, int) else 0
     except RayMergeError as error:
         return _fail(str(error), error.exit_code)
     except Exception as error:  # noqa: BLE001  (the last resort: a bug, or a library's error that nobody expected)
-        print(redacted(traceback.format_exc()), file=sys.stderr)
+        if callable(usage := getattr(error, "format_message", None)):
+            return _fail(usage(), getattr(error, "exit_code", 2))
+        logs.trace(error)
         return _fail(f"internal error: {type(error).__name__}: {error}", 1)
-    return 0
 
 
 def _fail(message: str, code: int) -> int:
-    typer.echo(f"ray-merge: {sentence(' '.join(message.split()))}", err=True)
+    text = sentence(" ".join(message.split()))
+    logs.say(f"ray-merge: {text}", level=logging.ERROR, json_text=text)
     return code

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from ray_merge import logs
+
 app = typer.Typer(
     name="ray-merge",
     help="Merge many LoRA adapters into large base models, as a batch job on Ray.",
@@ -17,7 +19,8 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe: YAML file, local or by URL.")
+    str,
+    typer.Argument(metavar="RECIPE", help="A recipe: YAML file, local or by URL.", callback=logs.work_on),
 ]
 OutputOption = Annotated[str | None, typer.Option(help="Where results go, in place of the recipe's output.")]
 OnlyOption = Annotated[list[str] | None, typer.Option(help="Name or glob of merges; may be repeated.")]
@@ -27,3 +30,8 @@ AddressOption = Annotated[str, typer.Option(help="local (embedded Ray), auto, or
 EngineOption = Annotated[Literal["ray", "local"], typer.Option(help="local: everything in this process.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 CacheOption = Annotated[Path | None, typer.Option(help="Node-local folder for adapters and digests.")]
+LogFormatOption = Annotated[
+    logs.LogFormat | None,
+    typer.Option(logs.OPTION, help=f"Of stderr; default: {logs.VARIABLE}, or text."),
+]
+"""Read before the command line is parsed (logs.py), so that usage errors are in that format too."""

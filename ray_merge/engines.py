@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
+from ray_merge.drive.events import Event
 from ray_merge.drive.osrm import OsrmPoolFactory
 from ray_merge.drive.run import PoolFactory
 from ray_merge.errors import Refusal
@@ -87,6 +88,7 @@ def osrm_pools(engine: Engine, address: str, workers: int | None) -> OsrmPoolFac
         return JobPool(
             OsrmWorkerFactory(job),
             n_units,
+            kind="osrm",
             memory_bytes=job.peak_bytes,
             placement="spread",
             device="cpu",
@@ -112,6 +114,7 @@ def evaluate_pools(engine: Engine, address: str, workers: int | None) -> Evaluat
         return JobPool(
             EvaluateWorkerFactory(job),
             n_units,
+            kind="evaluate",
             memory_bytes=job.peak_bytes,
             placement=job.placement,
             device=job.device,
@@ -120,6 +123,19 @@ def evaluate_pools(engine: Engine, address: str, workers: int | None) -> Evaluat
         )
 
     return local if engine == "local" else ray
+
+
+def counted(engine: Engine, progress: Callable[[Event], None]) -> Callable[[Event], None]:
+    """Progress that Ray's metrics show too; once a unit is done, Ray is loaded and there is a session."""
+
+    def both(event: Event) -> None:
+        progress(event)
+        if event.kind in ("unit", "learn"):
+            from ray_merge.runtime.telemetry import progressed
+
+            progressed(event.units, event.n_bytes)
+
+    return progress if engine == "local" else both
 
 
 def local_room(device: str, workers: int | None) -> int:

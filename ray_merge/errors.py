@@ -6,7 +6,9 @@
     |   |   StoreUnfit, NotFinite
     +-- RunFailed        found after the first object was written; exit code 1
     |   +-- UnitFailed, ShardConflict, StoreError
+    |   +-- JobOver      the RayJob of a night has ended and not succeeded; exit code 4 (`jobs/nightly.py` only)
     +-- ContactLost      a cluster that was given a job does not answer; exit code 3 (`jobs/submit.py` only)
+    +-- Unwatched        how a night ends is not known here; exit code 3 (`jobs/nightly.py` only)
 
 A class with several arguments hands all of them to `super().__init__` and makes its text in `__str__`:
 an exception whose `__init__` does not match its `args` cannot be unpickled, and Ray then hides it behind
@@ -173,6 +175,18 @@ class ContactLost(RayMergeError):
         return sentence(f"{what} has not answered for {seconds:.0f} s ({answer}); its state is unknown")
 
 
+class JobOver(RunFailed):
+    """The RayJob of a night failed, was stopped or was deleted: asking again would find the same."""
+
+    exit_code = 4
+
+
+class Unwatched(RayMergeError):
+    """How a night ends is not known here, since this program stopped looking; the same command goes on looking."""
+
+    exit_code = 3
+
+
 class UnitFailed(RunFailed):
     """One unit of work did not succeed within its attempts."""
 
@@ -215,6 +229,7 @@ __all__ = [
     "CheckpointError",
     "ContactLost",
     "DataGone",
+    "JobOver",
     "MethodError",
     "NotCuttable",
     "NotFinite",
@@ -228,4 +243,5 @@ __all__ = [
     "StoreError",
     "StoreUnfit",
     "UnitFailed",
+    "Unwatched",
 ]

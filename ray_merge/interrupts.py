@@ -2,6 +2,7 @@
 
 with Interrupts() as stop:
     ...                        # RunFailed where the signal came
+    stop.obey()                # and here, where that one was lost on its way
 stop.name                      # "SIGTERM"; empty when nobody asked
 """
 
@@ -32,6 +33,11 @@ class Interrupts:
     def __exit__(self, *_: object) -> None:
         for number, before in zip(SIGNALS, self._before, strict=False):
             signal.signal(number, before)
+
+    def obey(self) -> None:
+        """Raise again what a signal has raised inside a callback whose caller (of asyncio, of logging) drops errors."""
+        if self.name:
+            raise RunFailed(f"stopped by {self.name}")
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if not self.name:

@@ -14,7 +14,7 @@ from ray_merge.drive.moments import (
     ensure_moments,
 )
 from ray_merge.drive.outputs import store_url
-from ray_merge.engines import Engine, local_room, stage_ceiling, stage_pools
+from ray_merge.engines import Engine, counted, local_room, stage_ceiling, stage_pools
 from ray_merge.errors import NotCuttable, RecipeError
 from ray_merge.fit import fit_adapters
 from ray_merge.plan import read_named
@@ -106,6 +106,7 @@ def calibrate(
         RunFailed: it stopped later; run again to finish it.
     """
     check_count("workers", workers)
+    progress = counted(engine, progress)
     parsed, _ = read_recipe(recipe, output)
     engines = Engines(
         engine=engine,

@@ -13,7 +13,7 @@ from ray_merge.drive.events import Event
 from ray_merge.drive.moments import MomentsResult
 from ray_merge.drive.osrm import InitialAdapter, OsrmResult, Place, look, osrm_inputs, write_adapters
 from ray_merge.drive.osrm_files import remarks
-from ray_merge.engines import Engine, memory_ceiling, osrm_pools
+from ray_merge.engines import Engine, counted, memory_ceiling, osrm_pools
 from ray_merge.errors import RecipeError, Refusal
 from ray_merge.moments import Engines, Fitted, compute, fit_all, moments_plan
 from ray_merge.plan.memory import RUNTIME_BYTES
@@ -66,6 +66,7 @@ def init_adapters(
     """
     started = time.monotonic()
     check_count("workers", workers)
+    progress = counted(engine, progress)
     parsed, _ = read_recipe(recipe)
     init = required_init(parsed)
     if output is not None:

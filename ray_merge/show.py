@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ray_merge import logs
 from ray_merge.fit.ranked import RankedFactors
 from ray_merge.methods.gradient import has_gradient
 from ray_merge.plan.estimate import Cluster, estimate
@@ -234,7 +236,7 @@ def run_result(result: RunResult, *, as_json: bool) -> None:
     if not any(merge.done for merge in result.merges):
         print(f"nothing to do: all {len(result.merges)} merge(s) are complete")
     for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        logs.say(f"warning: {warning}", level=logging.WARNING, json_text=warning)
 
 
 def verified(results: Sequence[Verified], *, as_json: bool) -> None:

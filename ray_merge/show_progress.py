@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
+
+from ray_merge import logs
 
 if TYPE_CHECKING:
     from ray_merge.drive.events import Event
@@ -34,11 +35,11 @@ class Progress:
         self._console = Console(stderr=True)
         self._live: RichProgress | None = None
         self._tasks: dict[str, Any] = {}
-        self._last = time.monotonic()
+        self._began = self._last = time.monotonic()
         self._first: tuple[float, int] | None = None
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._console.is_terminal and not logs.is_json():
             self._live = RichProgress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -91,8 +92,8 @@ class Progress:
             return
         self._last = now
         line = self._unit_line(event, now) if event.kind == "unit" else _sentence(event)
-        with suppress(OSError):  # a log that nobody reads any more (`2>&1 | head`) must not end a merge
-            print(line, file=sys.stderr, flush=True)
+        level = logging.WARNING if event.kind == "warning" else logging.INFO
+        logs.say(line, level=level, **_fields(event), seconds=round(now - self._began, 3))
 
     def _unit_line(self, event: Event, now: float) -> str:
         done, total = event.n_bytes
@@ -112,3 +113,15 @@ def _sentence(event: Event) -> str:
         return f"step {event.units[0]}/{event.units[1]} of {event.text}"
     words = {"start": "starting: ", "merge": "published ", "unit": "done: ", "warning": "warning: "}
     return words.get(event.kind, "") + event.text
+
+
+def _fields(event: Event) -> dict[str, Any]:
+    """What the event says beside its sentence."""
+    counted = any(event.units)
+    return {
+        "unit": event.text if event.kind == "unit" else None,
+        "merge": event.text if event.kind == "merge" else None,
+        "done": event.units[0] if counted else None,
+        "of": event.units[1] if counted else None,
+        "bytes": event.n_bytes[0] if any(event.n_bytes) else None,
+    }

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 RAYJOBS = "/apis/ray.io/v1/namespaces/{namespace}/rayjobs"
+JOBS = "/apis/batch/v1/namespaces/{namespace}/jobs"
 TOKEN = "a-token"
 
 
@@ -22,12 +23,16 @@ class ApiServer:
         states: `status` of a RayJob, one further for each look; the last one stays.
         failures: statuses that the next requests are answered with instead; 0 closes the connection.
         done: called when a job's status is Complete, before that is told.
+        token: that requests must bring; empty for none, as behind `kubectl proxy`.
+        batch: Jobs of Kubernetes, by name.
     """
 
     states: Sequence[dict[str, str]] = ()
     failures: list[int] = field(default_factory=list)
     done: Callable[[], None] = lambda: None
     namespace: str = "merging"
+    token: str = TOKEN
+    batch: dict[str, dict[str, Any]] = field(default_factory=dict)
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     url: str = ""
@@ -39,11 +44,13 @@ class ApiServer:
         if self.failures:
             status = self.failures.pop(0)
             return status, problem(status, "InternalError" if status >= 500 else "Unauthorized")
-        if token != f"Bearer {TOKEN}":
+        if token != (f"Bearer {self.token}" if self.token else ""):
             return 401, problem(401, "Unauthorized")
         folder, name = path, ""
         if method == "GET":
             folder, _, name = path.rpartition("/")
+            if folder == JOBS.format(namespace=self.namespace) and name in self.batch:
+                return 200, self.batch[name]
         if folder != RAYJOBS.format(namespace=self.namespace):
             return 404, problem(404, "the server could not find the requested resource")
         return self.create(body) if method == "POST" else self.get(name)

@@ -15,9 +15,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -28,10 +29,11 @@ READY_SECONDS = 120.0
 class RayHead:
     """Where the head answers, and what a process needs in its environment to talk to it.
 
-    `jobs_url` is for `ray job submit --address`, `gcs_address` for `--address HOST:PORT`.
+    `jobs_url` is for `ray job submit --address`, `metrics_url` for Prometheus, `gcs_address` for `--address HOST:PORT`.
     """
 
     jobs_url: str
+    metrics_url: str
     gcs_address: str
     folder: Path
     environment: dict[str, str]
@@ -39,14 +41,15 @@ class RayHead:
 
 
 @contextlib.contextmanager
-def run_head(num_cpus: int = 2) -> Iterator[RayHead]:
-    """Start a head and wait until its Jobs API answers."""
+def run_head(num_cpus: int = 2, variables: Mapping[str, str] = MappingProxyType({})) -> Iterator[RayHead]:
+    """Start a head with more variables in its environment, and wait until its Jobs API answers."""
     folder = Path(tempfile.mkdtemp(prefix="rmh-", dir="/tmp"))  # short: sockets live below it
     environment = {
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TMPDIR": str(folder),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        **variables,
     }
     ports = dict(zip(PORT_OPTIONS, free_ports(len(PORT_OPTIONS)), strict=True))
     log = (folder / "head.log").open("w")
@@ -80,7 +83,8 @@ def run_head(num_cpus: int = 2) -> Iterator[RayHead]:
         # The head answers first; it can take no job until its agent does.
         for url in (f"{jobs_url}/api/jobs/", f"{agent_url}/api/local_raylet_healthz"):
             wait_for_answer(head, url, folder / "head.log")
-        yield RayHead(jobs_url, f"127.0.0.1:{ports['port']}", folder, environment, head.pid)
+        metrics_url = f"http://127.0.0.1:{ports['metrics-export-port']}/metrics"
+        yield RayHead(jobs_url, metrics_url, f"127.0.0.1:{ports['port']}", folder, environment, head.pid)
     finally:
         end_processes(head, folder)
         log.close()

@@ -37,9 +37,10 @@ def test_an_error_keeps_type_arguments_and_text_through_pickle(name):
 
 
 @pytest.mark.parametrize("name", errors.__all__)
-def test_exit_code_2_belongs_to_refusals_3_to_lost_contact_and_1_to_the_rest(name):
+def test_exit_code_2_belongs_to_refusals_3_and_4_to_jobs_elsewhere_and_1_to_the_rest(name):
     cls = getattr(errors, name)
-    assert cls.exit_code == (3 if cls is errors.ContactLost else 2 if issubclass(cls, errors.Refusal) else 1)
+    elsewhere = {errors.ContactLost: 3, errors.Unwatched: 3, errors.JobOver: 4}
+    assert cls.exit_code == elsewhere.get(cls, 2 if issubclass(cls, errors.Refusal) else 1)
 
 
 def test_every_error_class_is_listed_in_order():

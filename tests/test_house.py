@@ -15,7 +15,7 @@ ROOT = Path(ray_merge.__file__).parent
 
 LAYERS = (
     ("errors", "spec", "identity"),
-    ("algebra", "contact", "interrupts", "storage"),
+    ("algebra", "contact", "interrupts", "logs", "storage"),
     ("methods", "models"),
     ("recipe",),
     ("fit", "calibration"),
@@ -28,7 +28,7 @@ LAYERS = (
     ("engines",),
     ("moments",),
     ("needed",),
-    ("prepared",),
+    ("gc_listing", "prepared"),
     ("api", "evaluate", "gc", "osrm", "verify"),
     ("demo", "inspect"),
     ("show_progress",),

@@ -46,6 +46,18 @@ def test_a_recipe_becomes_a_job(capsys, recipe):
     assert "&id" not in out
 
 
+def test_an_adapter_that_changed_gives_another_name(capsys, recipe):
+    def name():
+        return yaml.safe_load(plan(capsys, recipe, "--emit-kuberay")[1])["metadata"]["name"]
+
+    before = name()
+    assert before == name()
+    store = fsspec.filesystem("memory")
+    config = f"/{recipe.removeprefix('memory://').rpartition('/')[0]}/a/adapter_config.json"
+    store.pipe(config, store.cat(config).replace(b'"lora_alpha": 4', b'"lora_alpha": 8'))
+    assert name() != before
+
+
 def test_without_options_it_is_the_image_of_this_version(capsys, recipe):
     code, out, _ = plan(capsys, recipe, "--emit-kuberay")
     assert code == 0

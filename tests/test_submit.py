@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,8 +22,10 @@ import pytest
 import torch
 
 from cutting_proxy import cutting_proxy
+from jobs_server import JobsServer, jobs_server
 from ray_head import RayHead, run_head
 from ray_merge.errors import RayMergeError, Refusal
+from ray_merge.interrupts import Interrupts
 from ray_merge.runtime.jobs_api import JobsApi
 from ray_merge.storage.commit import MANIFEST
 from ray_merge.submit import Patience, Request, _after_interrupt, _Log, submit
@@ -47,16 +52,22 @@ def outcome(started: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def in_process(
-    url: str, recipe: Path, cache: Path, say: Callable[[str, JobsApi], None], *, stop: bool = False
+    url: str,
+    recipe: Path,
+    cache: Path,
+    say: Callable[[str, JobsApi], None],
+    *,
+    stop: bool = False,
+    log: Callable[[str], None] = lambda _: None,
+    **changes: Any,
 ) -> str:
     """What `submit` raises, with a hook at everything that it says; "" when it returns."""
     jobs = JobsApi(url)
     patience = Patience(
-        contact_seconds=1.5, stop_on_interrupt=stop, say=lambda text: say(text, jobs), log=lambda _: None
+        contact_seconds=1.5, stop_on_interrupt=stop, say=lambda text: say(text, jobs), log=log
     )
-    request = Request(
-        recipe=str(recipe), scripts=JOBS, date=DATE, options=("--workers", "1", "--cache-dir", str(cache))
-    )
+    options = ("--workers", "1", "--cache-dir", str(cache))
+    request = Request(**{"recipe": str(recipe), "scripts": JOBS, "date": DATE, "options": options, **changes})
     try:
         submit(request, jobs, patience)
     except RayMergeError as error:
@@ -205,3 +216,110 @@ def test_a_log_is_printed_once_however_its_streams_are_cut():
         for text in stream:
             log.add(text)
     assert "".join(printed) == "one\ntwo\nthree\n"
+
+
+@pytest.fixture
+def head(monkeypatch) -> Iterator[JobsServer]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with jobs_server() as server:
+        yield server
+
+
+def end_all(head: JobsServer) -> None:
+    for job in head.jobs.values():
+        job["status"] = "STOPPED"
+
+
+def interrupted(head: JobsServer, recipe: Path, cache: Path, **changes: Any) -> tuple[str, list[str]]:
+    """What `submit` raises when SIGTERM comes while it prints a log that never rests, and what it said before."""
+    said: list[str] = []
+
+    def say(text: str, _: JobsApi) -> None:
+        said.append(text)
+        if text.startswith(("submitted", "attached")):
+            wait = 0.02 + 0.05 * random.random()
+            threading.Timer(wait, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            deadline.append(time.monotonic() + 3)
+
+    def log(text: str) -> None:
+        if time.monotonic() > deadline[-1]:  # the signal was lost: let it end in another way
+            end_all(head)
+
+    deadline: list[float] = []
+    with Interrupts():  # else a signal that comes too late would end the tests
+        return in_process(head.url, recipe, cache, say, log=log, **changes), said
+
+
+def test_every_signal_is_obeyed_whatever_it_interrupts(tmp_path, head):
+    recipe = write_recipes(tmp_path)["good"]
+    for turn in range(25):
+        name = f"night{turn}"
+        text, _ = interrupted(head, recipe, tmp_path / "cache", stop=True, name=name)
+        assert text == f"1: stopped by SIGTERM; job {name} was told to stop"
+        assert head.jobs[name]["status"] == "STOPPED"
+
+
+def test_a_signal_whose_error_was_dropped_is_obeyed_at_the_next_text(tmp_path, head):
+    texts: list[str] = []
+
+    def log(text: str) -> None:
+        texts.append(text)
+        if len(texts) == 1:
+            with contextlib.suppress(RayMergeError):  # as logging's handlers do
+                os.kill(os.getpid(), signal.SIGTERM)
+        elif len(texts) == 100:
+            end_all(head)
+
+    recipe = write_recipes(tmp_path)["good"]
+    text = in_process(head.url, recipe, tmp_path / "cache", lambda *_: None, log=log, name="night")
+    assert text.startswith("1: stopped by SIGTERM; job night goes on")
+
+
+def test_a_job_of_that_name_is_attached_to_only_if_it_makes_these_merges(tmp_path, head):
+    recipes, cache = write_recipes(tmp_path), tmp_path / "cache"
+    _, said = interrupted(head, recipes["good"], cache, name="night")
+    assert said[-1].startswith("submitted job night")
+    _, said = interrupted(head, recipes["good"], cache, name="night")
+    assert said[-1].startswith("attached to job night")
+    made = head.jobs["night"]["metadata"]["merges"]
+    text, _ = interrupted(head, recipes["failing"], cache, name="night")
+    assert re.match(
+        rf"2: --submission-id night: .* merges {made} of \S*good.yaml, not merges \w{{12}} of", text
+    )
+    head.jobs["night"]["metadata"] = {}
+    text, _ = interrupted(head, recipes["good"], cache, name="night")
+    assert text.startswith("2: --submission-id night: a job of that name makes something else")
+    head.jobs["night"]["status"] = "SUCCEEDED"
+    _, said = interrupted(head, recipes["good"], cache, name="night")
+    assert said[-1].startswith("submitted job night-2")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"output": "out"}, "output is out"),
+        ({"store": "moments"}, "store is moments"),
+        ({"adapters": {"a": "broken"}}, "path of adapter a is broken"),
+    ],
+)
+def test_a_path_relative_to_a_folder_that_the_job_lacks_is_refused(tmp_path, head, monkeypatch, change, what):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipes(tmp_path)["good"]
+    recipe.write_text(json.dumps({**json.loads(recipe.read_text()), **change}))
+    head.status = "SUCCEEDED"
+    text = in_process(head.url, recipe, tmp_path / "cache", lambda *_: None)
+    assert text.startswith(f"2: {recipe}: {what}, a path relative to")
+    assert "s3://" in text
+    assert not head.jobs
+
+
+def test_an_output_on_the_command_line_counts_from_the_folder_of_the_caller(tmp_path, head, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_recipes(tmp_path)
+    head.status = "SUCCEEDED"
+    text = in_process(head.url, Path("good.yaml"), tmp_path / "cache", lambda *_: None, output="there")
+    (job,) = head.jobs.values()
+    assert f"merge.py {tmp_path}/good.yaml" in job["entrypoint"]
+    assert f"--output {tmp_path}/there" in job["entrypoint"]
+    assert f"no manifest, first {tmp_path}/there/m; " in text
+    assert text.endswith("or to a URL if the cluster's nodes do not share this machine's disk")

@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ray_merge import api
+from ray_merge import api, logs
 from ray_merge.demo.score import load_backbone, normalised_mean, score
 from ray_merge.demo.suite import DemoSuite, prepare
 from ray_merge.drive.events import Event
@@ -121,7 +121,7 @@ def print_table(suite: DemoSuite, scores: Scores) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    logs.say(line)
 
 
 def _progress(event: Event) -> None:

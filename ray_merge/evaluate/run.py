@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_merge.drive.events import Event
-from ray_merge.engines import Engine, evaluate_pools
+from ray_merge.engines import Engine, counted, evaluate_pools
 from ray_merge.errors import RecipeError
 from ray_merge.evaluate.command import Called, check_command, run_commands
 from ray_merge.evaluate.document import Scored, make_document, shown_models
@@ -25,8 +25,7 @@ from ray_merge.recipe.read import read_recipe
 from ray_merge.storage.cache import cache_folder
 from ray_merge.storage.checkpoint import Checkpoint
 from ray_merge.storage.commit import EVALUATION, pretty_json
-from ray_merge.storage.replaced import replace_object
-from ray_merge.storage.store import Stores
+from ray_merge.storage.store import Stores, join
 from ray_merge.work.evaluate_job import EvaluateJob, Score, ScoredModel, ScoredTask, ScoreUnit
 from ray_merge.work.pickles import unpickler
 
@@ -111,6 +110,7 @@ def evaluate(
     check_count("workers", workers)
     check_count("limit", limit)
     check_list("held_out", held_out)
+    progress = counted(engine, progress)
     stores, cache = Stores(), cache_folder(cache_dir)
     plan, base, asked_for = _plan(recipe, output, only, held_out, cache, with_command=command is not None)
     tasks = plan_tasks(plan, asked_for, limit)
@@ -129,8 +129,10 @@ def evaluate(
     scores = _score(job, units, evaluate_pools(engine, address, workers), progress)
     commands = {} if command is None else run_commands(command, called, progress)
     document = make_document(_scored(asked, scores, looked), commands)
+    root = stores.open(found.root)
+    root.replace(EVALUATION, pretty_json(document))
     return Evaluation(
-        url=replace_object(stores.open(found.root), EVALUATION, pretty_json(document)),
+        url=join(root.url, EVALUATION),
         document=document,
         missing=found.missing,
         failed=tuple(name for name, one in commands.items() if one["exit_code"] != 0),

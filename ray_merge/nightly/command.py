@@ -1,4 +1,4 @@
-"""What `jobs/nightly.py` does with its options: run a night here, or have a RayJob run it; say it, and judge it."""
+"""What `jobs/nightly.py` does where it runs the night itself; there.py has the other way, a RayJob."""
 
 from __future__ import annotations
 
@@ -6,22 +6,39 @@ import json
 
 import typer
 
-from ray_merge.errors import RunFailed
-from ray_merge.interrupts import Interrupts
-from ray_merge.nightly.entries import recipe_urls
-from ray_merge.nightly.kubernetes import Kubernetes
-from ray_merge.nightly.night import Night, run_night, unfinished
-from ray_merge.nightly.rayjob import Waiting, read_template, run_rayjob
+from ray_merge import logs
+from ray_merge.errors import Refusal, RunFailed
+from ray_merge.nightly.night import Night, run_night
 from ray_merge.show_progress import Progress
 
 
 def say(text: str) -> None:
     """One line on stderr."""
-    typer.echo(f"nightly: {text}", err=True)
+    logs.say(f"nightly: {text}", json_text=text)
 
 
-def run_here(night: Night, *, as_json: bool) -> None:
+def refuse(given: dict[str, bool], why: str) -> None:
+    """Refuse options that would have no effect.
+
+    Args:
+        given: option -> whether it was.
+        why: it would have none.
+
+    Raises:
+        Refusal: one was given.
+    """
+    for option, is_given in given.items():
+        if is_given:
+            raise Refusal(f"{option} {why}; leave it out")
+
+
+def run_here(night: Night, *, as_json: bool, refused_ok: bool = False) -> None:
     """Run a night in this process and its Ray.
+
+    Args:
+        night: which.
+        as_json: print the summary.
+        refused_ok: a night of which only refused recipes are left has done what it could.
 
     Raises:
         Refusal: there is no recipe, or no such day.
@@ -31,29 +48,12 @@ def run_here(night: Night, *, as_json: bool) -> None:
         summary = run_night(night, say, progress)
     if as_json:
         typer.echo(json.dumps(summary.document(), indent=1))
-    typer.echo(f"summary: {summary.url}", err=as_json)
+    said = f"summary: {summary.url}"
+    if as_json:
+        logs.say(said)
+    else:
+        typer.echo(said)
+    if refused_ok and summary.only_refusals_left:
+        return
     if not summary.complete:
         raise RunFailed(summary.sentence())
-
-
-def run_there(night: Night, template: str, namespace: str | None, server: Kubernetes, how: Waiting) -> None:
-    """Have the night's RayJob run it, and look at the manifests afterwards.
-
-    Raises:
-        Refusal: nothing was created.
-        RunFailed: the RayJob did not succeed, or a merge has no manifest.
-    """
-    recipe_urls(night.recipes)  # refuses a folder without recipes before a cluster is started for it
-    manifest = read_template(template)
-    date, place = night.day, namespace or server.namespace
-    with Interrupts() as asked:
-        try:
-            run_rayjob(manifest, date, place, server, how)
-        except RunFailed as error:
-            if not asked.name:
-                raise
-            raise RunFailed(f"{error}; the RayJob goes on, and the same command attaches to it") from error
-    left = unfinished(night)
-    if left:
-        raise RunFailed(f"the RayJob succeeded, but {len(left)} thing(s) are not complete, first {left[0]}")
-    say("complete: every merge has its manifest")

@@ -66,6 +66,14 @@ class Entry:
         for merge in self.to_do:
             merge.state = self.state if merge.url in left else "complete"
 
+    def words(self) -> str:
+        """What there is to make, for people."""
+        if self.why:
+            return f"{self.recipe}: {self.state}: {self.why}"
+        if not self.targets:
+            return f"{self.recipe}: all {len(self.merges)} merge(s) are complete"
+        return f"{self.recipe}: {len(self.targets)} of {len(self.merges)} merge(s) to make"
+
     @property
     def to_do(self) -> list[MergeEntry]:
         """Merges that were not complete before."""

@@ -6,6 +6,7 @@ answers mean "ask again". From a laptop: `kubectl proxy`, and its URL.
 
 from __future__ import annotations
 
+import http.client
 import json
 import ssl
 import urllib.error
@@ -77,14 +78,16 @@ class Kubernetes:
             if (self.account / "token").is_file():
                 request.add_header("Authorization", f"Bearer {(self.account / 'token').read_text().strip()}")
             with _opener(self.account).open(request, timeout=REQUEST_SECONDS) as answer:
-                return int(answer.status), _document(answer.read(MAX_ANSWER_BYTES))
+                document = json.loads(answer.read(MAX_ANSWER_BYTES))
+                return int(answer.status), document if isinstance(document, dict) else {}
         except urllib.error.HTTPError as error:
             with error:
                 document = _document(error.read(MAX_ANSWER_BYTES))
             if error.code >= 500 or error.code in (408, 429):
                 raise NoContact(f"{error.code}: {message(document)}") from error
             return error.code, document
-        except (OSError, ValueError) as error:  # refused, reset, timed out, an answer that is cut
+        # Refused, reset, timed out; an answer that is cut, or is no HTTP.
+        except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
             raise NoContact(str(error) or type(error).__name__) from error
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import datetime
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ray_merge import api
+from ray_merge import api, logs
 from ray_merge.drive.events import Event
 from ray_merge.drive.outputs import output_root, today
 from ray_merge.engines import Engine
@@ -98,40 +97,45 @@ def run_night(
         Refusal: there is no recipe, or no such day.
         RunFailed: the summary could not be written.
     """
-    began, started, date = time.monotonic(), datetime.datetime.now(datetime.UTC), night.day
-    urls = recipe_urls(night.recipes)
-    entries = [Entry(recipe=url) for url in urls]
+    began, date = time.monotonic(), night.day
+    night = replace(night, date=date)
+    entries = [Entry(recipe=url) for url in recipe_urls(night.recipes)]
     with Interrupts() as asked:
         try:
             _work(night, date, entries, asked, say, progress)
         except RunFailed:
             if not asked.name:
                 raise
-    summary = Summary(
-        date=date,
+    return put_summary(summary_of(night, entries, began, stopped=asked.name), night.summary_folder)
+
+
+def summary_of(night: Night, entries: Sequence[Entry], began: float, *, stopped: str) -> Summary:
+    """The summary of what was done, not written yet.
+
+    Args:
+        night: which.
+        entries: of all its recipes.
+        began: by `time.monotonic()`.
+        stopped: the signal that ended it early, if any.
+    """
+    seconds = time.monotonic() - began
+    started = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
+    return Summary(
+        date=night.day,
         recipes=night.recipes,
         started=started.isoformat(timespec="seconds"),
-        seconds=time.monotonic() - began,
-        stopped=asked.name,
+        seconds=seconds,
+        stopped=stopped,
         entries=entries,
     )
-    return put_summary(summary, night.summary_folder)
 
 
-def unfinished(night: Night) -> list[str]:
-    """What of a night is not complete, in words, as its manifests say.
-
-    Raises:
-        Refusal: there is no recipe.
-    """
-    stores, date, found = Stores(), night.day, []
+def look_at_all(night: Night, urls: Iterable[str]) -> Iterator[Entry]:
+    """What each recipe has to make."""
+    stores, date = Stores(), night.day
     known = known_days(night.summary_folder, date)
-    for url in recipe_urls(night.recipes):
-        entry = look_at(url, date, night.output, night.cache, known, stores)
-        if entry.why:
-            found.append(f"{url} is {entry.state}: {entry.why}")
-        found += [f"{target.url} has no manifest" for target in entry.targets]
-    return found
+    for url in urls:
+        yield look_at(url, date, night.output, night.cache, known, stores)
 
 
 def _work(
@@ -142,19 +146,14 @@ def _work(
     say: Callable[[str], None],
     progress: Callable[[Event], None],
 ) -> None:
-    stores = Stores()
-    known = known_days(night.summary_folder, date)
-    for index, entry in enumerate(entries):
-        found = look_at(entry.recipe, date, night.output, night.cache, known, stores)
+    for index, found in enumerate(look_at_all(night, [entry.recipe for entry in entries])):
         if asked.name:
             return
         entries[index] = found
-        if found.why:
-            say(f"{found.recipe}: {found.state}: {found.why}")
-        elif not found.targets:
-            say(f"{found.recipe}: all {len(found.merges)} merge(s) are complete")
+        if not found.targets:
+            say(found.words())
     for entry in by_base(entries):
-        say(f"{entry.recipe}: {len(entry.targets)} of {len(entry.merges)} merge(s) to make")
+        say(entry.words())
         _run(night, date, entry, asked, progress)
         say(f"{entry.recipe}: {entry.state}{f': {entry.why}' if entry.why else ''}")
         if asked.name:
@@ -166,7 +165,7 @@ def _run(night: Night, date: str, entry: Entry, asked: Interrupts, progress: Cal
     began = time.monotonic()
     try:
         result = api.run(
-            entry.recipe,
+            logs.work_on(entry.recipe),
             output=night.output,
             only=[merge.name for merge in entry.to_do],
             engine=night.engine,
@@ -183,7 +182,7 @@ def _run(night: Night, date: str, entry: Entry, asked: Interrupts, progress: Cal
         entry.state = "refused" if isinstance(error, Refusal) and not asked.name else "failed"
         entry.why = str(error)
     except Exception as error:  # noqa: BLE001  (a bug that one recipe meets must not end the night of the others)
-        traceback.print_exc()
+        logs.trace(error)
         entry.state, entry.why = "failed", f"internal error: {type(error).__name__}: {error}"
     entry.seconds = time.monotonic() - began
     _account(entry)

@@ -56,6 +56,11 @@ class Summary:
         """Whether every merge of every recipe is there."""
         return all(entry.state in DONE for entry in self.entries)
 
+    @property
+    def only_refusals_left(self) -> bool:
+        """Whether all that can be made is there, so that another try would find the same."""
+        return not self.stopped and all(entry.state in (*DONE, "refused") for entry in self.entries)
+
     def sentence(self) -> str:
         """Why the night is not complete."""
         if self.stopped:

@@ -6,7 +6,6 @@ cluster/kuberay/job/rayjob.yaml; a test holds the two together.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from ray_merge.errors import Refusal
+from ray_merge.identity import digest
 from ray_merge.plan.estimate import Cluster
 from ray_merge.plan.kuberay_sizes import (
     MIB,
@@ -28,7 +28,7 @@ from ray_merge.plan.kuberay_sizes import (
     pod_sizes,
 )
 from ray_merge.plan.plan import Plan
-from ray_merge.recipe import Recipe
+from ray_merge.recipe import Recipe, named_urls
 
 RAY_VERSION = "2.60.0"
 """Of the image that cluster/Dockerfile makes. Without a version KubeRay can neither use tokens nor the health check."""
@@ -37,6 +37,9 @@ SERVICE_ACCOUNT = "ray-merge"
 
 LABELS = {"app": "ray-merge"}
 """What the NetworkPolicy and the PodMonitor select by; KubeRay has an app.kubernetes.io/name of its own."""
+
+ENVIRONMENT = {"XDG_CACHE_HOME": "/tmp/cache", "RAY_MERGE_LOG_FORMAT": "json"}
+"""Of every pod; the root is read-only, and logs are collected."""
 
 MAX_NAME = 47
 """Characters of a RayJob's name that KubeRay takes."""
@@ -59,6 +62,7 @@ class Target:
         queue: LocalQueue of Kueue, if any.
         device: "cpu" or "cuda".
         options: of `jobs/merge.py`, besides the workers and the device.
+        merges: ids and places of what it makes.
     """
 
     recipe: str
@@ -67,6 +71,7 @@ class Target:
     queue: str | None = None
     device: str = "cpu"
     options: Sequence[str] = ()
+    merges: Sequence[str] = ()
 
 
 def emit(plan: Plan, cluster: Cluster, target: Target) -> str:
@@ -82,7 +87,9 @@ def emit(plan: Plan, cluster: Cluster, target: Target) -> str:
     """
     refuse_local(target.recipe, plan.recipe)
     sizes = pod_sizes(plan, cluster, target.device)
-    body = yaml.safe_dump(_without_aliases(rayjob(sizes, cluster, target)), sort_keys=False, width=110)
+    body = yaml.dump(
+        _without_aliases(rayjob(sizes, cluster, target)), Dumper=_Dumper, sort_keys=False, width=110
+    )
     return "".join(f"# {line}\n" for line in _assumed(plan, cluster, sizes, target)) + body
 
 
@@ -92,26 +99,12 @@ def refuse_local(recipe: str, parsed: Recipe) -> None:
     Raises:
         Refusal: naming the first path that pods could not read.
     """
-    for what, url in (("the recipe", recipe), *_urls(parsed)):
+    for what, url in (("the recipe", recipe), *named_urls(parsed)):
         if "://" not in url or url.startswith("file://"):
             raise Refusal(
                 f"--emit-kuberay: {what} is {url}, a path of this machine that no pod can read; copy it to an "
                 "object store and give its URL, such as s3://bucket/recipe.yaml"
             )
-
-
-def _urls(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    yield "base_model", recipe.base_model
-    yield "output", recipe.output
-    if recipe.store is not None:
-        yield "store", recipe.store
-    for name, adapter in recipe.adapters.items():
-        urls = {"path": adapter.path, "initial": adapter.initial}
-        urls["data"] = None if adapter.data is None else adapter.data.path
-        urls["head"] = None if adapter.head is None else adapter.head.path
-        for what, url in urls.items():
-            if url is not None:
-                yield f"{what} of adapter {name}", url
 
 
 def rayjob(sizes: Sizes, cluster: Cluster, target: Target) -> dict[str, Any]:
@@ -122,11 +115,11 @@ def rayjob(sizes: Sizes, cluster: Cluster, target: Target) -> dict[str, Any]:
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
-        "metadata": {"name": job_name(target.recipe), "namespace": target.namespace, "labels": labels},
+        "metadata": {"name": job_name(target), "namespace": target.namespace, "labels": labels},
         "spec": {
             "submissionMode": "HTTPMode",
             "entrypoint": shlex.join([*words, *target.options]),
-            "backoffLimit": 2,
+            "backoffLimit": 1,
             "preRunningDeadlineSeconds": PENDING_SECONDS,
             "activeDeadlineSeconds": sizes.deadline_seconds,
             "shutdownAfterJobFinishes": True,
@@ -136,12 +129,30 @@ def rayjob(sizes: Sizes, cluster: Cluster, target: Target) -> dict[str, Any]:
     }
 
 
-def job_name(recipe: str) -> str:
-    """A name that is a DNS label of at most 47 characters and belongs to this URL alone."""
-    stem = re.sub(r"\.ya?ml$", "", recipe.rpartition("/")[2])
+def job_name(target: Target) -> str:
+    """A name that is a DNS label of at most 47 characters and belongs to this recipe, its inputs and options alone.
+
+    KubeRay does not run a RayJob again that was applied again: what makes something else needs another name.
+    """
+    stem = re.sub(r"\.ya?ml$", "", target.recipe.rpartition("/")[2])
     plain = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")
-    digest = hashlib.sha256(recipe.encode()).hexdigest()[:6]
-    return f"{f'merge-{plain}'[: MAX_NAME - 7].rstrip('-')}-{digest}"
+    made = digest([target.recipe, target.device, list(target.options), list(target.merges)])
+    return f"{f'merge-{plain}'[: MAX_NAME - 9].rstrip('-')}-{made[:8]}"
+
+
+NO_TEXT = re.compile(r"[-+.~<=0-9].*|y|n|yes|no|on|off|true|false|null|", re.IGNORECASE)
+"""Text that another reader of YAML than the one here may take for a number, a truth value or nothing: 12e4, 0x1, on."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes all of it."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, '"' if NO_TEXT.fullmatch(text) else None)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def _ray_cluster(sizes: Sizes, image: str) -> dict[str, Any]:
@@ -202,7 +213,7 @@ def _pod(name: str, image: str, sizes: Sizes, ports: dict[str, int]) -> dict[str
             {
                 "name": name,
                 "image": image,
-                "env": [{"name": "XDG_CACHE_HOME", "value": "/tmp/cache"}],
+                "env": [{"name": name, "value": value} for name, value in ENVIRONMENT.items()],
                 "ports": [
                     {"containerPort": port, "name": word} for word, port in {**ports, "metrics": 8080}.items()
                 ],
@@ -242,4 +253,7 @@ def _assumed(plan: Plan, cluster: Cluster, sizes: Sizes, target: Target) -> Iter
         + (f", and {STAGES_SECONDS / 3600:.0f} h for moments and learning" if plan.moments else "")
     )
     yield f"Image: {target.image}, made by cluster/Dockerfile; nodes must be able to pull it"
-    yield "A job that was stopped by its deadline goes on where it was: delete it, and apply this again"
+    yield (
+        "Applied twice, it runs once. A job that failed or was stopped goes on where it was: delete it first, "
+        f"`kubectl -n {target.namespace} delete rayjob {job_name(target)}`, and apply this again"
+    )

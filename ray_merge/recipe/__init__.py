@@ -11,6 +11,7 @@ from ray_merge.recipe.model import (
 )
 from ray_merge.recipe.size import parse_size
 from ray_merge.recipe.source import Source
+from ray_merge.recipe.urls import named_urls
 
 __all__ = [
     "AdapterSource",
@@ -20,6 +21,7 @@ __all__ = [
     "Source",
     "expand",
     "load_recipe",
+    "named_urls",
     "parse_size",
     "require_merges",
     "select",

@@ -11,8 +11,7 @@ from ray_merge.errors import Refusal
 from ray_merge.report.page import MARK, page
 from ray_merge.report.read import Gathered, gather
 from ray_merge.storage.commit import MANIFEST, RECIPE
-from ray_merge.storage.replaced import replace_object
-from ray_merge.storage.store import Store, open_store
+from ray_merge.storage.store import Store, join, open_store
 
 PATH = "ray_merge/report.html"
 
@@ -47,7 +46,8 @@ def report(output: str, *, to: str | Path | None = None) -> Reported:
     store, name = _target(root, None if to is None else str(to))
     found = gather(root)
     data = page(found)
-    return Reported(url=replace_object(store, name, data), n_bytes=len(data), document=_document(found))
+    store.replace(name, data)
+    return Reported(url=join(store.url, name), n_bytes=len(data), document=_document(found))
 
 
 def _target(root: Store, to: str | None) -> tuple[Store, str]:

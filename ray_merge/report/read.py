@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from ray_merge.models.blocks import natural_key
 from ray_merge.report.curves import Curves, read_curves
 from ray_merge.report.limits import Limits, limits
 from ray_merge.report.sites import SiteFacts, read_sites
-from ray_merge.report.times import UnitTime, unit_time, units_of
+from ray_merge.report.times import UnitTime, is_size, unit_time, units_of
 from ray_merge.storage.commit import (
     EVALUATION,
     MANIFEST,
@@ -74,7 +74,7 @@ class MergeFacts:
         """Name, bytes and sha256 of every published file."""
         given = self.manifest.get("files")
         entries = given if isinstance(given, list) else []
-        return [one for one in entries if isinstance(one, dict) and type(one.get("bytes")) is int]
+        return [one for one in entries if isinstance(one, dict) and is_size(one.get("bytes"))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +167,7 @@ def _merge(root: Store, listed: frozenset[str], limit: Limits, folder: str) -> M
     sites = part(SITES, lambda: read_sites(store.read(SITES), limit))
     curves = part(PHI, lambda: read_curves(store, PHI, limit.points), expected=False)
     recipe = part(RECIPE, lambda: _recipe(store))
-    return MergeFacts(
+    facts = MergeFacts(
         folder=folder or str(manifest.get("name") or "merge"),
         manifest=manifest,
         recipe=recipe or {},
@@ -175,6 +175,11 @@ def _merge(root: Store, listed: frozenset[str], limit: Limits, folder: str) -> M
         curves=curves,
         problems=tuple(problems),
     )
+    named = manifest.get("files")
+    without = len(named) - len(facts.files) if isinstance(named, list) else 0
+    if without:
+        return replace(facts, problems=(*problems, f"{MANIFEST} names {without} file(s) without a size"))
+    return facts
 
 
 def _recipe(store: Store) -> Mapping[str, Any]:

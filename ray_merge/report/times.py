@@ -16,6 +16,15 @@ IDLE_SECONDS = 900.0
 """A pause of all workers that begins another stretch of work: the next night, or a run that was taken up again."""
 
 
+LATEST = 1e11
+"""Seconds; no unit takes so long (3000 years), and no clock shows it. A page of such numbers cannot be drawn."""
+
+
+def is_size(value: object) -> bool:
+    """Whether this can be the number of bytes of an object."""
+    return type(value) is int and 0 <= value < 2**63
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitTime:
     """One unit as its receipts tell it.
@@ -52,19 +61,17 @@ class UnitTime:
 def unit_time(receipt: Receipt) -> UnitTime | None:
     """The part of a receipt that tells time; None where its numbers are none."""
     try:
-        phases = {
-            str(phase): float(value)
-            for phase, value in receipt.seconds.items()
-            if math.isfinite(value) and value >= 0
-        }
+        phases = {str(phase): float(value) for phase, value in receipt.seconds.items() if 0 <= value < LATEST}
+        if not is_size(receipt.n_bytes):
+            return None
         began = float(receipt.began)
         return UnitTime(
             unit=str(receipt.unit),
             worker=str(receipt.worker),
-            began=began if math.isfinite(began) and 0 < began < 1e11 else 0.0,
+            began=began if math.isfinite(began) and 0 < began < LATEST else 0.0,
             phases=phases,
-            n_bytes=int(receipt.n_bytes),
-            read=int(receipt.unit_bytes.get("read", 0)),
+            n_bytes=receipt.n_bytes,
+            read=read if is_size(read := receipt.unit_bytes.get("read", 0)) else 0,
         )
     except (TypeError, ValueError, AttributeError, OverflowError):
         return None

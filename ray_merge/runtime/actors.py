@@ -10,15 +10,18 @@ handed over with the greeting, so that the driver can raise it with its own type
 from __future__ import annotations
 
 import platform
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import cloudpickle
 
+from ray_merge import logs
 from ray_merge.errors import RayMergeError
 from ray_merge.pool import UNITS_PER_WORKER, Turns, worker_label
 from ray_merge.pool_steps import made
+from ray_merge.runtime.telemetry import Label, unit_ran
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,16 @@ class WorkerActor:
     """A process of the cluster that computes one unit at a time, while it may still upload the one before.
 
     Args:
+        label: what it calls itself.
         pickled_factory: cloudpickle of a callable that makes the worker; bytes, because an argument that
             cannot be unpickled kills an actor before its constructor could say why.
         arguments: of the factory.
     """
 
-    def __init__(self, pickled_factory: bytes, *arguments: Any) -> None:
+    def __init__(self, label: Label, pickled_factory: bytes, *arguments: Any) -> None:
+        self._label = label
+        if label.as_json:
+            logs.set_up_worker()
         self._worker: Any = None
         self._error: RayMergeError | None = None
         self._turns = Turns(1)
@@ -55,6 +62,9 @@ class WorkerActor:
             self._worker = made(lambda: cloudpickle.loads(pickled_factory)(*arguments))
         except RayMergeError as error:
             self._error = error
+
+    def __repr__(self) -> str:
+        return f"ray-merge {self._label.kind} worker"  # its name in Ray's dashboard and logs
 
     def greet(self) -> Greeting:
         """Say who is there; it comes before any unit, and a driver that hears of an error sends none."""
@@ -64,10 +74,13 @@ class WorkerActor:
 class UnitActor(WorkerActor):
     """Runs the units of a `RayPool`."""
 
-    def run(self, unit: Any) -> Any:
+    def run(self, unit_id: str, unit: Any) -> Any:
         """Run one unit; its exception travels to the driver."""
         with self._turns.queue() as turn:
-            return self._worker.run(unit, turn)
+            began = time.perf_counter()
+            result = self._worker.run(unit, turn)
+            unit_ran(self._label, unit_id, result, time.perf_counter() - began)
+            return result
 
 
 # Ray must not restart the actor or repeat a call by itself: with restarts on, every death arrives as

@@ -22,6 +22,7 @@ from ray_merge.errors import RayMergeError, RunFailed, UnitFailed
 from ray_merge.runtime.actors import CALLS_AT_ONCE, Greeting
 from ray_merge.runtime.fetch import DEAD
 from ray_merge.runtime.placement import Demand, Placement, refuse_unmeetable, reserve_nodes, strategy, unmet
+from ray_merge.runtime.telemetry import unit_ended, worker_lost
 
 GREET_AGAIN_SECONDS = 1.0
 
@@ -85,6 +86,7 @@ class Crew(Generic[AnyJob]):
         size: how many slots.
         placement: `spread` or `one_per_node`.
         attempts: how many deaths one unit, or one slot as it starts, may see.
+        kind: of job, for metrics.
         needs_all: a run cannot go on without any one of the workers; else one is enough.
     """
 
@@ -95,11 +97,13 @@ class Crew(Generic[AnyJob]):
         size: int,
         placement: Placement,
         attempts: int,
+        kind: str,
         *,
         needs_all: bool = False,
     ) -> None:
         self._hire, self._demand, self._size = hire, demand, size
         self._placement, self._attempts, self._needs_all = placement, attempts, needs_all
+        self.kind = kind
         self._group: Any = None
         self.last_loss = "none has answered yet"
         self.slots: list[Slot[AnyJob]] = []
@@ -200,7 +204,9 @@ class Crew(Generic[AnyJob]):
     def _note(self, slot: Slot[AnyJob], error: RayError) -> None:
         self.last_loss = f"{slot.worker or f'worker {slot.index}'}: {cause(error)}"
         unit = f"unit {slot.suspect.id} was running" if slot.suspect else "no unit was running"
-        logger.warning("lost %s; %s", self.last_loss, unit)
+        worker_lost(self.kind)
+        unit_id = slot.suspect.id if slot.suspect else None
+        logger.warning("lost %s; %s", self.last_loss, unit, extra={"unit": unit_id})
 
     def _replace(self, slot: Slot[AnyJob], error: RayError) -> None:
         job, slot.suspect = slot.suspect, None
@@ -208,6 +214,7 @@ class Crew(Generic[AnyJob]):
         if job and not job.done and not getattr(error, "preempted", False):
             job.deaths += 1
             if job.deaths >= self._attempts:
+                unit_ended(self.kind, "failed")
                 raise UnitFailed(job.id, job.lost, self._reason(job, error))
         slot.actor, slot.greeting = self._spawn(slot.index)
 

@@ -29,6 +29,7 @@ from ray_merge.errors import RayMergeError, Refusal, RunFailed
 from ray_merge.pool import Closing, Done
 from ray_merge.runtime.crew import Crew, Job, Slot
 from ray_merge.runtime.fetch import SETTLE_SECONDS, answer, wait_for
+from ray_merge.runtime.telemetry import unit_ended
 
 TICK_SECONDS = 1.0  # between two looks at the clock
 
@@ -121,10 +122,20 @@ class CrewPool(Closing, Generic[AnyJob]):
             self._crew.hear(slot, answer(ref), self._failure)
             return []
         try:
-            results = self._take(slot, slot.flying[ref], ref)
+            results = self._count(slot, slot.flying[ref], ref)
         except RayError as error:
             return self._lose(slot, error)
         del slot.flying[ref]
+        return results
+
+    def _count(self, slot: Slot[AnyJob], job: AnyJob, ref: ObjectRef[Any]) -> list[Done]:
+        try:
+            results = self._take(slot, job, ref)
+        except RayMergeError:
+            unit_ended(self._crew.kind, "failed")
+            raise
+        for _ in results:
+            unit_ended(self._crew.kind, "done")
         return results
 
     def _lose(self, slot: Slot[AnyJob], error: RayError) -> list[Done]:
@@ -133,7 +144,7 @@ class CrewPool(Closing, Generic[AnyJob]):
         results, orphans = [], []
         for ref, job in slot.flying.items():
             try:
-                results += self._take(slot, job, ref)
+                results += self._count(slot, job, ref)
             except RayError:
                 orphans.append(job)
         slot.flying.clear()

@@ -7,16 +7,17 @@ not have. Never decides how a job ended: see `ray_merge.submit`.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import os
 import queue
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ray_merge.contact import NoContact
 from ray_merge.errors import RayMergeError, Refusal
@@ -51,12 +52,14 @@ class JobState:
         message: of Ray; with the last lines of the log when the job has failed.
         error_type: of Ray, for jobs that did not get as far as a program.
         exit_code: of the program, where there was one.
+        metadata: as it was submitted.
     """
 
     status: str
     message: str = ""
     error_type: str = ""
     exit_code: int | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ended(self) -> bool:
@@ -65,15 +68,21 @@ class JobState:
 
 
 class JobsApi:
-    """The Jobs API at `address`, the http:// URL of a head's dashboard."""
+    """The Jobs API of a head.
 
-    def __init__(self, address: str) -> None:
+    Args:
+        address: http:// URL of its dashboard.
+        contact_seconds: how long it may be silent; no call waits longer than that, or SILENT_SECONDS.
+    """
+
+    def __init__(self, address: str, contact_seconds: float = CALL_SECONDS) -> None:
         if not re.match(r"https?://[^/]", address):
             raise Refusal(
                 f"--address {address}: give the URL of the head's dashboard, such as http://HEAD:8265 (not the GCS "
                 "port, not ray://)"
             )
         self.address = address.rstrip("/")
+        self._call_seconds = min(CALL_SECONDS, max(SILENT_SECONDS, contact_seconds))
         self._made: JobSubmissionClient | None = None
 
     def state(self, name: str) -> JobState | None:
@@ -91,6 +100,7 @@ class JobsApi:
                 message=found.message or "",
                 error_type=found.error_type or "",
                 exit_code=found.driver_exit_code,
+                metadata=found.metadata or {},
             )
 
         return self._within(ask)
@@ -137,11 +147,13 @@ class JobsApi:
             return await anext(chunks)
 
         loop = asyncio.new_event_loop()
-        waiting: asyncio.Task[str] | None = None
+        # Not in this thread: asyncio drops what a signal raises in the middle of one of its callbacks.
+        threading.Thread(target=_turn, args=(loop, chunks), daemon=True, name="ray-merge-log-stream").start()
+        waiting: concurrent.futures.Future[str] | None = None
         try:
             while True:
-                waiting = waiting or loop.create_task(one())
-                done, _ = loop.run_until_complete(asyncio.wait({waiting}, timeout=SILENT_SECONDS))
+                waiting = waiting or asyncio.run_coroutine_threadsafe(one(), loop)
+                done, _ = concurrent.futures.wait({waiting}, timeout=SILENT_SECONDS)
                 if not done:
                     yield None
                     continue
@@ -154,7 +166,7 @@ class JobsApi:
         except Exception as error:  # aiohttp's and Ray's own, of many kinds: the stream is gone, that is all
             raise NoContact(_words(error)) from error
         finally:
-            _finish(loop, waiting)
+            loop.call_soon_threadsafe(loop.stop)
 
     def _client(self) -> JobSubmissionClient:
         if self._made is None:
@@ -178,9 +190,9 @@ class JobsApi:
 
         threading.Thread(target=work, daemon=True, name="ray-merge-jobs-api").start()
         try:
-            answer = answers.get(timeout=CALL_SECONDS)
+            answer = answers.get(timeout=self._call_seconds)
         except queue.Empty:
-            raise NoContact(f"no answer within {CALL_SECONDS:.0f} s") from None
+            raise NoContact(f"no answer within {self._call_seconds:.0f} s") from None
         if isinstance(answer, BaseException):
             raise self._judged(answer) from answer
         return answer
@@ -216,11 +228,15 @@ def _words(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
-def _finish(loop: asyncio.AbstractEventLoop, waiting: asyncio.Task[Any] | None) -> None:
-    if waiting is not None:
-        waiting.cancel()
-        loop.run_until_complete(asyncio.gather(waiting, return_exceptions=True))
-    loop.run_until_complete(loop.shutdown_asyncgens())
+def _turn(loop: asyncio.AbstractEventLoop, chunks: AsyncGenerator[str]) -> None:
+    """Run a loop until it is stopped, and close the stream, which nobody else may do, and the loop."""
+    asyncio.set_event_loop(loop)
+    loop.run_forever()
+    waiting = asyncio.all_tasks(loop)
+    for task in waiting:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*waiting, return_exceptions=True))
+    loop.run_until_complete(chunks.aclose())
     loop.close()
 
 

@@ -9,7 +9,7 @@ import ray
 
 from ray_merge.errors import Refusal
 from ray_merge.pool import Closing, Done, Pool, Task, Worker
-from ray_merge.runtime.placement import Placement
+from ray_merge.runtime.placement import Demand, Placement, room_for
 from ray_merge.runtime.ray_pool import RayPool
 from ray_merge.runtime.session import open_session
 from ray_merge.work.factory import WorkerFactory
@@ -22,11 +22,13 @@ class JobPool(Closing):
     Args:
         factory: makes a worker; picklable.
         n_units: there are never more workers than units.
+        kind: of job, for metrics and the dashboard.
         memory_bytes: peak of one worker.
         placement: of the workers over a cluster's nodes.
         device: a GPU device takes one GPU for each worker.
         address: "local", "auto" or HOST:PORT.
-        workers: how many; None for one per CPU (or per GPU, with a GPU device) of the cluster.
+        workers: how many; None for one per CPU (or per GPU, with a GPU device) of the cluster, as far as the memory
+            of its nodes goes.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class JobPool(Closing):
         factory: Callable[[], Worker],
         n_units: int,
         *,
+        kind: str,
         memory_bytes: int,
         placement: Placement,
         device: str,
@@ -44,18 +47,20 @@ class JobPool(Closing):
         with ExitStack() as stack:
             session = stack.enter_context(open_session(address))
             resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-            room = int(resources.get("GPU" if gpus else "CPU", 0))
-            if workers is None and room < 1:
+            if workers is None and resources.get("GPU" if gpus else "CPU", 0) < 1:
                 wanted, else_ = ("GPU", "use --device cpu") if gpus else ("CPU", "give --workers N")
                 raise Refusal(
                     f"the Ray cluster at {address} has no {wanted} for a worker; add nodes or {else_}"
                 )
+            # Where none fits now, one is asked for: the pool waits for a node that may come, and says what is missing.
+            room = workers or room_for(Demand(gpus, memory_bytes), placement)
             self._pool: Pool = stack.enter_context(
                 RayPool(
                     factory,
                     session=session,
-                    workers=max(1, min(n_units, workers or room)),
+                    workers=max(1, min(n_units, room)),
                     memory_bytes=memory_bytes,
+                    kind=kind,
                     placement=placement,
                     num_gpus=gpus,
                 )
@@ -83,13 +88,15 @@ class MergePool(JobPool):
         job: what the workers are made for.
         n_units: there are never more workers than units.
         address: "local", "auto" or HOST:PORT.
-        workers: how many; None for one per CPU (or per GPU, with a GPU device) of the cluster.
+        workers: how many; None for one per CPU (or per GPU, with a GPU device) of the cluster, as far as the memory
+            of its nodes goes.
     """
 
     def __init__(self, job: Job, n_units: int, *, address: str, workers: int | None) -> None:
         super().__init__(
             WorkerFactory(job),
             n_units,
+            kind="merge",
             memory_bytes=job.plan.peak_bytes,
             placement=job.plan.recipe.placement,
             device=job.device,

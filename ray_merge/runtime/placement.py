@@ -66,6 +66,12 @@ def shared_cpus(demand: Demand, workers: int) -> Demand:
     return demand
 
 
+def room_for(demand: Demand, placement: Placement) -> int:
+    """How many such workers the nodes that there are now could hold, counting all that they have, in use or not."""
+    per_node = [demand.workers_on(resources) for resources in _nodes()]
+    return sum(min(count, 1) for count in per_node) if placement == "one_per_node" else sum(per_node)
+
+
 def refuse_unmeetable(demand: Demand, workers: int, placement: Placement, wait_seconds: float) -> None:
     """Wait until the cluster's nodes could hold all workers, counting all that they have, in use or not.
 
@@ -74,8 +80,7 @@ def refuse_unmeetable(demand: Demand, workers: int, placement: Placement, wait_s
     """
     deadline = time.monotonic() + wait_seconds
     while True:
-        per_node = [demand.workers_on(resources) for resources in _nodes()]
-        room = sum(min(count, 1) for count in per_node) if placement == "one_per_node" else sum(per_node)
+        room = room_for(demand, placement)
         if room >= workers:
             return
         if time.monotonic() >= deadline:
@@ -130,4 +135,13 @@ def strategy(group: PlacementGroup | None, index: int) -> Any:
     return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
 
 
-__all__ = ["Demand", "Placement", "refuse_unmeetable", "reserve_nodes", "shared_cpus", "strategy", "unmet"]
+__all__ = [
+    "Demand",
+    "Placement",
+    "refuse_unmeetable",
+    "reserve_nodes",
+    "room_for",
+    "shared_cpus",
+    "strategy",
+    "unmet",
+]

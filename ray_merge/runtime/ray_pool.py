@@ -14,6 +14,7 @@ from typing import Any
 from ray import ObjectRef, cloudpickle
 from ray.exceptions import RayError
 
+from ray_merge import logs
 from ray_merge.errors import Refusal
 from ray_merge.pool import UNITS_PER_WORKER, Done, Task, Worker, refuse_repeated_ids
 from ray_merge.runtime.actors import RemoteUnitActor
@@ -22,6 +23,7 @@ from ray_merge.runtime.crew_pool import CrewPool, done_by
 from ray_merge.runtime.fetch import fetch, is_loss, raise_for
 from ray_merge.runtime.placement import Demand, Placement
 from ray_merge.runtime.session import Session
+from ray_merge.runtime.telemetry import Label
 
 LATE_SECONDS = 5.0  # after the first worker stands, how long the start waits for the others
 
@@ -35,6 +37,7 @@ class RayPool(CrewPool[Job]):
         workers: how many actors.
         memory_bytes: the plan's peak of one worker, requested from Ray so that it never stacks workers beyond a
             node's memory; None requests nothing.
+        kind: of job, for metrics and the dashboard.
         window_per_worker: units submitted to one actor at a time: one computes, the other is uploaded or waits.
         placement: `spread` over the nodes, or `one_per_node`.
         num_gpus: whole GPUs per worker.
@@ -54,6 +57,7 @@ class RayPool(CrewPool[Job]):
         session: Session,
         workers: int,
         memory_bytes: int | None,
+        kind: str = "unit",
         window_per_worker: int = UNITS_PER_WORKER,
         placement: Placement = "spread",
         num_gpus: int = 0,
@@ -63,13 +67,14 @@ class RayPool(CrewPool[Job]):
     ) -> None:
         if min(workers, window_per_worker, attempts) < 1:
             raise ValueError(f"{workers=}, {window_per_worker=} and {attempts=} must be at least 1")
+        label = Label(kind, logs.recipe(), logs.is_json())
         pickled: bytes = cloudpickle.dumps(worker_factory)  # type: ignore[no-untyped-call]
 
         def hire(index: int, options: dict[str, Any]) -> Any:
-            return RemoteUnitActor.options(**options).remote(pickled)
+            return RemoteUnitActor.options(**options).remote(label, pickled)
 
         demand = Demand(num_gpus, memory_bytes)
-        super().__init__(Crew(hire, demand, workers, placement, attempts), deadline_seconds)
+        super().__init__(Crew(hire, demand, workers, placement, attempts, kind), deadline_seconds)
         self._size, self._window = workers, window_per_worker
         self._waiting: deque[Job] = deque()
         self._left = 0
@@ -113,7 +118,7 @@ class RayPool(CrewPool[Job]):
             if len(slot.flying) >= window:
                 return
             job = self._waiting.popleft()
-            slot.flying[slot.actor.run.remote(job.unit)] = job
+            slot.flying[slot.actor.run.remote(job.id, job.unit)] = job
 
     def _take(self, slot: Slot[Job], job: Job, ref: ObjectRef[Any]) -> list[Done]:
         try:

@@ -23,7 +23,9 @@ from types import FrameType
 from typing import Any
 
 import ray
+from ray.job_config import JobConfig
 
+from ray_merge import logs
 from ray_merge.errors import Refusal, RunFailed
 from ray_merge.pool import Closing
 
@@ -197,7 +199,7 @@ def _init(options: dict[str, Any], log_level: int) -> None:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore", FutureWarning)
-            ray.init(**options, logging_level=log_level, log_to_driver=verbose)
+            ray.init(**options, **_logging(log_level), log_to_driver=verbose)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise Refusal(f"cannot join a Ray cluster at {options['address']} ({error}); {_NEXT_STEP}") from error
     except RuntimeError as error:
@@ -208,6 +210,20 @@ def _init(options: dict[str, Any], log_level: int) -> None:
     # Ray prints what happens to its processes to stdout, where a command's own output goes.
     # There is no public switch; the pool logs every worker that it loses.
     vars(ray._private.worker)["_worker_logs_enabled"] = verbose
+
+
+def _logging(log_level: int) -> dict[str, Any]:
+    """Options for the lines of Ray: in this process as ours, in the workers JSON where ours are.
+
+    `ray.init(logging_config=...)` would also give this process handlers that write other fields.
+    """
+    if not logs.is_json():
+        return {"logging_level": log_level}
+    logs.set_up("json")  # again, for the logger that Ray has made since
+    logging.getLogger("ray").setLevel(log_level)
+    config = JobConfig()
+    config.set_py_logging_config(ray.LoggingConfig(encoding="JSON", additional_log_standard_attrs=["name"]))
+    return {"configure_logging": False, "job_config": config}
 
 
 def _take_back_sigterm(session: Session, before: Any) -> None:

@@ -12,6 +12,7 @@ from ray_merge.runtime.session import open_session
 from ray_merge.runtime.step_pool import RayStepPool
 from ray_merge.step_schedule import Step
 from ray_merge.work.factory import AnyStageJob, StageWorkerFactory, stages_of
+from ray_merge.work.learn_job import LearnJob
 
 STORE_SHARE = 0.2
 """Of this machine's memory that an embedded Ray may use for what stages hand on; beyond it Ray spills to disk."""
@@ -38,6 +39,7 @@ class StagePool(Closing):
                     len(plan.stages),
                     session=session,
                     memory_bytes=plan.peak_bytes,
+                    kind="learn" if isinstance(job, LearnJob) else "moments",
                     placement=job.placement,
                     num_gpus=1 if job.device.startswith("cuda") else 0,
                 )

@@ -6,20 +6,24 @@ Never: makes a reference. What a step hands on is a return value, so the driver 
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import ray
 
 from ray_merge.runtime.actors import ONCE, WorkerActor
+from ray_merge.runtime.telemetry import unit_ran
 
 
 class StepActor(WorkerActor):
     """Runs the steps of one place; its constructor's `arguments` are the place."""
 
-    def run(self, unit: Any, *given: Any) -> tuple[Any, Any]:
+    def run(self, unit_id: str, unit: Any, *given: Any) -> tuple[Any, Any]:
         """Run one step; Ray has brought what it is given before the turn begins."""
         with self._turns.queue() as turn:
+            began = time.perf_counter()
             result, handed = self._worker.run(unit, given, turn)
+            unit_ran(self._label, unit_id, result, time.perf_counter() - began)
         return result, handed
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from ray import ObjectRef, cloudpickle
 from ray.exceptions import RayError
 
+from ray_merge import logs
 from ray_merge.errors import Refusal, UnitFailed
 from ray_merge.pool import UNITS_PER_WORKER, Done
 from ray_merge.pool_steps import StepWorker
@@ -28,6 +29,7 @@ from ray_merge.runtime.fetch import fetch, hush, is_loss, lost_argument, raise_f
 from ray_merge.runtime.placement import Demand, Placement, shared_cpus
 from ray_merge.runtime.session import Session
 from ray_merge.runtime.step_actors import RemoteStepActor
+from ray_merge.runtime.telemetry import Label
 from ray_merge.step_schedule import Schedule, Step
 
 
@@ -56,6 +58,7 @@ class RayStepPool(CrewPool[StepJob]):
         n_places: how many places there are.
         session: the open connection to Ray.
         memory_bytes: what each place asks Ray for, or one number for all of them; None asks for nothing.
+        kind: of job, for metrics and the dashboard.
         window_per_place: steps submitted to one actor at a time: one computes, the next one's arguments arrive.
         in_flight: how many chains are under way at once; default: one more than places.
         placement: `spread` over the nodes, or `one_per_node`.
@@ -78,6 +81,7 @@ class RayStepPool(CrewPool[StepJob]):
         *,
         session: Session,
         memory_bytes: int | None,
+        kind: str = "unit",
         window_per_place: int = UNITS_PER_WORKER,
         in_flight: int | None = None,
         placement: Placement = "spread",
@@ -91,13 +95,14 @@ class RayStepPool(CrewPool[StepJob]):
             raise ValueError(
                 f"{n_places=}, {window_per_place=}, {in_flight=} and {attempts=} must be at least 1"
             )
+        label = Label(kind, logs.recipe(), logs.is_json())
         pickled: bytes = cloudpickle.dumps(worker_factory)  # type: ignore[no-untyped-call]
 
         def hire(index: int, options: dict[str, Any]) -> Any:
-            return RemoteStepActor.options(**options).remote(pickled, index)
+            return RemoteStepActor.options(**options).remote(label, pickled, index)
 
         demand = shared_cpus(Demand(num_gpus, memory_bytes), n_places)
-        crew: Crew[StepJob] = Crew(hire, demand, n_places, placement, attempts, needs_all=True)
+        crew: Crew[StepJob] = Crew(hire, demand, n_places, placement, attempts, kind, needs_all=True)
         super().__init__(crew, deadline_seconds)
         self._n_places, self._window, self._in_flight = n_places, window_per_place, in_flight
         self._attempts = attempts
@@ -137,7 +142,7 @@ class RayStepPool(CrewPool[StepJob]):
                 job.done = False
                 job.given = self._schedule.begin(job.index)
                 call: Any = slot.actor.run.options(num_returns=2)
-                result, job.handed = call.remote(job.unit, *job.given)
+                result, job.handed = call.remote(job.id, job.unit, *job.given)
                 slot.flying[result] = job
 
     def _job_for(self, slot: Slot[StepJob]) -> StepJob | None:

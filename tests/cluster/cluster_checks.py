@@ -102,8 +102,8 @@ def check_deadlines(document: Document) -> Iterator[str]:
     spec = job(document)
     if not 0 < spec.get("preRunningDeadlineSeconds", 0) < spec.get("activeDeadlineSeconds", 0):
         yield "0 < preRunningDeadlineSeconds < activeDeadlineSeconds"
-    if spec.get("backoffLimit") not in (1, 2):
-        yield "backoffLimit is 1 or 2"
+    if spec.get("backoffLimit") != 1:
+        yield "backoffLimit is 1"
 
 
 def check_owns_its_cluster(document: Document) -> Iterator[str]:
@@ -288,7 +288,8 @@ def check_cron_job(document: Document) -> Iterator[str]:
 
 def check_rights(document: Document) -> Iterator[str]:
     wanted = [
-        {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get", "list", "watch"]}
+        {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get"]},
+        {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get"]},
     ]
     if document["rules"] != wanted:
         yield f"no more and no less than {wanted}"

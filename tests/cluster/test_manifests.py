@@ -10,8 +10,9 @@ import kubernetes_validate
 import pytest
 import yaml
 from cluster_checks import pods, quantity
+from cluster_links import LINKS
 from cluster_manifests import CLUSTER, EMITTED, OVERLAYS, emitted, everything, kubectl, overlay_documents
-from cluster_rules import RULES
+from cluster_rules import POD_KINDS, RULES
 from cluster_schemas import complaints, crd_folder, schemas
 
 from ray_merge.plan.kuberay import RAY_VERSION
@@ -87,6 +88,27 @@ def test_a_rule_notices_what_breaks_it(name):
     assert list(rule.check(broken)) != []
 
 
+LINKED = [(name, breakage) for name in LINKS for breakage in LINKS[name].breakages]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_rights_and_walls_of_an_overlay_are_closed(overlay):
+    documents = overlay_documents(overlay)
+    assert [*LINKS["walls"].check(documents), *LINKS["binding"].check(documents)] == []
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_documents_of_an_overlay_fit_together(name):
+    assert list(LINKS[name].check(overlay_documents(LINKS[name].overlay))) == [], LINKS[name].why
+
+
+@pytest.mark.parametrize(("name", "breakage"), LINKED)
+def test_a_rule_of_several_documents_notices_what_breaks_it(name, breakage):
+    broken = copy.deepcopy(overlay_documents(LINKS[name].overlay))
+    LINKS[name].breakages[breakage](broken)
+    assert list(LINKS[name].check(broken)) != []
+
+
 def sized(document):
     """A RayJob's spec without what depends on the recipe."""
     text = json.dumps(document["spec"])
@@ -135,6 +157,13 @@ def test_kueue_has_a_quota_for_everything_that_a_job_asks_for():
     )
     assert documents["LocalQueue"]["spec"]["clusterQueue"] == queue["metadata"]["name"]
     assert group["flavors"][0]["name"] == documents["ResourceFlavor"]["metadata"]["name"]
+
+
+def test_every_pod_logs_json():
+    found = [(where, pod) for where, d in everything() if d["kind"] in POD_KINDS for pod in pods(d)]
+    json_logs = {"name": "RAY_MERGE_LOG_FORMAT", "value": "json"}
+    assert {where for where, _ in found} >= {"nightly", "dev", "emitted cpu"}
+    assert [where for where, pod in found if json_logs not in pod["containers"][0]["env"]] == []
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -7,47 +7,12 @@ import os
 import signal
 
 import pytest
-import torch
+from night_cases import DAY, NEXT, Folder
 
-from api_server import TOKEN, ApiServer, serving
 from ray_merge.errors import Refusal, RunFailed
-from ray_merge.nightly import Night, run_night, unfinished
-from ray_merge.nightly.command import run_here, run_there
-from ray_merge.nightly.kubernetes import Kubernetes
-from ray_merge.nightly.rayjob import Waiting
-from ray_merge.storage.commit import MANIFEST
-from tiny import Q0, llama_tensors, write_base, write_recipe_files
-
-DAY, NEXT = "2026-01-31", "2026-02-01"
-
-
-class Folder:
-    """Recipes under `recipes`, results under `out/<date>/<recipe>`, two bases."""
-
-    def __init__(self, root):
-        self.root = root
-        self.document = write_recipe_files(root)
-        write_base(root / "other", llama_tensors(layers=2, dtype=torch.bfloat16))
-        (root / "recipes").mkdir()
-
-    def recipe(self, name, **change):
-        output = str(self.root / "out/{date}" / name)
-        path = self.root / "recipes" / f"{name}.yaml"
-        path.write_text(json.dumps({**self.document, "output": output, **change}))
-        return str(path)
-
-    def night(self, date=DAY, **change):
-        return Night(
-            recipes=str(self.root / "recipes"),
-            date=date,
-            engine="local",
-            workers=1,
-            cache=self.root / "cache",
-            **change,
-        )
-
-    def manifest(self, name, date=DAY, merge="m"):
-        return self.root / "out" / date / name / merge / MANIFEST
+from ray_merge.nightly import Night, run_night
+from ray_merge.nightly.command import run_here
+from tiny import Q0, llama_tensors, write_base
 
 
 @pytest.fixture
@@ -105,7 +70,6 @@ def test_what_an_earlier_night_completed_is_skipped_and_only_what_changed_is_mad
     assert entry.merges[0].url == str(folder.root / "out" / DAY / "a" / "m")
     assert not folder.manifest("a", NEXT).exists()
     assert folder.manifest("a", NEXT, "new").exists()
-    assert unfinished(folder.night(NEXT)) == []
 
 
 def test_what_was_made_years_ago_is_known_from_night_to_night(folder):
@@ -132,9 +96,21 @@ def test_a_bad_recipe_and_one_that_fails_do_not_stop_the_others(folder):
     assert "unknown merge method 'tees'" in refused.why
     assert "NaN" in failed.why
     assert [merge.state for merge in failed.merges] == ["failed"]
-    assert len(unfinished(folder.night())) == 2
     with pytest.raises(RunFailed, match="2 of 3 recipe"):
         run_here(folder.night(), as_json=False)
+
+
+def test_refusals_alone_can_be_told_from_failures(folder):
+    folder.recipe("a", merges=[{"name": "m", "merge_method": "tees"}])
+    folder.recipe("c")
+    run_here(folder.night(), as_json=False, refused_ok=True)
+    assert folder.manifest("c").exists()
+    broken = llama_tensors()
+    broken[f"{Q0}.weight"][0, 0] = float("nan")
+    write_base(folder.root / "broken", broken)
+    folder.recipe("b", base_model=str(folder.root / "broken"))
+    with pytest.raises(RunFailed, match="2 of 3 recipe"):
+        run_here(folder.night(), as_json=False, refused_ok=True)
 
 
 def test_sigterm_ends_the_night_cleanly_and_the_next_call_goes_on(folder):
@@ -193,59 +169,3 @@ def test_names_from_recipes_stay_text_in_the_page(folder):
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert "http" not in page  # nothing from outside
-
-
-def template(folder):
-    path = folder.root / "rayjob.yaml"
-    path.write_text(
-        json.dumps(
-            {
-                "apiVersion": "ray.io/v1",
-                "kind": "RayJob",
-                "metadata": {"name": "nightly"},
-                "spec": {"entrypoint": "python nightly.py --date {date}"},
-            }
-        )
-    )
-    return str(path)
-
-
-def there(folder, server):
-    """`--rayjob` against an API server whose job does what `server.done` does."""
-    account = folder.root / "account"
-    account.mkdir()
-    (account / "token").write_text(TOKEN)
-    (account / "namespace").write_text("merging")
-    with serving(server):
-        run_there(
-            folder.night(),
-            template(folder),
-            None,
-            Kubernetes(server.url, account),
-            Waiting(poll_seconds=0.01),
-        )
-
-
-STATES = [
-    {"jobDeploymentStatus": "Running"},
-    {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"},
-]
-
-
-def test_a_night_by_a_rayjob_is_complete_when_its_manifests_are_there(folder):
-    folder.recipe("a")
-    there(folder, ApiServer(states=STATES, done=lambda: run_night(folder.night())))
-    assert folder.manifest("a").exists()
-
-
-def test_a_rayjob_that_says_succeeded_without_its_manifests_is_a_failed_night(folder):
-    folder.recipe("a")
-    with pytest.raises(RunFailed, match="RayJob succeeded, but 1 thing"):
-        there(folder, ApiServer(states=STATES))
-
-
-def test_no_rayjob_is_created_for_a_folder_without_recipes(folder):
-    server = ApiServer(states=STATES)
-    with pytest.raises(Refusal, match="no file there ends in"):
-        there(folder, server)
-    assert server.requests == []

@@ -4,8 +4,10 @@ import re
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from ray_merge.errors import Refusal
+from ray_merge.plan import kuberay
 from ray_merge.plan.estimate import Cluster, estimate
 from ray_merge.plan.kuberay import Target, emit, job_name, rayjob, refuse_local
 from ray_merge.plan.kuberay_sizes import MIB, NODE_BYTES, pod_sizes
@@ -136,10 +138,47 @@ def test_a_recipe_on_this_machine_is_refused_before_anything_in_it(plan):
     ],
 )
 def test_a_job_has_a_name_that_kuberay_takes(url):
-    name = job_name(url)
+    name = job_name(Target(recipe=url, image="x:1"))
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
     assert len(name) <= 47
-    assert name == job_name(url) != job_name(f"s3://other/{url}")
+    assert name == job_name(Target(recipe=url, image="x:1"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"recipe": "s3://other/r.yaml"},
+        {"device": "cuda"},
+        {"options": ("--only", "a")},
+        {"options": ("--only", "b")},
+        {"merges": ("0123 s3://out/m",)},
+    ],
+)
+def test_a_job_that_does_something_else_has_another_name(change):
+    target = Target(recipe="s3://b/r.yaml", image="x:1")
+    assert job_name(target) != job_name(replace(target, **change))
+    assert job_name(target) == job_name(replace(target, image="y:2"))
+
+
+@pytest.mark.parametrize(
+    "word", ["12e4", "5e10", "0x1", "1_000", "on", "y", "No", "0o7", ".inf", "~", "1:30", ""]
+)
+def test_what_another_reader_would_take_for_a_number_is_quoted(plan, monkeypatch, word):
+    monkeypatch.setattr(kuberay, "refuse_local", lambda *_: None)  # the tiny plan lies on this disk
+    target = Target(recipe="s3://b/r.yaml", image="x:1", namespace=word, options=(word,))
+    text = emit(plan, Cluster(), target)
+    assert f'namespace: "{word}"' in text
+    assert yaml.safe_load(text)["metadata"]["namespace"] == word
+    assert "kind: RayJob\n" in text
+
+
+def test_the_header_says_what_to_delete_before_it_is_applied_again(plan, monkeypatch):
+    monkeypatch.setattr(kuberay, "refuse_local", lambda *_: None)
+    target = Target(recipe="s3://b/r.yaml", image="x:1", namespace="team")
+    text = emit(plan, Cluster(), target)
+    assert (
+        f"delete it first, `kubectl -n team delete rayjob {yaml.safe_load(text)['metadata']['name']}`" in text
+    )
 
 
 def test_the_entrypoint_is_one_shell_word_for_each_argument(plan):

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from ray_merge.errors import RecipeError
+from ray_merge.recipe import source
 from ray_merge.recipe.source import MAX_NAMES_SHOWN, MAX_RECIPE_BYTES, nearest, parse_yaml
 
 
@@ -124,6 +125,24 @@ def test_what_is_no_plain_yaml_is_refused_with_its_line(text, line):
 def test_a_text_far_too_long_for_a_recipe_is_not_parsed():
     with pytest.raises(RecipeError, match="not a recipe"):
         value("#" * (MAX_RECIPE_BYTES + 1))
+
+
+@pytest.mark.parametrize("item", ["1,", "[],", "{a: 1},"])
+def test_too_many_values_are_not_even_composed(item, monkeypatch):
+    made = []
+    compose = source._Loader.compose_scalar_node
+    monkeypatch.setattr(source, "MAX_VALUES", 1000)
+    monkeypatch.setattr(
+        source._Loader, "compose_scalar_node", lambda *given: made.append(1) or compose(*given)
+    )
+    with pytest.raises(RecipeError, match=r"^r\.yaml:1: .*more than 1000 keys and values"):
+        value(f"a: [{item * 3000}]")
+    assert len(made) <= 1000
+
+
+def test_as_many_values_as_the_limit_are_read(monkeypatch):
+    monkeypatch.setattr(source, "MAX_VALUES", 1000)
+    assert value(f"a: [{'1,' * 997}]") == {"a": [1] * 997}  # with the mapping, its key and the list
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n"])

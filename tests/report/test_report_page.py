@@ -122,6 +122,21 @@ def test_columns_and_files_that_are_missing_take_only_their_own_part_away(tmp_pa
     assert sum(one.startswith("Update norm") for one in page.captions) == 1
 
 
+def test_numbers_that_no_run_can_write_take_only_their_own_part_away(tmp_path):
+    receipts = [receipt("u", "w", 100.0, read=1.0, merge=1e308, upload=1e308)]
+    folder = write_merge(tmp_path / "out", "m", receipts=receipts)
+    path = folder / "ray_merge/MANIFEST.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"] += [{"name": name, "bytes": size} for name, size in (("huge", 10**400), ("less", -1))]
+    path.write_text(json.dumps(manifest))
+    result = report(tmp_path / "out")
+    assert result.document["merges"][0]["problems"] == [
+        "ray_merge/MANIFEST.json names 2 file(s) without a size"
+    ]
+    page = parse(result.url)
+    assert sum(cell.startswith("1.00 s (100") for cell in page.cells) == 2  # the worker and all, of reading
+
+
 def test_receipts_of_before_have_seconds_and_no_place_in_time(tmp_path):
     folder = write_merge(tmp_path / "out", "m", receipts=[receipt("u", "w", 0.0, read=1.0, merge=2.0)])
     (path,) = (folder / "ray_merge/receipts").iterdir()

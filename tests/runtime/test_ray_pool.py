@@ -1,12 +1,14 @@
 import os
 import signal
 import time
+from unittest import mock
 
 import pytest
 
 from pool_workers import ClaimVersion, Die, Echo, Factory, Raise, SleepAfterFirst, StepWorker, Write
 from ray_merge.errors import AdapterError, Refusal, RunFailed, UnitFailed
 from ray_merge.pool import UNITS_PER_WORKER, Task
+from ray_merge.runtime.merge_pool import JobPool
 from ray_merge.runtime.ray_pool import RayPool
 
 pytestmark = pytest.mark.ray
@@ -99,6 +101,23 @@ def test_a_demand_that_no_wait_would_meet_is_refused_with_both_numbers(ray_sessi
     with pytest.raises(Refusal, match=r"2 worker.*one per node.*room for 1.*1 node"):
         RayPool(StepWorker, session=ray_session, workers=2, memory_bytes=None, placement="one_per_node")
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("share", "placement", "workers"),
+    [(0.0, "spread", 4), (0.4, "spread", 2), (0.6, "spread", 1), (0.0, "one_per_node", 1)],
+)
+def test_by_default_there_are_as_many_workers_as_fit_the_nodes(ray_session, share, placement, workers):
+    """A node of 4 CPUs; `share` of its memory is what one worker takes."""
+    import ray
+
+    memory_bytes = int(share * ray.cluster_resources()["memory"])
+    options = {"kind": "merge", "placement": placement, "device": "cpu", "address": "auto", "workers": None}
+    with (
+        mock.patch.dict(os.environ, RAY_ADDRESS=ray.get_runtime_context().gcs_address),
+        JobPool(StepWorker, 9, memory_bytes=memory_bytes, **options) as pool,
+    ):
+        assert pool.size == workers
 
 
 def test_places_that_others_hold_are_waited_for_and_then_refused(ray_session, ray_pool):
