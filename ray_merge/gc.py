@@ -1,10 +1,14 @@
 """`ray-merge gc`: what killed runs left behind in an output and nobody needs, and, on request, its removal.
 
-    temporary   a file under a temporary name
+    temporary   a file under a temporary name; in a complete merge, the mark of a gc that was killed
     attempt     unfinished files of one run, in <output>/.ray_merge/attempts/ (local disks)
-    upload      an upload in parts that was begun and not completed (S3); its parts cost money and no listing shows them
-    merge       the folder of a merge that has no manifest: its shards, receipts and recipe
+    upload      an upload in parts of a run's file that was begun and not completed (S3); its parts cost money and no
+                listing shows them
+    merge       the folder of a merge that has no manifest, or one that stands for nothing (no recipe.yaml beside it, or
+                a gc's mark, and files gone): its shards, receipts and recipe
     state       moments, anchors and steps of learning, which later runs reuse: only when asked for
+
+How it gets along with a run that begins or ends meanwhile: `storage.commit`.
 
 Never removed: a file below a merge that has a manifest; anything that changed within `older_than`, and merges and
 state of an output in which anything did, since a run may be at work there (it writes `recipe.yaml` of every merge
@@ -17,14 +21,29 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ray_merge.errors import RecipeError, Refusal, RunFailed, shown
-from ray_merge.recipe.source import MAX_RECIPE_BYTES, parse_yaml
-from ray_merge.storage.commit import MANIFEST, RECIPE, REMOVING, STATE_FOLDER, id_line
+from ray_merge.errors import Refusal, RunFailed, shown
+from ray_merge.gc_listing import (
+    Listing,
+    at,
+    folders_above,
+    is_broken,
+    is_mark,
+    look,
+    marked_by,
+    sign_of,
+    text_of,
+)
+from ray_merge.storage.commit import (
+    MANIFEST,
+    RECIPE,
+    REMOVING,
+    STATE_FOLDER,
+)
 from ray_merge.storage.store import Store, open_store
 from ray_merge.storage.sweep import Entry, Sweeper, Upload, open_sweeper
 
@@ -34,7 +53,15 @@ _ID = "[0-9a-f]{64}"
 _STATE_FOLDER = rf"((?P<root>.*)/)?{re.escape(STATE_FOLDER)}/"
 _TEMPORARY = re.compile(r"(.*/)?\.tmp-(\d+-[0-9a-f]{16}|[0-9a-f]{12})")
 """Names that `storage.local` and `work.pickles` make up; files of others that begin so are not ours."""
-_ATTEMPT = re.compile(rf"(?P<folder>({_STATE_FOLDER})?attempts/[0-9a-f]{{12}})/.+")
+_ATTEMPT = re.compile(rf"(?P<folder>{_STATE_FOLDER}attempts/[0-9a-f]{{12}})/.+")
+_EMPTY = re.compile(rf"(.*/)?{re.escape(STATE_FOLDER)}(/attempts(/[0-9a-f]{{12}})?)?")
+"""Folders that runs leave empty."""
+
+_OBJECT = re.compile(
+    r"(emr/)?model-[0-9]{5}-of-[0-9]{5}\.safetensors|(adapter|heads|ray_merge)/.+|emr/rescalers\.json"
+)
+"""What a run uploads into a merge's folder, as far as it can be long enough for parts."""
+
 _STATE = re.compile(
     rf"(?P<folder>({_STATE_FOLDER})?(moments|anchors|learn))/({_ID}\.safetensors|{_ID}\.json|{_ID}/step-\d{{6}}\.safetensors)"
 )
@@ -105,13 +132,14 @@ def gc(
     oldest = parse_age(older_than)
     sweeper, store = open_sweeper(output), open_store(output)
     _refuse_inside(store)
-    listing = _look(sweeper, store)
+    listing = look(sweeper, store)
     items = sorted(
         (_judged(item, listing, oldest) for item in _sort_out(listing, state)),
         key=lambda item: (_KINDS.index(item.leftover.kind), item.leftover.path),
     )
     if remove:
         items = [*_remove(items, sweeper, store, oldest)]
+        sweeper.remove_empty(_EMPTY, oldest)
     return Collected(
         url=sweeper.url,
         older_than_seconds=oldest,
@@ -139,91 +167,14 @@ def _refuse_inside(store: Store) -> None:
             raise Refusal(f"{store.url} lies in the complete merge {above}; give the output that holds it")
 
 
-@dataclass(frozen=True, slots=True)
-class _Listing:
-    """An output as it was listed.
-
-    Args:
-        complete: folders of merges with a manifest; "" is the output itself.
-        unfinished: folders of merges without one -> the output that each lies in.
-        youngest: by folder, the age of what changed last below it.
-    """
-
-    entries: Sequence[Entry]
-    uploads: Sequence[Upload]
-    complete: frozenset[str]
-    unfinished: Mapping[str, str]
-    youngest: Mapping[str, float]
-
-
-def _look(sweeper: Sweeper, store: Store) -> _Listing:
-    entries, uploads = sweeper.entries(), sweeper.uploads()
-    paths = {entry.path: entry for entry in entries}
-    # A link in the place of the folder `ray_merge` may lead to a manifest.
-    complete = _folders(paths, MANIFEST) | _folders(paths, MANIFEST.partition("/")[0])
-    unfinished = {}
-    for folder in sorted((_folders(paths, RECIPE) | _folders(paths, REMOVING)) - complete):
-        texts = (_read(paths.get(_join(folder, name)), store) for name in (RECIPE, REMOVING))
-        text = next((text for text in texts if text.startswith(id_line("").rstrip())), None)
-        if text is not None:
-            unfinished[folder] = _output_of(folder, text)
-    return _Listing(entries, uploads, frozenset(complete), unfinished, _youngest(entries, uploads))
-
-
-def _folders(paths: Iterable[str], name: str) -> set[str]:
-    return {path.removesuffix(name).rstrip("/") for path in paths if f"/{path}".endswith(f"/{name}")}
-
-
-def _above(path: str) -> Iterator[str]:
-    """The folders around `path`, innermost first, "" last."""
-    while path:
-        path = path.rpartition("/")[0]
-        yield path
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
-
-
-def _read(entry: Entry | None, store: Store) -> str:
-    if entry is None or entry.n_bytes > MAX_RECIPE_BYTES or re.search(r"[\x00-\x1f\x7f\\\\]", entry.path):
-        return ""
-    return "" if store.info(entry.path) is None else store.read(entry.path).decode("utf-8", "replace")
-
-
-def _output_of(folder: str, recipe: str) -> str:
-    """A merge's folder without its name, which is `scale` or `scale/lambda=0.2`; the widest where that is unknown."""
-    try:
-        name = str(parse_yaml(recipe, RECIPE).value["merges"][0]["name"])
-    except (RecipeError, TypeError, LookupError):
-        return ""
-    return next((above for above in _above(folder) if f"{folder}/".startswith(f"{_join(above, name)}/")), "")
-
-
-def _youngest(entries: Sequence[Entry], uploads: Sequence[Upload]) -> dict[str, float]:
-    ages: dict[str, float] = {}
-    changed = [(one.path, one.age_seconds) for one in entries] + [
-        (one.path, one.age_seconds) for one in uploads
-    ]
-    for path, age in changed:
-        if not _is_mark(path):
-            for folder in _above(path):
-                ages[folder] = min(age, ages.get(folder, math.inf))
-    return ages
-
-
-def _is_mark(path: str) -> bool:
-    return f"/{path}".endswith(f"/{REMOVING}")  # ours, and no sign of a run
-
-
-def _sort_out(listing: _Listing, state: bool) -> Iterator[_Item]:
+def _sort_out(listing: Listing, state: bool) -> Iterator[_Item]:
     groups: dict[tuple[Kind, str, str | None], list[Entry]] = {}
     for entry in listing.entries:
         place = _place(entry.path, listing, state)
         if place is not None:
             groups.setdefault(place, []).append(entry)
     for (kind, path, root), group in groups.items():
-        ages = [entry.age_seconds for entry in group if not _is_mark(entry.path)]
+        ages = [entry.age_seconds for entry in group if kind == "temporary" or not is_mark(entry.path)]
         left = Leftover(
             kind=kind,
             path=path,
@@ -232,14 +183,24 @@ def _sort_out(listing: _Listing, state: bool) -> Iterator[_Item]:
             age_seconds=min(ages, default=math.inf),
         )
         yield _Item(left, tuple(group), root=root)
-    for up in listing.uploads:
+    for up in (up for up in listing.uploads if _is_ours(up.path, listing)):
         left = Leftover(
             kind="upload", path=up.path, files=up.parts, n_bytes=up.n_bytes, age_seconds=up.age_seconds
         )
         yield _Item(left, upload=up)
 
 
-def _place(path: str, listing: _Listing, state: bool) -> tuple[Kind, str, str | None] | None:
+def _is_ours(path: str, listing: Listing) -> bool:
+    """Whether a run uploads to there; what other programs upload below an output is theirs."""
+    if STATE_FOLDER in path.split("/") or _STATE.fullmatch(path):
+        return True
+    merges = (
+        folder for folder in folders_above(path) if folder in listing.complete or folder in listing.unfinished
+    )
+    return any(_OBJECT.fullmatch(path.removeprefix(at(folder, ""))) for folder in merges)
+
+
+def _place(path: str, listing: Listing, state: bool) -> tuple[Kind, str, str | None] | None:
     """(kind, path of the leftover, output that must be quiet) of one file; None for what is none of our business."""
     if _TEMPORARY.fullmatch(path):
         return ("temporary", path, None)
@@ -247,16 +208,22 @@ def _place(path: str, listing: _Listing, state: bool) -> tuple[Kind, str, str | 
         return ("attempt", found["folder"], None)
     if found := _STATE.fullmatch(path):
         return ("state", found["folder"], found["root"] or "") if state else None
-    around = [*_above(path)]
+    around = [*folders_above(path)]
+    if is_mark(path) and marked_by(path) in listing.complete:
+        return ("temporary", path, None)
     if STATE_FOLDER in path.split("/") or any(folder in listing.complete for folder in around):
         return None
     merge = next((folder for folder in around if folder in listing.unfinished), None)
     return None if merge is None else ("merge", merge, listing.unfinished[merge])
 
 
-def _judged(item: _Item, listing: _Listing, oldest: float) -> _Item:
+def _judged(item: _Item, listing: Listing, oldest: float) -> _Item:
     kept = ""
-    if item.upload is None and any(folder in listing.complete for folder in _above(item.leftover.path)):
+    if (
+        item.upload is None
+        and not is_mark(item.leftover.path)
+        and any(folder in listing.complete for folder in folders_above(item.leftover.path))
+    ):
         kept = "it lies in a complete merge"
     elif item.leftover.age_seconds < oldest:
         kept = "it changed too recently"
@@ -286,18 +253,44 @@ def _remove_one(item: _Item, sweeper: Sweeper, store: Store, oldest: float) -> s
     if item.upload is not None:
         sweeper.abort(item.upload)
         return ""
-    paths = [entry.path for entry in item.entries]
     if item.leftover.kind == "merge":
-        folder = item.leftover.path
-        first, last, manifest = (_join(folder, name) for name in (RECIPE, REMOVING, MANIFEST))
-        now = [entry for entry in sweeper.entries(folder) if entry.path != last]
-        if any(entry.age_seconds < oldest or entry.path == manifest for entry in now):
+        return _remove_merge(item, sweeper, store, oldest)
+    if is_mark(item.leftover.path):
+        folder = marked_by(item.leftover.path)
+        if not _is_whole(folder, sweeper, store):
             return "it changed since it was listed: a run is at work"
-        # A run that begins from here on is refused, and one at work misses its recipe before it puts a manifest; if
-        # this process is killed, the mark tells the next `gc` whose folder this is.
-        if first in paths:
-            store.put_if_absent(last, store.read(first), {})
-        paths = [first, *(path for path in paths if path not in {first, last}), last]
-    for path in paths:
+        _put_back(folder, text_of(item.leftover.path, store), store)
+    for entry in item.entries:
+        sweeper.remove(entry.path)
+    return ""
+
+
+def _remove_merge(item: _Item, sweeper: Sweeper, store: Store, oldest: float) -> str:
+    """Steps a to f of gc in `storage.commit`; returns why the merge was kept after all, else nothing."""
+    folder = item.leftover.path
+    first, last = at(folder, RECIPE), at(folder, REMOVING)
+    young = [e for e in sweeper.entries(folder) if e.age_seconds < oldest and e.path != last]
+    if young or _is_whole(folder, sweeper, store):
+        return "it changed since it was listed: a run is at work"
+    text = sign_of(folder, store)
+    own_mark = store.put_if_absent(last, text.encode(), {})
+    sweeper.remove(first)
+    if _is_whole(folder, sweeper, store):
+        _put_back(folder, text, store)
+        if own_mark:
+            sweeper.remove(last)
+        return "a run has completed it"
+    for path in [*(entry.path for entry in item.entries if entry.path not in {first, last}), last]:
         sweeper.remove(path)
     return ""
+
+
+def _is_whole(folder: str, sweeper: Sweeper, store: Store) -> bool:
+    """Whether a manifest lies there now whose files do, too, whatever became of recipe.yaml."""
+    paths = {entry.path: entry for entry in sweeper.entries(folder)}
+    without = {path: entry for path, entry in paths.items() if path != at(folder, RECIPE)}
+    return at(folder, MANIFEST) in paths and not is_broken(folder, without, store)
+
+
+def _put_back(folder: str, recipe: str, store: Store) -> None:
+    store.put_if_absent(at(folder, RECIPE), recipe.encode(), {})

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from ray_merge import api
 from ray_merge.errors import Refusal
 from ray_merge.plan.estimate import Cluster
-from ray_merge.plan.kuberay import Target, emit
+from ray_merge.plan.kuberay import Target, emit, refuse_local
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +55,14 @@ def rayjob(
         Refusal: the recipe cannot be run, or not by pods.
     """
     plan = api.plan(recipe, output=output, only=only, memory=memory, workers=cluster.workers)
+    refuse_local(recipe, plan.recipe)
     if plan.moments and memory is None:
         # Without a ceiling the driver cuts stages by the memory of the machine that it happens to run on.
         raise Refusal(
             "--emit-kuberay: merges of this recipe need moments or learning, whose stages are cut to a ceiling; "
             "give --memory SIZE for one worker, such as 8GB"
         )
+    _, places = api.outlook(recipe, output=output, only=only)
     words = [word for name in only for word in ("--only", name)]
     for option, value in (("--output", output), ("--memory", memory)):
         words += [option, value] if value is not None else []
@@ -71,5 +73,6 @@ def rayjob(
         queue=options.queue,
         device=options.device or "cpu",
         options=words,
+        merges=[f"{place.merge_id} {place.url}" for place in places],
     )
     print(emit(plan, cluster, target), end="")

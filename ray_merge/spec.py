@@ -241,7 +241,7 @@ class Adapter:
         file_bytes: its size.
         file_version: the store's version of it when the headers were read; another one stops the run.
         pickled: the file is a pickle, converted on every node before use.
-        side_files: names of tokenizer files beside it; they follow a resized vocabulary.
+        side_files: (name, bytes, version) of tokenizer files beside it; they follow a resized vocabulary.
         initial: the adapter that training started from, where its factors must be taken away.
     """
 
@@ -262,7 +262,7 @@ class Adapter:
     file_bytes: int
     file_version: str
     pickled: bool = False
-    side_files: tuple[str, ...] = ()
+    side_files: tuple[tuple[str, int, str], ...] = ()
     initial: Adapter | None = None
 
 

@@ -15,12 +15,22 @@ from dataclasses import dataclass
 
 import yaml
 
-from ray_merge.errors import RunFailed
+from ray_merge.errors import OutputConflict, RunFailed
 from ray_merge.methods.catalogue.emr import NAME as EMR
 from ray_merge.models.blocks import natural_key
 from ray_merge.plan import ADAPTER_OBJECT
 from ray_merge.spec import Receipt
-from ray_merge.storage.commit import MANIFEST, RECEIPTS, RECIPE, STATE_FOLDER, id_line, read_receipt
+from ray_merge.storage.commit import (
+    MANIFEST,
+    RECEIPTS,
+    RECIPE,
+    REMOVING,
+    STATE_FOLDER,
+    gone,
+    id_line,
+    read_manifest,
+    read_receipt,
+)
 from ray_merge.storage.ordered import in_order
 from ray_merge.storage.store import ObjectInfo, Store, open_store
 
@@ -35,13 +45,14 @@ class MergeStatus:
     Args:
         name: its folder inside the output; of a merge that still learns, `(learning) ` and 12 digits of its id.
         id: 64 hex digits; empty where they cannot be read.
-        complete: its manifest is there.
+        complete: its manifest is there, with all that it names.
         done: objects that have a receipt.
         of: objects that it will have; None where nothing tells yet.
         n_bytes: published.
         age_seconds: since its last receipt, by the workers' clocks; None without one.
         step: of learning; None where it does not learn, or its state lies elsewhere.
-        missing: objects without a receipt, as far as they are known, and MANIFEST last.
+        missing: objects without a receipt, as far as they are known, and MANIFEST last; below a manifest, what it
+            names and is gone.
     """
 
     name: str
@@ -64,10 +75,11 @@ class _Folder:
     receipts: Sequence[Receipt]
     recipe: Mapping[str, object]
     id: str
+    gone: Sequence[str]
 
     @property
     def complete(self) -> bool:
-        return MANIFEST in self.files
+        return MANIFEST in self.files and REMOVING not in self.files and not self.gone
 
     @property
     def base(self) -> str:
@@ -144,7 +156,15 @@ def _folder(root: Store, name: str, files: Mapping[str, int]) -> _Folder:
         except (yaml.YAMLError, RecursionError):
             recipe = {}
     there = [receipt for receipt in receipts if files.get(receipt.name) == receipt.n_bytes]
-    return _Folder(name, files, there, recipe if isinstance(recipe, dict) else {}, merge_id)
+    lacking = _gone(store, files) if MANIFEST in files else []
+    return _Folder(name, files, there, recipe if isinstance(recipe, dict) else {}, merge_id, lacking)
+
+
+def _gone(store: Store, files: Mapping[str, int]) -> Sequence[str]:
+    try:
+        return gone(read_manifest(store) or {}, files)
+    except OutputConflict:  # no manifest at all
+        return [MANIFEST]
 
 
 def _shards(folder: _Folder) -> int | None:
@@ -157,6 +177,8 @@ def _status(folder: _Folder, shards: int | None, steps: Mapping[str, int], now: 
     done = {receipt.name for receipt in folder.receipts}
     names = sorted(done) if folder.complete else _objects(folder, shards)
     missing = () if folder.complete else (*(name for name in names or () if name not in done), MANIFEST)
+    if MANIFEST in folder.files:
+        missing = tuple(folder.gone)
     ends = [receipt.began + sum(receipt.seconds.values()) for receipt in folder.receipts if receipt.began]
     return MergeStatus(
         name=folder.name or ".",

@@ -29,7 +29,7 @@ from ray_merge.plan import OutTensor, Plan, make_plan, read_inputs
 from ray_merge.pool_steps import StepPool
 from ray_merge.recipe import expand, load_recipe
 from ray_merge.spec import DTYPE_BYTES, Factor, Merge, Site, TensorEntry
-from ray_merge.storage.commit import MANIFEST, RECIPE, hash_object, read_manifest
+from ray_merge.storage.commit import MANIFEST, RECIPE, REMOVING, gone, hash_object, read_manifest, sizes_of
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.headers import read_header
 from ray_merge.storage.store import Store, Stores, open_store
@@ -88,7 +88,7 @@ def verify(output: str, *, cache_dir: str | Path | None = None, probe: bool = Tr
 
     Raises:
         Refusal: there is no complete merge, or the inputs of the probe have changed.
-        RunFailed: a merge is not complete, a file is missing or has other bytes, or a probe is off.
+        RunFailed: a merge is not complete, a file (recipe.yaml, too) is missing or has other bytes, or a probe is off.
     """
     root = open_store(output)
     listed = [info.path for info in root.list()]
@@ -115,20 +115,24 @@ def _folders_with(path: str, listed: Sequence[str]) -> list[str]:
 def _verify_merge(store: Store, cache: Path, probe: bool) -> Verified:
     manifest = read_manifest(store)
     assert manifest is not None
+    sizes = sizes_of(store)
+    if lacking := gone(manifest, sizes):
+        raise RunFailed(
+            f"{store.url}/{lacking[0]} is missing, and {len(lacking) - 1} more that belong to the manifest; run the "
+            "recipe again"
+        )
+    if REMOVING in sizes:
+        raise RunFailed(f"{store.url} is being removed by `ray-merge gc`; run gc --remove to its end")
     n_bytes = 0
     for entry in manifest["files"]:
-        info = store.info(entry["name"])
-        if info is None:
-            raise RunFailed(f"{store.url}/{entry['name']} is missing; the manifest names it")
-        found = (
-            hash_object(store, entry["name"]) if info.n_bytes == entry["bytes"] else f"{info.n_bytes} bytes"
-        )
+        size = sizes[entry["name"]]
+        found = hash_object(store, entry["name"]) if size == entry["bytes"] else f"{size} bytes"
         if found != entry["sha256"]:
             raise RunFailed(
                 f"{store.url}/{entry['name']} is not what was published: {found[:16]}, the manifest says "
                 f"{entry['sha256'][:16]} of {entry['bytes']} bytes"
             )
-        n_bytes += info.n_bytes
+        n_bytes += size
     ratios, unprobed = [], ""
     try:
         ratios = list(_probe(store, manifest, cache)) if probe else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import re
 import socket
 import struct
 import threading
@@ -70,11 +71,24 @@ class Delay:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Drip:
+    """The answer's body comes byte by byte, one every `seconds`, so that no wait for the next one is long."""
+
+    seconds: float
+
+
+class Shift:
+    """A range of the same length from another place, and an answer that says so: a proxy that mixes up its cache."""
+
+
 class Stale:
     """The answer that the same request got when it came first; the first one passes."""
 
 
-Fault = Reply | Drop | Lose | Hang | Shorten | Reset | CutRequest | Halve | Delay | Stale | None
+Fault = (
+    Reply | Drop | Lose | Hang | Shorten | Reset | CutRequest | Halve | Delay | Drip | Shift | Stale | None
+)
 
 
 @dataclass
@@ -145,6 +159,13 @@ def _ask(server: str, method: str, path: str, headers: dict[str, str], body: byt
         connection.close()
 
 
+def _shifted(range_header: str) -> str:
+    """`bytes=100-199` -> `bytes=84-183`; from the beginning of an object one byte further."""
+    first, last = map(int, re.findall(r"\d+", range_header))
+    by = -min(16, first) or 1
+    return f"bytes={first + by}-{last + by}"
+
+
 _OF_ONE_HOP = {"connection", "transfer-encoding"}
 
 
@@ -197,7 +218,13 @@ def _handler(proxy: FaultProxy, server: str) -> type[BaseHTTPRequestHandler]:
                 self.forward(body, fault)
 
         def forward(self, body: bytes, fault: Fault) -> None:
-            status, headers, data = _ask(server, self.command, self.path, dict(self.headers), body)
+            asked = dict(self.headers)
+            if isinstance(fault, Shift):
+                asked = {
+                    name: _shifted(value) if name.lower() == "range" else value
+                    for name, value in asked.items()
+                }
+            status, headers, data = _ask(server, self.command, self.path, asked, body)
             if self.command == "GET" and data:
                 status, headers, data = self.remember((status, headers, data), isinstance(fault, Stale))
             if isinstance(fault, Lose):
@@ -224,10 +251,21 @@ def _handler(proxy: FaultProxy, server: str) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             cut = isinstance(fault, Shorten | Reset)
+            if isinstance(fault, Drip):
+                self.drip(data, fault.seconds)
+                return
             self.wfile.write(data[: len(data) // 2] if cut else data)
             self.close_connection = self.close_connection or cut
             if isinstance(fault, Reset):
                 self.reset()
+
+        def drip(self, data: bytes, seconds: float) -> None:
+            stopped = proxy.stopped
+            self.close_connection = True
+            for byte in data:
+                self.wfile.write(bytes([byte]))
+                if stopped.wait(seconds):
+                    return
 
         def reset(self) -> None:
             self.close_connection = True

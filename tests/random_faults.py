@@ -8,6 +8,9 @@ What a correct client must do with each:
     lose                the server did it, but its answer never came. Try again, and then "it is there already" must
                         not be taken for somebody else's object: compare the bytes.
     shorten, reset      FIN or RST in the middle of an answer's body: try again, never use the half.
+    drip                an answer's body comes a byte at a time, never late enough for a time-out: give up, try again.
+    hang                no answer at all until the client goes: its time-out ends it, try again.
+    wrong-range         206 with another range than was asked for, and its Content-Range says so: try again.
     halve               half an answer that looks whole (a broken cache or proxy). Whoever knows how many bytes
                         were asked for, or parses what came, notices: try again.
     delay               an answer that is 50 to 400 ms late: wait.
@@ -25,7 +28,24 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from fault_proxy import Call, CutRequest, Delay, Drop, Fault, Halve, Lose, Reply, Reset, Shorten, Stale
+import fsspec
+
+from fault_proxy import (
+    Call,
+    CutRequest,
+    Delay,
+    Drip,
+    Drop,
+    Fault,
+    Halve,
+    Hang,
+    Lose,
+    Reply,
+    Reset,
+    Shift,
+    Shorten,
+    Stale,
+)
 
 READS = frozenset({"GET"})
 WRITES = frozenset({"PUT", "POST"})
@@ -40,12 +60,23 @@ KINDS: dict[str, tuple[frozenset[str], Callable[[random.Random], Fault]]] = {
     "shorten": (READS, lambda _: Shorten()),
     "reset": (READS, lambda _: Reset()),
     "halve": (READS, lambda _: Halve()),
+    "drip": (READS, lambda _: Drip(0.1)),
+    "hang": (ALL, lambda _: Hang()),
+    "wrong-range": (READS, lambda _: Shift()),
     "delay": (ALL, lambda rng: Delay(rng.uniform(0.05, 0.4))),
     "stale": (READS, lambda _: Stale()),
     "false409": (WRITES, lambda _: Reply(409, "ConditionalRequestConflict")),
     "false412": (WRITES, lambda _: Reply(412, "PreconditionFailed")),
 }
 """Methods that a fault can meet, and what makes one."""
+
+WAITING = ("drip", "hang")
+"""Each costs the client's whole time limit: 60 s and more, where `be_impatient` has not set one."""
+
+
+def be_impatient(seconds: float = 2.0) -> None:
+    """Stores that this process opens from now on wait no longer than that for the next byte of an answer."""
+    fsspec.config.conf["s3"] = {"config_kwargs": {"read_timeout": seconds}}
 
 
 class RandomFaults:
@@ -81,4 +112,6 @@ class RandomFaults:
 
 
 def _fits(kind: str, call: Call) -> bool:
-    return kind != "stale" or "list-type=2" in call.target
+    # A listing is read by s3fs, which has no limit for a whole answer: only ranges are.
+    lists = "list-type=2" in call.target
+    return lists if kind == "stale" else not lists if kind in ("drip", "wrong-range") else True

@@ -13,8 +13,7 @@ from ray_merge.errors import Refusal
 from ray_merge.evaluate.command import Called, check_command, run_commands
 from ray_merge.evaluate.document import normalised, pareto_tables
 from ray_merge.spec import Merge
-from ray_merge.storage.replaced import replace_object
-from ray_merge.storage.store import Stores, open_store
+from ray_merge.storage.store import Stores
 
 
 @pytest.mark.parametrize(
@@ -89,12 +88,3 @@ def test_a_command_cannot_read_a_bucket():
     )
     with pytest.raises(Refusal, match=r"merge 'm' lies at memory://out/m, and a command reads local folders"):
         check_command("lm_eval {path}", [(merge("m", None), target)], Stores())
-
-
-@pytest.mark.parametrize("place", ["local", "memory://evaluation"])
-def test_an_earlier_result_is_replaced(place, tmp_path):
-    store = open_store(str(tmp_path / "out") if place == "local" else place)
-    for text in (b"a longer text", b"short"):
-        assert replace_object(store, "ray_merge/x.json", text) == f"{store.url}/ray_merge/x.json"
-        assert store.read("ray_merge/x.json") == text
-    assert [info.path for info in store.list()] == ["ray_merge/x.json"]

@@ -146,6 +146,7 @@ def test_state_goes_only_when_asked_for_by_name(out):
 
 def test_a_store_elsewhere_is_known_by_its_names(out, tmp_path):
     shutil.move(out / ".ray_merge", tmp_path / "store")
+    shutil.rmtree(tmp_path / "store" / "attempts")
     write(tmp_path / "store" / "moments" / "notes.txt")
     age(tmp_path / "store", 2 * DAY)
     ray_merge.gc(str(tmp_path / "store"), remove=True, state=True)
@@ -242,11 +243,116 @@ def test_a_folder_of_somebody_else_is_no_merge(out):
     write(out / "theirs" / "cake.txt")
     write(out / "theirs" / ".tmp-upload")
     write(out / "attempts" / "first" / "essay.txt")
+    write(out / "attempts" / "0123456789ab" / "essay.txt")
+    (out / "attempts" / "empty").mkdir()
     age(out, 2 * DAY)
     ray_merge.gc(str(out), remove=True)
-    assert {"theirs/" + RECIPE, "theirs/cake.txt", "theirs/.tmp-upload", "attempts/first/essay.txt"} <= files(
-        out
-    )
+    theirs = {"theirs/" + RECIPE, "theirs/cake.txt", "theirs/.tmp-upload"}
+    assert theirs | {f"attempts/{name}/essay.txt" for name in ("first", "0123456789ab")} <= files(out)
+    assert (out / "attempts" / "empty").is_dir()
+
+
+def test_folders_that_runs_left_empty_go_when_nothing_began_in_them_for_long(out):
+    for folder in (out / ".ray_merge", out / ".ray_merge" / "attempts"):
+        shutil.rmtree(folder, ignore_errors=True)
+    (out / ".ray_merge" / "attempts" / "0123456789ab").mkdir(parents=True)
+    ray_merge.gc(str(out), remove=True)
+    assert (out / ".ray_merge" / "attempts" / "0123456789ab").is_dir()
+    age(out, 2 * DAY)
+    ray_merge.gc(str(out))
+    assert (out / ".ray_merge").is_dir()
+    ray_merge.gc(str(out), remove=True)
+    assert not (out / ".ray_merge").exists()
+
+
+def test_a_recipe_that_is_a_link_is_not_read(out, tmp_path):
+    # It may lead to hundreds of megabytes, or to what only the user of this process may read.
+    target = out / "scale" / "lambda=0.2" / RECIPE
+    shutil.move(target, tmp_path / "moved")
+    target.symlink_to(tmp_path / "moved")
+    age(out, 2 * DAY)
+    assert ("merge", "scale/lambda=0.2") not in found(ray_merge.gc(str(out), remove=True))
+    assert (out / "scale" / "lambda=0.2" / SHARD).exists()
+
+
+def test_ages_on_a_disk_are_counted_by_its_own_clock(out, monkeypatch):
+    for path in out.rglob("*"):
+        os.utime(path)
+    real = time.time
+    monkeypatch.setattr("time.time", lambda: real() + 2 * DAY)
+    result = ray_merge.gc(str(out), remove=True)
+    assert found(result, removed=True) == set()
+    assert all(one.age_seconds < 600 for one in result.leftovers)
+
+
+def late_manifest(out: Path, whole: Path, *, mark: bool) -> Path:
+    """A manifest that landed when its merge had been removed; with the mark of a gc that was killed, or without."""
+    folder = out / "scale" / "lambda=0.2"
+    recipe_bytes = (folder / RECIPE).read_bytes()
+    shutil.rmtree(folder)
+    write(folder / MANIFEST, (whole / "scale" / "lambda=0.2" / MANIFEST).read_bytes())
+    if mark:
+        write(folder / REMOVING, recipe_bytes)
+    age(out, 2 * DAY)
+    return folder
+
+
+@pytest.mark.parametrize("mark", [True, False])
+def test_a_manifest_that_came_too_late_is_removed(out, whole, mark):
+    folder = late_manifest(out, whole, mark=mark)
+    assert ("merge", "scale/lambda=0.2") in found(ray_merge.gc(str(out), remove=True), removed=True)
+    assert not folder.exists()
+
+
+def test_a_run_makes_a_merge_again_under_a_manifest_that_came_too_late(out, whole, inputs, tmp_path):
+    folder = late_manifest(out, whole, mark=False)
+    (out / "notes.txt").unlink()
+    result = ray_merge.run(recipe(inputs, out), engine="local", cache_dir=tmp_path / "cache")
+    assert [merge.done for merge in result.merges] == [True, True, False]
+    assert (folder / SHARD).read_bytes() == (whole / "scale" / "lambda=0.2" / SHARD).read_bytes()
+    assert (folder / RECIPE).exists()
+
+
+def test_a_complete_merge_whose_recipe_was_removed_by_hand_stays(out):
+    (out / "cat" / RECIPE).unlink()
+    age(out, 2 * DAY)
+    before = {name for name in files(out) if name.startswith("cat/")}
+    ray_merge.gc(str(out), remove=True)
+    assert {name for name in files(out) if name.startswith("cat/")} == before
+
+
+def test_a_merge_that_is_completed_while_its_removal_begins_gets_its_recipe_back(out, whole, monkeypatch):
+    folder = out / "scale" / "lambda=0.4"
+    remove = LocalSweeper.remove
+
+    def late(self, path):
+        remove(self, path)
+        if path == f"scale/lambda=0.4/{RECIPE}":
+            for name in ("config.json", MANIFEST):
+                shutil.copy(whole / "scale" / "lambda=0.4" / name, folder / name)
+
+    before = (folder / RECIPE).read_bytes()
+    monkeypatch.setattr(LocalSweeper, "remove", late)
+    result = ray_merge.gc(str(out), remove=True)
+    assert ("merge", "scale/lambda=0.4") in found(result, kept="a run has completed it", removed=False)
+    assert (folder / RECIPE).read_bytes() == before
+    assert not (folder / REMOVING).exists()
+    assert (folder / SHARD).exists()
+
+
+def test_a_gc_that_was_killed_over_a_complete_merge_is_undone_by_the_next_one(out):
+    folder = out / "cat"
+    shutil.move(folder / RECIPE, folder / REMOVING)
+    recipe_bytes = (folder / REMOVING).read_bytes()
+    os.utime(folder / REMOVING)
+    ray_merge.gc(str(out), remove=True)  # the mark may be that of a gc at work
+    assert (folder / REMOVING).exists()
+    assert not (folder / RECIPE).exists()
+    age(out, 2 * DAY)
+    ray_merge.gc(str(out), remove=True)
+    assert (folder / RECIPE).read_bytes() == recipe_bytes
+    assert not (folder / REMOVING).exists()
+    ray_merge.verify(str(folder), probe=False)
 
 
 def test_a_removal_that_is_killed_is_finished_by_the_next_one(out, inputs, tmp_path, monkeypatch):
@@ -266,7 +372,7 @@ def test_a_removal_that_is_killed_is_finished_by_the_next_one(out, inputs, tmp_p
     assert not (folder / RECIPE).exists()
     assert (folder / REMOVING).exists()
     # A run that begins now must not publish what is half gone.
-    with pytest.raises(ray_merge.Refusal, match="holds something else"):
+    with pytest.raises(ray_merge.Refusal, match="being removed"):
         ray_merge.run(recipe(inputs, out), engine="local", cache_dir=tmp_path / "cache")
     ray_merge.gc(str(out), remove=True)
     assert not (out / "scale").exists()
@@ -326,8 +432,12 @@ def test_a_run_is_refused_while_the_folder_is_being_removed(out, inputs, tmp_pat
     recipe_bytes = store.read(RECIPE)
     write(out / "scale" / "lambda=0.2" / REMOVING, recipe_bytes)
     (out / "scale" / "lambda=0.2" / RECIPE).unlink()
+    merge_id = recipe_bytes.split(b"\n")[0].decode().removeprefix("# merge id: ")
+    for _ in range(2):  # the second finds the recipe that the first has put
+        with pytest.raises(ray_merge.Refusal, match="being removed"):
+            probe(store, recipe_bytes, merge_id)
     with pytest.raises(ray_merge.Refusal, match="being removed"):
-        probe(store, recipe_bytes, recipe_bytes.split(b"\n")[0].decode().removeprefix("# merge id: "))
+        ray_merge.run(recipe(inputs, out), engine="local", cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize(("allowed", "kind"), [(0, ray_merge.Refusal), (1, ray_merge.RunFailed)])
@@ -337,10 +447,12 @@ def test_no_rights_are_a_refusal_before_and_a_failure_after_something_was_remove
     unlink, count = os.unlink, []
 
     def denied(name, *, dir_fd=None):
+        if dir_fd is None:  # gc's own file that tells the time
+            return unlink(name)
         count.append(name)
         if len(count) > allowed:
             raise PermissionError(13, "Permission denied")
-        unlink(name, dir_fd=dir_fd)
+        return unlink(name, dir_fd=dir_fd)
 
     monkeypatch.setattr("ray_merge.storage.sweep.os.unlink", denied)
     with pytest.raises(kind, match="Permission denied"):

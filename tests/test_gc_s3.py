@@ -21,7 +21,7 @@ pytestmark = pytest.mark.s3
 PUT = """
 import sys
 from ray_merge.storage.s3 import open_s3
-open_s3(sys.argv[1], multipart_bytes=1, part_bytes=5 << 20).put_if_absent("m/shard", bytes(6 << 20), {})
+open_s3(sys.argv[1], multipart_bytes=1, part_bytes=5 << 20).put_if_absent(sys.argv[2], bytes(6 << 20), {})
 """
 
 
@@ -35,12 +35,15 @@ def client(s3):
     return make_client(s3.endpoint)
 
 
-def put_killed(s3, url, monkeypatch) -> None:
+SHARD = "model-00002-of-00002.safetensors"
+
+
+def put_killed(s3, url, monkeypatch, name=f"m/{SHARD}") -> None:
     """All parts are there and the completion is on its way when the process is killed."""
     with fault_proxy(s3.endpoint) as proxy, monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         proxy.begin(nth(Hang(), "POST", "uploadId="))
-        with subprocess.Popen([sys.executable, "-c", PUT, url]) as child:
+        with subprocess.Popen([sys.executable, "-c", PUT, url, name]) as child:
             assert proxy.hanging.wait(30)
             child.send_signal(signal.SIGKILL)
         proxy.begin(lambda call: None)
@@ -70,16 +73,16 @@ def test_an_upload_abandoned_by_kill_9_is_found_kept_while_young_and_given_up(s3
     put_merge(url, "m", complete=True)
     before = paths(url)
     (young,) = ray_merge.gc(url, remove=True).leftovers
-    assert (young.kind, young.path, young.files, young.n_bytes) == ("upload", "m/shard", 2, 6 << 20)
+    assert (young.kind, young.path, young.files, young.n_bytes) == ("upload", f"m/{SHARD}", 2, 6 << 20)
     assert young.kept
-    assert uploads(client, f"{url}/") == ["m/shard"]
+    assert uploads(client, f"{url}/") == [f"m/{SHARD}"]
     (listed,) = ray_merge.gc(url, older_than=0).leftovers
     assert not listed.kept
-    assert uploads(client, f"{url}/") == ["m/shard"]
+    assert uploads(client, f"{url}/") == [f"m/{SHARD}"]
     (gone,) = ray_merge.gc(url, remove=True, older_than=0).leftovers
     assert gone.removed
     assert uploads(client, f"{url}/") == []
-    assert uploads(client, f"{url}2/") == ["m/shard"]
+    assert uploads(client, f"{url}2/") == [f"m/{SHARD}"]
     assert paths(url) == before
     assert ray_merge.gc(url, remove=True, older_than=0).leftovers == ()
 
@@ -123,3 +126,16 @@ def test_rights_that_are_missing_are_a_refusal(url, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(ray_merge.Refusal, match="was refused"):
         ray_merge.gc(url, remove=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["datasets/theirs.parquet", f"datasets/{SHARD}", "m/datasets/theirs.parquet"]
+)
+def test_uploads_of_other_programs_are_left_alone(s3, url, client, monkeypatch, name):
+    put_merge(url, "m", complete=True)
+    put_killed(s3, url, monkeypatch, name)
+    assert ray_merge.gc(url, remove=True, older_than=0).leftovers == ()
+    assert uploads(client, f"{url}/") == [name]
+    put_killed(s3, url, monkeypatch, ".ray_merge/moments/x.safetensors")
+    (gone,) = ray_merge.gc(url, remove=True, older_than=0).leftovers
+    assert (gone.kind, gone.path) == ("upload", ".ray_merge/moments/x.safetensors")

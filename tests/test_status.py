@@ -10,7 +10,7 @@ from ray_merge import api
 from ray_merge.cli import _exit_code
 from ray_merge.errors import RunFailed
 from ray_merge.status import status
-from ray_merge.storage.commit import MANIFEST, RECEIPTS
+from ray_merge.storage.commit import MANIFEST, RECEIPTS, RECIPE, REMOVING
 from tiny import write_recipe_files
 
 LEARNING = "c" * 64
@@ -126,3 +126,17 @@ def test_a_recipe_that_cannot_be_read_is_an_unfinished_merge(output):
     (output / "m" / "ray_merge/recipe.yaml").write_text("a: [")
     one = by_name(output)["m"]
     assert (one.complete, one.of) == (False, None)
+
+
+@pytest.mark.parametrize("name", [RECIPE, "model-00001-of-00002.safetensors"])
+def test_a_manifest_whose_files_are_gone_is_unfinished_and_what_is_gone_is_named(output, name):
+    (output / "m" / name).unlink()
+    found = by_name(output)
+    assert not found["m"].complete
+    assert found["m"].missing == (name,)
+    assert found["both"].complete
+
+
+def test_a_merge_that_gc_removes_is_unfinished(output):
+    (output / "m" / REMOVING).write_bytes(b"")
+    assert not by_name(output)["m"].complete

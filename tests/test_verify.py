@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ray_merge
-from ray_merge.storage.commit import MANIFEST
+from ray_merge.storage.commit import MANIFEST, RECIPE, REMOVING
 from zoo import llama_adapters, tiny_llama
 
 SHARDS = [f"model-{number:05d}-of-00004.safetensors" for number in (2, 3)]
@@ -121,3 +121,15 @@ def _shards_only(store, manifest):
 
     names = [entry["name"] for entry in manifest["files"] if entry["name"].startswith("model-0")]
     return {entry.name: entry for name in names for entry in read_header(store, name).tensors.values()}
+
+
+def test_a_manifest_without_its_recipe_is_no_complete_merge(copy):
+    (copy / "sum" / "lambda=1.0" / RECIPE).unlink()
+    with pytest.raises(ray_merge.RunFailed, match=r"ray_merge/recipe\.yaml is missing"):
+        check(copy, probe=False)
+
+
+def test_a_merge_that_gc_removes_does_not_pass(copy):
+    (copy / "sum" / "lambda=1.0" / REMOVING).write_bytes(b"")
+    with pytest.raises(ray_merge.RunFailed, match="being removed"):
+        check(copy, probe=False)

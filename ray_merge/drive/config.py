@@ -12,8 +12,7 @@ from typing import Any
 
 from ray_merge.plan import Plan, with_vocabulary
 from ray_merge.spec import FLOAT_DTYPES, Adapter, Merge
-from ray_merge.storage.checkpoint import CONFIG_FILE
-from ray_merge.storage.store import Store
+from ray_merge.storage.store import Store, read_unchanged
 
 DTYPE_NAMES = {stored: name for name, stored in FLOAT_DTYPES.items()}
 
@@ -32,7 +31,7 @@ def checkpoint_config(plan: Plan, merge: Merge, base: Store) -> bytes:
     if rows is not None:
         config = with_vocabulary(config, *rows) or config
     if config is plan.base.config and not plan.base.quantised and not plan.base.untied:
-        return base.read(CONFIG_FILE)
+        return read_unchanged(base, plan.base.config_file)
     # Not pretty_json: some configs hold Infinity (Mamba2's time_step_limit), which transformers writes and reads.
     return (json.dumps(config, sort_keys=True, indent=1) + "\n").encode()
 

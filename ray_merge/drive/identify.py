@@ -151,7 +151,8 @@ def base_versions(base: Checkpoint, digests: DigestCache, stores: Stores) -> Ver
 
 def _adapter_versions(plan: Plan, adapter: Adapter, digests: DigestCache, stores: Stores) -> Versions:
     """Versions of an adapter's files; those of the adapter that it started from are called `initial/...`."""
-    resized = adapter.side_files if plan.resized(adapter) else ()  # they matter to a grown vocabulary only
+    # Tokenizer files matter to a grown vocabulary only.
+    resized = [name for name, *_ in adapter.side_files] if plan.resized(adapter) else []
     versions = dict(
         file_versions(stores.open(adapter.url), [ADAPTER_CONFIG, adapter.file, *resized], digests)
     )

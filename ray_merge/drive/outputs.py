@@ -6,14 +6,25 @@ import datetime
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_merge.errors import OutputConflict, RecipeError
 from ray_merge.identity import difference
 from ray_merge.recipe import Recipe
 from ray_merge.spec import Receipt
-from ray_merge.storage.commit import RECIPE, STATE_FOLDER, read_manifest, read_receipts, recorded_id
+from ray_merge.storage.commit import (
+    MANIFEST,
+    RECIPE,
+    REMOVING,
+    STATE_FOLDER,
+    broken,
+    read_manifest,
+    read_receipts,
+    recorded_id,
+    refuse_removal,
+    sizes_of,
+)
 from ray_merge.storage.store import Store, Stores, join
 
 
@@ -26,8 +37,8 @@ class Target:
         url: its folder.
         merge_id: 64 hex digits.
         inputs: what the id was made of.
-        complete: True when its manifest is there.
-        receipts: by object name, of a run that was stopped.
+        complete: True when its manifest is there, with what it stands for.
+        receipts: by object name, of a run that was stopped; none below a manifest whose files are gone.
     """
 
     root: str
@@ -70,31 +81,40 @@ def look(
     """What is at a merge's place.
 
     Raises:
-        OutputConflict: another merge, or files that this package did not write.
+        OutputConflict: another merge, one that `gc` removes, or files that this package did not write.
     """
     root = stores.open(output_root(template, merge_id, date)).url
     url = join(root, *name.split("/"))
     store = stores.open(url)
     _refuse_inside(root, name, stores)
     _refuse_outside(root, store)
-    manifest = read_manifest(store)
+    target = Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=False, receipts={})
+    objects = sizes_of(store)
+    if REMOVING in objects:
+        refuse_removal(store)
+    manifest = read_manifest(store) if MANIFEST in objects else None
     if manifest is not None:
         _check_owner(store, str(manifest.get("id")), merge_id, difference(manifest.get("inputs", {}), inputs))
-        return Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=True, receipts={})
-    owner = recorded_id(store)
+        # Where it is broken all units run again, and adopt what is there still.
+        return replace(target, complete=not broken(store, manifest, objects))
+    owner = recorded_id(store) if RECIPE in objects else None
     if owner is None:
         state = f"{STATE_FOLDER}/"  # of a recipe whose output is this folder
-        first = next((info.path for info in store.list() if not info.path.startswith(state)), None)
+        first = next((path for path in objects if not path.startswith(state)), None)
         if first is None:
-            return Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=False, receipts={})
+            return target
         owner = recorded_id(store)  # another driver may have begun this merge since we looked
+        objects = sizes_of(store)
+        if owner is None and read_receipts(store, merge_id, objects):
+            return (
+                target  # of a run that `gc` overtook and that was killed then: it is made again, and adopted
+            )
         if owner is None:
             raise OutputConflict(
                 f"{url} holds something else ({first}) and no {RECIPE}; choose another output or empty that folder"
             )
     _check_owner(store, owner, merge_id, "an unfinished run of other inputs")
-    receipts = read_receipts(store, merge_id)
-    return Target(root=root, url=url, merge_id=merge_id, inputs=inputs, complete=False, receipts=receipts)
+    return replace(target, receipts=read_receipts(store, merge_id, objects))
 
 
 def _refuse_inside(root: str, name: str, stores: Stores) -> None:

@@ -24,6 +24,7 @@ from ray_merge.drive.exported_config import exported_config
 from ray_merge.drive.learned import PHI, is_learned, learned_lines
 from ray_merge.drive.outputs import Target
 from ray_merge.drive.rescalers import rescalers_json
+from ray_merge.drive.resolved import resolved_recipe
 from ray_merge.drive.thresholds import THRESHOLDS, selecting
 from ray_merge.errors import RunFailed
 from ray_merge.models.blocks import natural_key
@@ -31,9 +32,19 @@ from ray_merge.plan import ADAPTER_OBJECT, Plan
 from ray_merge.plan.emr import RESCALERS, is_emr
 from ray_merge.spec import Adapter, Merge, Receipt, SiteReport
 from ray_merge.storage.checkpoint import CONFIG_FILE, INDEX_FILE
-from ray_merge.storage.commit import MANIFEST, RECIPE, SITES, commit_bytes, pretty_json, recorded_id
+from ray_merge.storage.commit import (
+    MANIFEST,
+    RECIPE,
+    REMOVING,
+    SITES,
+    broken,
+    commit_bytes,
+    pretty_json,
+    recorded_id,
+    sizes_of,
+)
 from ray_merge.storage.headers import make_header
-from ray_merge.storage.store import Store, Stores
+from ray_merge.storage.store import ObjectInfo, Store, Stores, check_unchanged, read_unchanged
 from ray_merge.work.pickles import safetensors_of
 
 CARD = "README.md"
@@ -97,6 +108,8 @@ def publish(
         Warnings about what rounding took.
     """
     files = _Files(stores.open(target.url), target.merge_id)
+    recipe = resolved_recipe(plan, merge, target.merge_id)
+    _check_begun(files, recipe)
     for receipt in sorted(receipts.values(), key=lambda receipt: receipt.name):
         files.note(receipt.name, receipt.n_bytes, receipt.sha256)
     if selecting([merge]):
@@ -120,13 +133,28 @@ def publish(
         files.put("adapter/adapter_config.json", pretty_json(exported_config(plan, merge, by_site)))
     if merge.export != "adapter":
         _put_checkpoint_files(plan, merge, files, stores)
-    if recorded_id(files.store) != target.merge_id:  # the first that `gc` removes; the shards may be gone too
-        raise RunFailed(
-            f"{target.url}/{RECIPE} was removed while this run was at work; run the recipe again, and give `gc` a "
-            "longer --older-than"
-        )
-    commit_bytes(files.store, MANIFEST, _manifest(plan, merge, target, files), target.merge_id)
+    _check_begun(files, recipe)
+    _put_manifest(files, _manifest(plan, merge, target, files))
     return rounding_warnings(merge, reports)
+
+
+AFTER = "run the recipe again, and give `gc` a longer --older-than"
+
+
+def _check_begun(files: _Files, recipe: bytes) -> None:
+    """Step 3 of a run in `storage.commit`. What this run has put stays, and recipe.yaml says whose it is."""
+    store = files.store
+    if recorded_id(store) != files.merge_id or store.info(REMOVING) is not None:
+        store.put_if_absent(RECIPE, recipe, {"merge-id": files.merge_id})
+        raise RunFailed(f"{store.url}/{RECIPE} was removed while this run was at work; {AFTER}")
+
+
+def _put_manifest(files: _Files, manifest: Mapping[str, Any]) -> None:
+    """Steps 4 and 5 of a run in `storage.commit`: nothing may be proven that `gc` has taken away."""
+    store = files.store
+    commit_bytes(store, MANIFEST, pretty_json(manifest), files.merge_id)
+    if why := broken(store, manifest, sizes_of(store), sizes=True):
+        raise RunFailed(f"{store.url} was removed while its manifest was written ({'; '.join(why)}); {AFTER}")
 
 
 def rounding_warnings(merge: Merge, reports: Mapping[str, Sequence[SiteReport]]) -> list[str]:
@@ -146,13 +174,14 @@ def rounding_warnings(merge: Merge, reports: Mapping[str, Sequence[SiteReport]])
 def _put_checkpoint_files(plan: Plan, merge: Merge, files: _Files, stores: Stores) -> None:
     base = stores.open(plan.base.url)
     tokenizer = vocabulary_owner(plan, merge)
-    own = () if tokenizer is None else tokenizer.side_files
+    own = [] if tokenizer is None else [ObjectInfo(*file) for file in tokenizer.side_files]
+    taken = {CARD, *(info.path for info in own)}
     for info in plan.base.side_files:
-        if info.path != CARD and info.path not in own:
-            files.put(info.path, base.read(info.path))
-    for path in own:
+        if info.path not in taken:
+            files.put(info.path, read_unchanged(base, info))
+    for info in own:
         assert tokenizer is not None
-        files.put(path, stores.open(tokenizer.url).read(path))
+        files.put(info.path, read_unchanged(stores.open(tokenizer.url), info))
     files.put(INDEX_FILE, pretty_json(checkpoint_index(plan, merge)))
     files.put(CONFIG_FILE, checkpoint_config(plan, merge, base))
 
@@ -185,7 +214,11 @@ def head_file(plan: Plan, adapter: Adapter, stores: Stores, cache: Path) -> byte
         "id2label": json.dumps({str(index): f"LABEL_{index}" for index in range(labels)}),
     }
     header, _ = make_header([(entry.name, entry.dtype, entry.shape) for entry in ordered], metadata)
-    return header + b"".join(store.read(file, entry.start, entry.end) for entry in ordered)
+    planned = ObjectInfo(adapter.file, adapter.file_bytes, adapter.file_version)
+    kept = store if adapter.pickled else store.pinned([planned])  # a converted pickle is this node's own
+    data = header + b"".join(kept.read(file, entry.start, entry.end) for entry in ordered)
+    check_unchanged(stores.open(adapter.url), planned)
+    return data
 
 
 def _reports(receipts: Mapping[str, Receipt], of_adapter: bool) -> list[SiteReport]:
@@ -211,22 +244,20 @@ def _site_table(plan: Plan, merge: Merge, reports: Mapping[str, Sequence[SiteRep
     return buffer.getvalue()
 
 
-def _manifest(plan: Plan, merge: Merge, target: Target, files: _Files) -> bytes:
+def _manifest(plan: Plan, merge: Merge, target: Target, files: _Files) -> dict[str, Any]:
     """Proof that the merge is complete: what went in, every file that came out. Deterministic."""
     adapters = {name: _used(plan.adapters[name]) for name in merge.adapters}
-    return pretty_json(
-        {
-            "format": MANIFEST_FORMAT,
-            "id": target.merge_id,
-            "name": merge.name,
-            "inputs": target.inputs,
-            "adapters": adapters,
-            "base_numerics": "dequantised" if plan.base.quantised else "as stored",
-            "sites": len(plan.touched(merge)),
-            "tensors": 0 if merge.export == "adapter" else len(plan.base.tensors),
-            "files": sorted(files.entries, key=lambda entry: str(entry["name"])),
-        }
-    )
+    return {
+        "format": MANIFEST_FORMAT,
+        "id": target.merge_id,
+        "name": merge.name,
+        "inputs": target.inputs,
+        "adapters": adapters,
+        "base_numerics": "dequantised" if plan.base.quantised else "as stored",
+        "sites": len(plan.touched(merge)),
+        "tensors": 0 if merge.export == "adapter" else len(plan.base.tensors),
+        "files": sorted(files.entries, key=lambda entry: str(entry["name"])),
+    }
 
 
 def _used(adapter: Adapter) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -336,13 +336,10 @@ def _publish_ready(
 
 
 def _sweep(job: Job) -> None:
-    """Remove this run's unfinished files, and the folders that are empty then."""
+    """Remove this run's unfinished files; the folders around them stay, since another run may be about to use them."""
     roots = {open_store(root).local_root for root in job.roots.values()}
     for folder in [Path(job.scratch) if root is None else root / STATE_FOLDER for root in roots]:
         shutil.rmtree(folder / "attempts" / job.attempt, ignore_errors=True)
-        for empty in (folder / "attempts", folder):
-            with suppress(OSError):
-                empty.rmdir()
 
 
 def summary(result: RunResult) -> dict[str, Any]:

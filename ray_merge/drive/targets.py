@@ -10,7 +10,7 @@ from ray_merge.drive.identify import Inputs, merge_id, merge_inputs
 from ray_merge.drive.outputs import Target, look, output_root, today
 from ray_merge.errors import OutputConflict
 from ray_merge.plan import Plan
-from ray_merge.storage.commit import read_manifest
+from ray_merge.storage.commit import read_complete
 from ray_merge.storage.ordered import MAX_THREADS, in_order
 from ray_merge.storage.store import Stores, join
 
@@ -56,12 +56,12 @@ def _real(url: str) -> str:
 
 
 def is_complete(url: str, merge_id: str, stores: Stores) -> bool:
-    """Whether the manifest of that very merge lies at `url` now.
+    """Whether that very merge lies at `url` now, with its manifest and all that it names.
 
     Raises:
         OutputConflict: what lies there is not a manifest.
     """
-    manifest = read_manifest(stores.open(url))
+    manifest = read_complete(stores.open(url))
     return manifest is not None and manifest.get("id") == merge_id
 
 
@@ -103,7 +103,7 @@ def _was_complete(url: str, merge_id: str, stores: Stores) -> bool:
 
 
 def incomplete(targets: Iterable[Target], stores: Stores) -> list[Target]:
-    """Those whose manifest is not there."""
+    """Those that are not there, or not whole."""
     asked = list(targets)
     there = in_order(lambda target: is_complete(target.url, target.merge_id, stores), asked)
     return [target for target, complete in zip(asked, there, strict=True) if not complete]

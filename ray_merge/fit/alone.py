@@ -119,5 +119,5 @@ def _adapter(stored: StoredAdapter, factors: Mapping[str, FactorEntry], others: 
         file_bytes=stored.file_bytes,
         file_version=stored.file_version,
         pickled=stored.pickled,
-        side_files=tuple(info.path for info in stored.side_files),
+        side_files=tuple((info.path, info.n_bytes, info.version) for info in stored.side_files),
     )

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ray_merge.algebra.dequantise import STORED_DTYPES, dequantise_rows
-from ray_merge.errors import CheckpointError, RunFailed
+from ray_merge.errors import CheckpointError
 from ray_merge.models.conversion import Slot
 from ray_merge.spec import DTYPE_BYTES, TensorEntry
 from ray_merge.storage.checkpoint import Checkpoint
 from ray_merge.storage.quantised import Quantised, part_ranges, row_unit
-from ray_merge.storage.store import Store
+from ray_merge.storage.store import Store, check_unchanged
 from ray_merge.storage.stream import CHUNK_BYTES, Reader
 
 PLAIN_DTYPES = {
@@ -50,7 +50,7 @@ class StoredWeights:
         unsupported: Mapping[str, str] | None = None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._store = store
+        self._store = store.pinned(checkpoint.weight_files)
         self._slots = slots
         self._unsupported = unsupported or {}
         self._planned = {info.path: info for info in checkpoint.weight_files}
@@ -167,8 +167,8 @@ class StoredWeights:
         if file in self._checked:
             return
         planned = self._planned.get(file)
-        if planned is not None and self._store.info(file) != planned:
-            raise RunFailed(f"{self._checkpoint.url}/{file} has changed since the run was planned; run again")
+        if planned is not None:
+            check_unchanged(self._store, planned)
         self._checked.add(file)
 
 

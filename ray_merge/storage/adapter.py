@@ -15,7 +15,7 @@ from ray_merge.errors import AdapterError, CheckpointError
 from ray_merge.spec import SameValues, TensorEntry, View
 from ray_merge.storage.adapter_config import Settings, read_settings
 from ray_merge.storage.adapter_names import Name, Role
-from ray_merge.storage.checkpoint import read_json
+from ray_merge.storage.checkpoint import check_links, read_json
 from ray_merge.storage.family import FLOATS, Families, Member, MemberModules, known_name
 from ray_merge.storage.headers import fetch_header, parse_header, read_header
 from ray_merge.storage.modules import StoredModule
@@ -133,6 +133,7 @@ def read_adapter(
     """
     if store.url.endswith((".safetensors", ".bin", ".json")):
         raise AdapterError(f"adapter {name}: {store.url} is a file; give the folder that holds {CONFIG_FILE}")
+    check_links(store, [CONFIG_FILE])
     config = read_json(store, CONFIG_FILE)
     settings = read_settings(config, f"adapter {name}: {store.url}/{CONFIG_FILE}")
     started = None if initial is None else read_adapter(f"{name} (initial)", initial, unpickle=unpickle)
@@ -160,12 +161,16 @@ def read_adapter(
         pickled=file == PICKLE_FILE,
         unsloth=_mentions_unsloth(store, config),
         # A request each on object storage: only saved tensors can have changed the vocabulary.
-        side_files=tuple(
-            item for path in TOKENIZER_FILES if found.saved and (item := store.info(path)) is not None
-        ),
+        side_files=_side_files(store) if found.saved else (),
         initial=started,
         member=member,
     )
+
+
+def _side_files(store: Store) -> tuple[ObjectInfo, ...]:
+    found = tuple(info for path in TOKENIZER_FILES if (info := store.info(path)) is not None)
+    check_links(store, [info.path for info in found])
+    return found
 
 
 def _in_family(

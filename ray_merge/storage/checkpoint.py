@@ -61,6 +61,7 @@ class Checkpoint:
         config: the parsed config.json.
         tensors: disk name -> where its bytes lie.
         weight_files: the safetensors files that hold them.
+        config_file: config.json, as it was when it was read.
         side_files: every other file that a copy of the model needs (tokenizer, generation config ...).
         untied: disk names of tensors that the recipe unties -> the tensors that they were tied to.
         quantised: disk name -> how the weight is stored, where the base is quantised and is to be dequantised.
@@ -70,6 +71,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
     weight_files: tuple[ObjectInfo, ...]
+    config_file: ObjectInfo
     side_files: tuple[ObjectInfo, ...]
     untied: Mapping[str, str] = field(default_factory=dict)
     quantised: Mapping[str, Quantised] = field(default_factory=dict)
@@ -108,7 +110,10 @@ def read_checkpoint(store: Store, *, dequantise: bool = False) -> Checkpoint:
     if not files:
         hub = "; a model on a hub is written hf://org/name" if store.local_root is not None else ""
         raise CheckpointError(f"{store.url} does not exist or is empty{hub}")
+    config_file = files.get(CONFIG_FILE)
     config = read_json(store, CONFIG_FILE)
+    if config_file is None:  # it came while the folder was looked at
+        raise CheckpointError(f"{store.url}/{CONFIG_FILE} is not in the folder's listing; run again")
     _check_config(config, f"{store.url}/{CONFIG_FILE}")
     if quantisation_config(config) and not dequantise:
         raise CheckpointError(
@@ -139,7 +144,7 @@ def read_checkpoint(store: Store, *, dequantise: bool = False) -> Checkpoint:
             f"{store.url} holds {len(side)} files beside its weights, more than {MAX_SIDE_FILES}: no model's folder; "
             "move the model into one of its own"
         )
-    _check_links(store, [CONFIG_FILE, *(info.path for info in side)])
+    check_links(store, [CONFIG_FILE, *(info.path for info in side)])
     quantised: Mapping[str, Quantised] = {}
     if quantisation_config(config):
         quantised, plain = find_quantised(
@@ -154,6 +159,7 @@ def read_checkpoint(store: Store, *, dequantise: bool = False) -> Checkpoint:
         tensors=tensors,
         quantised=quantised,
         weight_files=tuple(files[name] for name in names),
+        config_file=config_file,
         side_files=side,
     )
 
@@ -200,7 +206,7 @@ MAX_LABELS = 100_000
 _KIND_NAMES = {str: "a text", list: "a list", bool: "true or false", dict: "a mapping"}
 
 
-def _check_links(store: Store, names: Iterable[str]) -> None:
+def check_links(store: Store, names: Iterable[str]) -> None:
     """Refuse files that are copied and lie elsewhere: a downloaded folder must not publish what it only points to.
 
     Weights may be links to anywhere, because only tensors are taken from them.
@@ -214,7 +220,7 @@ def _check_links(store: Store, names: Iterable[str]) -> None:
         target = os.path.realpath(root / name)
         if not any(target.startswith(f"{folder}/") for folder in inside):
             raise CheckpointError(
-                f"{store.url}/{name} is a link to {shown(target)}, outside of the model's folder, and would be copied; "
+                f"{store.url}/{name} is a link to {shown(target)}, outside of its folder, and would be copied; "
                 "put the file itself there"
             )
 

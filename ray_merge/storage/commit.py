@@ -8,6 +8,24 @@ decides. MANIFEST.json is put last and alone says that a merge is complete.
     <merge>/ray_merge/receipts/*.json  after the object that they prove
     <merge>/<side files>, model.safetensors.index.json, config.json
     <merge>/ray_merge/MANIFEST.json    last
+
+`gc` beside a run. Whoever removes an unfinished merge and whoever finishes it do these steps in this order, each
+one a request that happens or does not:
+
+    run  1 put recipe.yaml, see no mark   2 objects, receipts   3 see recipe.yaml and no mark, else put it back and fail
+         4 put MANIFEST.json              5 list: recipe.yaml, no mark, every file of the manifest, else fail
+    gc   a list: old, no manifest         b put the mark (`removing`)   c remove recipe.yaml
+         d list: a manifest? then put recipe.yaml back, remove the mark, stop
+         e remove everything else         f remove the mark
+
+Either the manifest is there when gc lists (4 before d): then gc removes no result. Or it comes later (d before 4): then
+5 comes after b and c, and sees that recipe.yaml is missing, or the mark, or - when another run has put recipe.yaml
+again and f is done - which files e took and that run has not yet made again. So no run ends well over files that are
+gone. It may fail at 5 although gc stops at d; the next run finds the merge complete.
+A request may be on its way for minutes, so a manifest can land after f, over nothing: readers therefore take a
+manifest for a proof only with recipe.yaml, without a mark and with its files (`broken`), and the next run makes the
+merge again under it. A gc that is killed leaves its mark, which the next one obeys. One gc at a time: a second one in
+the same minute could take the first one's mark away.
 """
 
 from __future__ import annotations
@@ -16,6 +34,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +122,27 @@ def probe(store: Store, recipe: bytes, merge_id: str) -> bool:
     if store.put_if_absent(RECIPE, recipe, metadata):
         if store.put_if_absent(RECIPE, recipe, metadata):
             raise StoreUnfit(store.url, "a second put of the same name was accepted")
-        if store.info(REMOVING) is not None:
-            raise OutputConflict(
-                f"{store.url} is being removed by `ray-merge gc`; run it to its end, then this again"
-            )
+        refuse_removal(store)
         return True
     owner = recorded_id(store)
+    refuse_removal(store)
     if owner != merge_id:
         raise OutputConflict(
             f"{store.url} belongs to merge id {owner}, this is {merge_id}; choose another output, or put {{id}} into it"
         )
     return False
+
+
+def refuse_removal(store: Store) -> None:
+    """Keep out of a folder that `gc` removes, or was removing when it was killed.
+
+    Raises:
+        OutputConflict: its mark is there.
+    """
+    if store.info(REMOVING) is not None:
+        raise OutputConflict(
+            f"{store.url} is being removed by `ray-merge gc`; run gc --remove to its end, then this again"
+        )
 
 
 def check_fit(store: Store) -> None:
@@ -176,12 +205,24 @@ def read_receipt(store: Store, path: str) -> Receipt | None:
         return None
 
 
-def read_receipts(store: Store, merge_id: str) -> dict[str, Receipt]:
+def sizes_of(store: Store) -> dict[str, int]:
+    """Path -> bytes of every object in a folder, by one listing."""
+    return {info.path: info.n_bytes for info in store.list()}
+
+
+def read_receipts(
+    store: Store, merge_id: str, objects: Mapping[str, int] | None = None
+) -> dict[str, Receipt]:
     """Receipts of one merge by object name; those whose object is missing or of another size do not count.
 
     Damaged ones do not count either: the object is made again, and its name decides.
+
+    Args:
+        store: the merge's folder.
+        merge_id: whose receipts.
+        objects: of the folder, where it was listed already.
     """
-    objects = {info.path: info.n_bytes for info in store.list()}
+    objects = sizes_of(store) if objects is None else objects
     receipts = {}
     for path in objects:
         if path.startswith(f"{RECEIPTS}/") and path.endswith(".json"):
@@ -199,16 +240,69 @@ def read_manifest(store: Store) -> Mapping[str, Any] | None:
     Raises:
         OutputConflict: what is there is not a manifest.
     """
-    if store.info(MANIFEST) is None:
+    info = store.info(MANIFEST)
+    if info is None:
         return None
     try:
-        document = json.loads(store.read(MANIFEST))
+        document = json.loads(store.read(MANIFEST, 0, info.n_bytes))
     except (ValueError, RecursionError) as error:
         raise OutputConflict(
             f"{store.url}/{MANIFEST} is not valid JSON ({error}); remove this merge"
         ) from error
-    if not isinstance(document, dict) or not isinstance(document.get("inputs"), dict):
+    if not _is_manifest(document):
         raise OutputConflict(
             f"{store.url}/{MANIFEST} is no manifest of a merge; remove it or choose another output"
         )
-    return document
+    manifest: Mapping[str, Any] = document
+    return manifest
+
+
+def _is_manifest(document: object) -> bool:
+    if not isinstance(document, dict) or not isinstance(document.get("inputs"), dict):
+        return False
+    files = document.get("files", [])
+    return isinstance(files, list) and all(
+        isinstance(file, dict) and isinstance(file.get("name"), str) and isinstance(file.get("bytes"), int)
+        for file in files
+    )
+
+
+def gone(manifest: Mapping[str, Any], objects: Mapping[str, int], *, sizes: bool = False) -> list[str]:
+    """What a manifest stands for and a listing does not show: its files and recipe.yaml; `sizes` must fit too."""
+    files = {RECIPE: None, **{file["name"]: file["bytes"] for file in manifest.get("files", ())}}
+    return [
+        name
+        for name, n_bytes in files.items()
+        if name not in objects or (sizes and n_bytes not in {None, objects[name]})
+    ]
+
+
+def broken(
+    store: Store, manifest: Mapping[str, Any], objects: Mapping[str, int], *, sizes: bool = False
+) -> list[str]:
+    """Why a manifest proves nothing, in words, the first few of what is gone; empty where the merge is complete.
+
+    Args:
+        store: the merge's folder.
+        manifest: that lies in it.
+        objects: of the folder, as listed. What it lacks is asked for by name: a proxy's listing may be an old one.
+        sizes: whether a file of another length counts as gone. Not for readers: people edit README.md.
+    """
+    marked = REMOVING in objects and store.info(REMOVING) is not None
+    asked = ((name, store.info(name)) for name in gone(manifest, objects, sizes=sizes))
+    lacking = (
+        name
+        for name, info in asked
+        if info is None or name in gone(manifest, {name: info.n_bytes}, sizes=sizes)
+    )
+    return [f"{REMOVING} is there"] * marked + [f"{name} is not there" for name in islice(lacking, 3)]
+
+
+def read_complete(store: Store) -> Mapping[str, Any] | None:
+    """The manifest of a merge that is complete, with all that it names; None when it is not.
+
+    Raises:
+        OutputConflict: what is there is not a manifest.
+    """
+    manifest = read_manifest(store)
+    return None if manifest is None or broken(store, manifest, sizes_of(store)) else manifest

@@ -150,6 +150,11 @@ class RemoteStore(NotPickled):
 
         return self._retrying("writing", path, put)
 
+    def replace(self, path: str, data: bytes) -> None:
+        """One unconditional write over this store's own connections."""
+        check_new(path, {}, self.url)
+        self._retrying("writing", path, lambda: self._fs.pipe_file(self._key(path), data))
+
     def metadata(self, path: str) -> Mapping[str, str]:
         """User metadata as gcsfs lists it; empty where the library shows none."""
         key = self._key(path)
@@ -178,6 +183,10 @@ class RemoteStore(NotPickled):
     def sub(self, path: str) -> RemoteStore:
         """The store of the folder `path`, over the same connections."""
         return RemoteStore(self._fs, self._key(path), join(self.url, path), self._backoff)
+
+    def pinned(self, files: Sequence[ObjectInfo]) -> RemoteStore:
+        """This store: fsspec's reads take no version that all stores know."""
+        return self
 
     def _key(self, path: str) -> str:
         return f"{self._root.rstrip('/')}/{check_path(path, self.url)}"

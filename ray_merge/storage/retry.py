@@ -149,6 +149,9 @@ def final_error(error: Exception, url: str, action: str, tries: int) -> Exceptio
     """
     if isinstance(error, RayMergeError):
         return error
+    # Botocore quotes the address, and without a scheme nobody can tell where a password in it begins.
+    if isinstance(error, ValueError) and "Invalid endpoint" in str(error):
+        return StoreDenied(url, action, "AWS_ENDPOINT_URL is no URL; write https://host")
     status = http_status(error)
     if status == 416:
         return StoreError(url, action, tries, f"shorter than asked for: {describe(error)}")

@@ -18,7 +18,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ from urllib.parse import urlsplit
 
 import fsspec
 from aiobotocore.session import AioSession
+from fsspec.asyn import sync
 
 from ray_merge.errors import RayMergeError, StoreError, StoreUnfit
 from ray_merge.storage.remote import RemoteStore, make_filesystem, parallel
 from ray_merge.storage.retry import Backoff, describe, error_code, http_status, is_already_there
-from ray_merge.storage.s3_reader import RangeReader
-from ray_merge.storage.store import check_new, join
+from ray_merge.storage.s3_reader import RangeReader, body_seconds, check_answer
+from ray_merge.storage.store import ObjectInfo, changed, check_new, join
 
 MULTIPART_BYTES = 64 * 1024 * 1024
 MAX_PUT_BYTES = 5 * 1024**3
@@ -43,6 +45,9 @@ PART_THREADS = 4
 
 MAX_PARTS = 10_000
 """S3's limit for one upload; the least part but the last is 5 MiB."""
+
+ETAG = re.compile(r"[0-9a-f]{32}(-[0-9]+)?")
+"""What S3 and its likes make (an MD5, or one of parts and their number) and take back in If-Match."""
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +63,7 @@ class S3Store(RemoteStore):
         reader: shared by the stores of one `fs`; None: a new one.
         multipart_bytes: longer objects go up in parts; None: MULTIPART_BYTES on AWS, MAX_PUT_BYTES elsewhere.
         part_bytes: length of one part.
+        versions: bucket and key -> the entity tag that what is read must have.
     """
 
     def __init__(
@@ -70,19 +76,21 @@ class S3Store(RemoteStore):
         reader: RangeReader | None = None,
         multipart_bytes: int | None = None,
         part_bytes: int = PART_BYTES,
+        versions: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(fs, root, url, backoff)
         self._reader = reader or RangeReader(fs)
         self._multipart_bytes = multipart_bytes
         self._part_bytes = part_bytes
+        self._versions = versions or {}
 
     def put_if_absent(self, path: str, source: bytes | Path, metadata: Mapping[str, str]) -> bool:
         """One conditional PUT, or parts and a conditional completion."""
         check_new(path, metadata, self.url)
-        self._check_conditional_writes()
         n_bytes = source.stat().st_size if isinstance(source, Path) else len(source)
 
         def write() -> bool:
+            self._check_conditional_writes()
             if n_bytes <= self._longest_put():
                 return self._put(path, source, metadata)
             return self._upload(path, source, n_bytes, metadata)
@@ -100,23 +108,51 @@ class S3Store(RemoteStore):
 
     def sub(self, path: str) -> S3Store:
         """The store of the folder `path`, over the same connections."""
+        return self._like(self._key(path), join(self.url, path), self._versions)
+
+    def pinned(self, files: Sequence[ObjectInfo]) -> S3Store:
+        """Reads of `files` send If-Match; 412 is a RunFailed."""
+        tags = {self._key(file.path): file.version for file in files if ETAG.fullmatch(file.version)}
+        return self._like(self._root, self.url, {**self._versions, **tags})
+
+    def _like(self, root: str, url: str, versions: Mapping[str, str]) -> S3Store:
         return S3Store(
             self._fs,
-            self._key(path),
-            join(self.url, path),
+            root,
+            url,
             self._backoff,
             reader=self._reader,
             multipart_bytes=self._multipart_bytes,
             part_bytes=self._part_bytes,
+            versions=versions,
         )
 
     def _fetch(self, path: str, start: int, end: int) -> bytes:
-        data = self._reader.read(self._key(path), start, end)
-        return super()._fetch(path, start, end) if data is None else data
+        key = self._key(path)
+        data = self._reader.read(key, start, end, self._versions.get(key))
+        return self._fetch_slowly(path, start, end) if data is None else data
 
     def _fetch_into(self, path: str, start: int, end: int, target: int) -> int:
-        n_bytes = self._reader.copy(self._key(path), start, end, target)
-        return super()._fetch_into(path, start, end, target) if n_bytes is None else n_bytes
+        key = self._key(path)
+        n_bytes = self._reader.copy(key, start, end, target, self._versions.get(key))
+        return os.pwrite(target, self._fetch_slowly(path, start, end), start) if n_bytes is None else n_bytes
+
+    def _fetch_slowly(self, path: str, start: int, end: int) -> bytes:
+        """Through s3fs, which knows redirects and renewed credentials, and makes the error."""
+        version = self._versions.get(self._key(path))
+        match = {} if version is None else {"IfMatch": f'"{version}"'}
+        try:
+            answer = self._fs.call_s3(
+                "get_object", **self._object(path), Range=f"bytes={start}-{end - 1}", **match
+            )
+        except Exception as error:
+            if version is not None and http_status(error) == 412:
+                raise changed(self.url, path, version, self.info(path)) from None
+            raise
+        check_answer(answer.get("ContentRange"), answer.get("ContentLength"), start, end)
+        seconds = body_seconds(self._fs, end - start)
+        data: bytes = sync(self._fs.loop, answer["Body"].read, timeout=seconds)
+        return data
 
     def _object(self, path: str) -> dict[str, str]:
         bucket, key, _ = self._fs.split_path(self._key(path))

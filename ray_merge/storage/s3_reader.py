@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from botocore.parsers import create_parser
 from fsspec.asyn import sync
 from s3fs.errors import translate_boto_error
 
+from ray_merge.errors import shown
 from ray_merge.storage.retry import TRANSIENT_STATUS
 
 SIGNATURE_SECONDS = 60.0
@@ -34,6 +36,18 @@ SIGNATURE_SECONDS = 60.0
 
 CHUNK_BYTES = 512 * 1024
 """Of a body on its way to a file: the allocator hands the same pages out again, which 16 MiB at once would not."""
+
+MAX_ERROR_BYTES = 64 * 1024
+"""Of the text of an error; S3's have some 300."""
+
+SLOWEST_BYTES_PER_SECOND = 100_000
+"""A body may take the client's read time-out and its length at this speed. A server that sends a byte every few seconds
+would never run into the time-out, which is counted anew from each byte."""
+
+READ_SECONDS = 60.0
+"""Where the client's configuration sets no read time-out at all; botocore's own default."""
+
+_WATCH_SECONDS = 0.5
 
 _signing: ContextVar[bool] = ContextVar("signing", default=False)
 
@@ -55,6 +69,56 @@ class _CaughtRequest(Exception):
         self.request = request
 
 
+class _Deadlines:
+    """Ends connections whose answer takes too long, from a thread that lives while any is waited for.
+
+    A look at the clock between pieces would do as well, but pieces have to be joined: with it `read` cost a copy.
+    """
+
+    def __init__(self) -> None:
+        self._until: dict[object, tuple[float, Any]] = {}
+        self._watcher: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def within(self, body: Any, seconds: float) -> Iterator[None]:
+        """The time for `body`, an answer of urllib3.
+
+        Raises:
+            TimeoutError: it was over.
+        """
+        mark = object()
+        with self._lock:
+            self._until[mark] = (time.monotonic() + seconds, body)
+            if self._watcher is None:
+                self._watcher = threading.Thread(target=self._watch, name="s3-deadlines", daemon=True)
+                self._watcher.start()
+        try:
+            yield
+        except Exception as error:
+            if mark not in self._until:
+                raise TimeoutError(f"the answer was not complete after {seconds:.0f} s") from error
+            raise
+        finally:
+            with self._lock:
+                self._until.pop(mark, None)
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(_WATCH_SECONDS)
+            with self._lock:
+                now = time.monotonic()
+                late = [mark for mark, (until, _) in self._until.items() if until < now]
+                for mark in late:
+                    _, body = self._until.pop(mark)
+                    # It may have just ended by itself.
+                    with contextlib.suppress(OSError, RuntimeError, ValueError):
+                        body.shutdown()
+                if not self._until:
+                    self._watcher = None
+                    return
+
+
 class RangeReader:
     """Reads ranges through the settings of one s3fs.S3FileSystem; may be used by several threads at once."""
 
@@ -62,30 +126,38 @@ class RangeReader:
         self._fs = fs
         self._signed: dict[str, _Signed] = {}
         self._http: Any = None
+        self._deadlines = _Deadlines()
         self._lock = threading.Lock()
 
-    def read(self, path: str, start: int, end: int) -> bytes | None:
+    def read(self, path: str, start: int, end: int, version: str | None = None) -> bytes | None:
         """Bytes `start`..`end` of bucket/key `path` in one request; fewer when connection or object ended before.
+
+        Args:
+            path: bucket/key.
+            start: first byte.
+            end: last byte + 1.
+            version: the entity tag that the object must have; None: any.
 
         Returns:
             None when the store answered anything but the bytes or "later": ask again through s3fs, which knows
             redirects and renewed credentials, and makes the error.
 
         Raises:
-            OSError: as s3fs would raise it, of an answer that says "later".
+            OSError: as s3fs would raise it, of an answer that says "later"; ConnectionError of other bytes than were
+                asked for; TimeoutError of an answer that takes too long.
             botocore.exceptions.BotoCoreError: no credentials, no endpoint, or no connection.
         """
-        with self._get(path, start, end) as body:
+        with self._get(path, start, end, version) as body:
             data: bytes | None = None if body is None else body.read()
             return data
 
-    def copy(self, path: str, start: int, end: int, target: int) -> int | None:
+    def copy(self, path: str, start: int, end: int, target: int, version: str | None = None) -> int | None:
         """Write bytes `start`..`end` to the same place of the open file `target`, a chunk at a time.
 
         Returns:
             How many came; None and errors as for `read`.
         """
-        with self._get(path, start, end) as body:
+        with self._get(path, start, end, version) as body:
             if body is None:
                 return None
             at = start
@@ -94,18 +166,26 @@ class RangeReader:
             return at - start
 
     @contextlib.contextmanager
-    def _get(self, path: str, start: int, end: int) -> Iterator[Any]:
+    def _get(self, path: str, start: int, end: int, version: str | None) -> Iterator[Any]:
         signed = self._signature(path)
         headers = {**signed.headers, "Range": f"bytes={start}-{end - 1}"}
+        if version is not None:
+            headers["If-Match"] = f'"{version}"'
         request = AWSRequest("GET", signed.url, headers=headers)
         request.stream_output = True
         response = self._session().send(request.prepare())
         try:
-            if response.status_code in TRANSIENT_STATUS:
-                raise _as_s3fs(response)
-            if response.status_code != 206:
-                self._signed.pop(path, None)
-            yield response.raw if response.status_code == 206 else None
+            with self._deadlines.within(response.raw, body_seconds(self._fs, end - start)):
+                if response.status_code in TRANSIENT_STATUS:
+                    raise _as_s3fs(response)
+                if response.status_code != 206:
+                    self._signed.pop(path, None)
+                    yield None
+                    return
+                check_answer(
+                    response.headers.get("Content-Range"), response.headers.get("Content-Length"), start, end
+                )
+                yield response.raw
         finally:
             response.raw.close()  # a connection whose answer was read to its end is back in the pool by now
 
@@ -143,6 +223,33 @@ class RangeReader:
             return self._http
 
 
+def body_seconds(fs: Any, n_bytes: int) -> float:
+    """How long an answer of `n_bytes` may take, counted from its headers."""
+    return float(fs.s3.meta.config.read_timeout or READ_SECONDS) + n_bytes / SLOWEST_BYTES_PER_SECOND
+
+
+def check_answer(content_range: str | None, content_length: str | int | None, start: int, end: int) -> None:
+    """Let no other bytes through than `start`..`end`; fewer only where the answer says so itself.
+
+    Args:
+        content_range: header of an answer with status 206.
+        content_length: header.
+        start: first byte that was asked for.
+        end: last byte + 1.
+
+    Raises:
+        ConnectionError: a broken proxy or server; ask again.
+    """
+    length = str(content_length)
+    n_bytes = int(length) if re.fullmatch("[0-9]{1,18}", length) else 0
+    said = f"bytes {start}-{start + n_bytes - 1}/"
+    if not 0 < n_bytes <= end - start or not str(content_range).startswith(said):
+        raise ConnectionError(
+            f"asked for bytes {start}-{end - 1}, the answer says Content-Range {shown(content_range)} and "
+            f"Content-Length {shown(content_length)}"
+        )
+
+
 def _catch_request(request: Any, **_: Any) -> None:
     if _signing.get():
         raise _CaughtRequest(request)
@@ -171,7 +278,7 @@ def _as_s3fs(response: Any) -> Exception:
     answer = {
         "status_code": response.status_code,
         "headers": response.headers,
-        "body": response.content,
+        "body": response.raw.read(MAX_ERROR_BYTES),
     }
     error: Exception = translate_boto_error(
         ClientError(create_parser("rest-xml").parse(answer, None), "GetObject")

@@ -6,6 +6,7 @@ that the server put on its own answer. In a bucket with versions a removed objec
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -54,6 +55,9 @@ class S3Sweeper:
     def remove(self, path: str) -> None:
         """DELETE of one key."""
         self._ask("removing", path, "delete_object", Key=self._prefix + path)
+
+    def remove_empty(self, pattern: re.Pattern[str], older_than: float) -> None:
+        """Nothing: a bucket has no folders."""
 
     def abort(self, upload: Upload) -> None:
         """AbortMultipartUpload."""

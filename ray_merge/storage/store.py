@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
-from ray_merge.errors import Refusal, redacted
+from ray_merge.errors import Refusal, RunFailed, redacted
 from ray_merge.storage.retry import clean
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -85,6 +85,9 @@ class Store(Protocol):
             StoreUnfit: the store cannot do this atomically.
         """
 
+    def replace(self, path: str, data: bytes) -> None:
+        """Write `data` under `path`, whole or not at all, in place of what was there: reports alone are made anew."""
+
     def metadata(self, path: str) -> Mapping[str, str]:
         """What `put_if_absent` was given; empty where the store keeps none (local disks): re-hash then."""
 
@@ -93,6 +96,12 @@ class Store(Protocol):
 
     def sub(self, path: str) -> Store:
         """The store of the folder `path`."""
+
+    def pinned(self, files: Sequence[ObjectInfo]) -> Store:
+        """The same folder, whose reads of `files` fail when it holds another version of them.
+
+        S3 checks it with each request (RunFailed). Elsewhere nothing does: call `check_unchanged` after the last read.
+        """
 
 
 class NotPickled:
@@ -155,6 +164,36 @@ class Stores:
         if root not in self._buckets:
             self._buckets[root] = open_store(root)
         return self._buckets[root].sub(_normalised(path))
+
+
+def check_unchanged(store: Store, planned: ObjectInfo) -> None:
+    """Ask the store whether an object is still the one that the plan saw.
+
+    Raises:
+        RunFailed: it is another one, or gone.
+    """
+    found = store.info(planned.path)
+    if found != planned:
+        raise changed(store.url, planned.path, planned.version, found)
+
+
+def read_unchanged(store: Store, planned: ObjectInfo) -> bytes:
+    """A whole object as the plan saw it.
+
+    Raises:
+        RunFailed: it is another one, or gone.
+    """
+    data = store.pinned([planned]).read(planned.path, 0, planned.n_bytes)
+    check_unchanged(store, planned)
+    return data
+
+
+def changed(url: str, path: str, planned: str, found: ObjectInfo | None) -> RunFailed:
+    """The error for an input whose version is no longer `planned`."""
+    now = "gone now" if found is None else f"version {found.version} ({found.n_bytes} bytes) now"
+    return RunFailed(
+        f"{join(url, path)} changed in mid-run: version {planned} when planned, {now}; run the recipe again"
+    )
 
 
 def known_protocols() -> str:

@@ -8,16 +8,18 @@ Follows no link: a link is an entry like a file, and removing it removes the lin
 from __future__ import annotations
 
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from ray_merge.errors import Refusal, StoreDenied, StoreError
-from ray_merge.storage.local import MAX_LISTED
+from ray_merge.storage.local import MAX_LISTED, temporary
 from ray_merge.storage.store import open_store
 
 T = TypeVar("T")
@@ -27,7 +29,7 @@ T = TypeVar("T")
 class Entry:
     """One name in a folder, `path` relative to it: a file, a link or, on S3, an object.
 
-    `age_seconds` since it was last written, by the store's own clock where it tells one.
+    `age_seconds` since it was last written, by the store's own clock.
     """
 
     path: str
@@ -60,6 +62,9 @@ class Sweeper(Protocol):
     def remove(self, path: str) -> None:
         """Remove one entry, and on a disk the folders that are empty then; one that is gone already is fine."""
 
+    def remove_empty(self, pattern: re.Pattern[str], older_than: float) -> None:
+        """Remove folders whose whole path matches, that are empty and did not change for so many seconds."""
+
     def abort(self, upload: Upload) -> None:
         """Give up one upload and free its parts; one that is gone already is fine."""
 
@@ -91,8 +96,15 @@ class LocalSweeper:
 
     def entries(self, folder: str = "") -> Sequence[Entry]:
         """All names but folders."""
-        found = self._guard("listing", folder, lambda: [*_walk(self._root, folder, self.url)])
-        return sorted(found, key=lambda entry: entry.path)
+        return sorted((e for e, is_folder in self._walked(folder) if not is_folder), key=lambda e: e.path)
+
+    def remove_empty(self, pattern: re.Pattern[str], older_than: float) -> None:
+        """The innermost first; a folder that holds something stays."""
+        found = [e for e, is_folder in self._walked("") if is_folder and pattern.fullmatch(e.path)]
+        for entry in sorted(found, key=lambda e: e.path, reverse=True):
+            if entry.age_seconds >= older_than:
+                parts = entry.path.split("/")
+                self._guard("removing", entry.path, partial(_remove_folder, self._root, parts))
 
     def uploads(self) -> Sequence[Upload]:
         """None: a disk knows no uploads."""
@@ -106,6 +118,10 @@ class LocalSweeper:
         """Never called: there are none."""
         raise AssertionError(f"{self.url} is a disk and has no upload {upload.id}")
 
+    def _walked(self, folder: str) -> list[tuple[Entry, bool]]:
+        now = _clock(self._root)
+        return self._guard("listing", folder, lambda: [*_walk(self._root, folder, self.url, now)])
+
     def _guard(self, action: str, path: str, call: Callable[[], T]) -> T:
         try:
             return call()
@@ -115,8 +131,18 @@ class LocalSweeper:
             raise StoreError(f"{self.url}/{path}", action, 1, error.strerror or str(error)) from error
 
 
-def _walk(root: Path, folder: str, url: str) -> Iterator[Entry]:
-    now, count = time.time(), 0
+def _clock(root: Path) -> float:
+    """Now, as the disk's own server counts it: this machine may be a day ahead of it, and all would look abandoned."""
+    try:
+        with temporary(root / "now") as file, open(file, "xb") as new:
+            return os.fstat(new.fileno()).st_mtime
+    except OSError:  # whoever may not write here cannot remove anything either
+        return time.time()
+
+
+def _walk(root: Path, folder: str, url: str, now: float) -> Iterator[tuple[Entry, bool]]:
+    """Entries, and whether each is a folder."""
+    count = 0
     pending = [folder]
     while pending:
         above = pending.pop()
@@ -131,13 +157,14 @@ def _walk(root: Path, folder: str, url: str) -> Iterator[Entry]:
                 if count > MAX_LISTED:
                     raise StoreDenied(url, "listing", f"more than {MAX_LISTED} files are in it")
                 for entry in found:
-                    if entry.is_dir(follow_symlinks=False):
+                    is_folder = entry.is_dir(follow_symlinks=False)
+                    if is_folder:
                         pending.append(f"{prefix}{entry.name}")
-                        continue
                     with suppress(FileNotFoundError):  # gone since
                         status = entry.stat(follow_symlinks=False)
                         n_bytes = status.st_size if stat.S_ISREG(status.st_mode) else 0
-                        yield Entry(f"{prefix}{entry.name}", n_bytes, max(0.0, now - status.st_mtime))
+                        age = max(0.0, now - status.st_mtime)
+                        yield Entry(f"{prefix}{entry.name}", n_bytes, age), is_folder
         except (FileNotFoundError, NotADirectoryError):
             continue
 
@@ -171,3 +198,9 @@ def _unlink(root: Path, parts: Sequence[str]) -> None:
                 os.rmdir(folder, dir_fd=parent)
             except OSError:  # not empty
                 break
+
+
+def _remove_folder(root: Path, parts: Sequence[str]) -> None:
+    *folders, name = parts
+    with suppress(OSError), _opened(root, folders) as descriptors:  # not empty, or gone
+        os.rmdir(_plain(name), dir_fd=descriptors[-1])

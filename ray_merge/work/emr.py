@@ -32,7 +32,7 @@ from ray_merge.work.deltas import site_deltas
 from ray_merge.work.factors import AdapterFiles
 from ray_merge.work.job import EmrUnit, Job
 from ray_merge.work.scratch import scratch_folder
-from ray_merge.work.sources import Sources, check_base
+from ray_merge.work.sources import Sources, check_base, open_base
 from ray_merge.work.tensors import TORCH_DTYPES, to_bytes
 
 COPY_BYTES = 2**20
@@ -54,7 +54,7 @@ def run_emr(job: Job, unit: EmrUnit, files: AdapterFiles, stores: Stores, turn: 
         file = ScratchFile(path, emr_layout(sites), emr_metadata(sites), behind)
         stack.callback(file.discard)
         stack.enter_context(behind)  # last, so that nothing is queued when the file is discarded
-        base = stores.open(plan.base.url)
+        base = open_base(stores, plan.base)
         check_base(base, plan.base, shard)
         sources = Sources(plan.base, stack.enter_context(Reader(base)), files)
         tensors = {tensor.name: tensor for tensor in shard.tensors}
@@ -67,6 +67,7 @@ def run_emr(job: Job, unit: EmrUnit, files: AdapterFiles, stores: Stores, turn: 
             (delta,) = site_deltas(site, [merge], files, values, {})
             assert isinstance(delta, Unified)
             sums[site.name] = _write_site(merge, item, delta, file, spool)
+        check_base(base, plan.base, shard)
         turn.end()
         _append(spool, file)
         sha256 = file.close()

@@ -26,7 +26,7 @@ from ray_merge.storage.store import Stores
 from ray_merge.storage.stream import Reader
 from ray_merge.work.factors import AdapterFiles, Base
 from ray_merge.work.job import Job, Question, SelectUnit, Series
-from ray_merge.work.sources import Sources
+from ray_merge.work.sources import Sources, open_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def run_select(job: Job, unit: SelectUnit, files: AdapterFiles, stores: Stores, 
     for series in by_series:
         by_merge[series.merge][series.space, series.adapters].append(series)
     with ExitStack() as stack:
-        reader = stack.enter_context(Reader(stores.open(plan.base.url)))
+        reader = stack.enter_context(Reader(open_base(stores, plan.base)))
         sources = Sources(plan.base, reader, files)
         for name, spaces in by_merge.items():
             for site, base in _sites(plan, merges[name], unit.shard, sources):
@@ -116,7 +116,10 @@ class _Tally:
             "the driver and the entries disagree on the dtype"
         )
         if not self.question.gather:
-            self._counts += count(chunk, prefix).cpu()
+            self._counts = self._counts.to(
+                chunk.device
+            )  # once: small transfers took most of the time on a GPU
+            self._counts += count(chunk, prefix)
             return
         found = gather(chunk, prefix).cpu().numpy()
         self._magnitudes[self._n_gathered : self._n_gathered + len(found)] = found
@@ -124,5 +127,7 @@ class _Tally:
 
     def found(self) -> Found:
         return Found(
-            Histogram.of(self._counts.numpy()), self._magnitudes[: self._n_gathered].copy(), self._n_entries
+            Histogram.of(self._counts.cpu().numpy()),
+            self._magnitudes[: self._n_gathered].copy(),
+            self._n_entries,
         )

@@ -35,7 +35,7 @@ from ray_merge.work.diagnostics import Diagnosis
 from ray_merge.work.factors import AdapterFiles, token_rows
 from ray_merge.work.job import Job, ShardUnit
 from ray_merge.work.scratch import scratch_folder
-from ray_merge.work.sources import Sources, check_base
+from ray_merge.work.sources import Sources, check_base, open_base
 from ray_merge.work.tensors import TORCH_DTYPES, from_bytes, to_bytes
 
 
@@ -85,13 +85,14 @@ def run_shard(job: Job, unit: ShardUnit, files: AdapterFiles, stores: Stores, tu
         behind = WriteBehind(turn.check)
         outputs = [stack.enter_context(_output(job, shard, merge, behind)) for merge in merges]
         stack.enter_context(behind)  # last, so that nothing is queued when the files are discarded
-        base = stores.open(plan.base.url)
+        base = open_base(stores, plan.base)
         check_base(base, plan.base, shard)
         sources = Sources(plan.base, stack.enter_context(Reader(base)), files)
         context = _Unit(job, files, sources, clock, unit.thresholds)
         for position in range(len(shard.tensors)):
             for tensor, alike in _by_source(outputs, position):
                 _write_tensor(context, tensor, alike)
+        check_base(base, plan.base, shard)
         turn.end()
         return [_publish(context, unit, shard, output, stores) for output in outputs]
 

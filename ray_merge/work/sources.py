@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ray_merge.algebra.dequantise import STORED_DTYPES, dequantise_rows
-from ray_merge.errors import RunFailed
 from ray_merge.plan import OutTensor, Shard
 from ray_merge.spec import DTYPE_BYTES, TensorEntry
 from ray_merge.storage.checkpoint import Checkpoint
 from ray_merge.storage.quantised import Quantised, part_ranges, row_unit
-from ray_merge.storage.store import Store
+from ray_merge.storage.store import Store, Stores, check_unchanged
 from ray_merge.storage.stream import CHUNK_BYTES, Reader
 from ray_merge.work.factors import AdapterFiles
 from ray_merge.work.tensors import TORCH_DTYPES, from_bytes
@@ -25,15 +24,24 @@ from ray_merge.work.tensors import TORCH_DTYPES, from_bytes
 Span = tuple[int, int]
 
 
+def open_base(stores: Stores, base: Checkpoint) -> Store:
+    """The base's folder, as the plan saw its weights."""
+    return stores.open(base.url).pinned(base.weight_files)
+
+
 def check_base(store: Store, base: Checkpoint, shard: Shard) -> None:
-    """Refuse files of one shard that are not those of the plan."""
+    """Refuse files of one shard that are not those of the plan: before the first read, and after the last one.
+
+    Raises:
+        RunFailed: a file is another one, or gone.
+    """
     names = {tensor.source.file for tensor in shard.tensors}
     for tensor in shard.tensors:
         if tensor.source.name in base.quantised:
             names |= {part.file for part in base.quantised[tensor.source.name].parts.values()}
     for planned in base.weight_files:
-        if planned.path in names and store.info(planned.path) != planned:
-            raise RunFailed(f"{base.url}/{planned.path} has changed since the run was planned; run again")
+        if planned.path in names:
+            check_unchanged(store, planned)
 
 
 class Sources:

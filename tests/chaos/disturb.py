@@ -15,10 +15,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from processes import Driver, Ended, proxy_process, start_driver
+from processes import Driver, Ended, proxy_process, start_command, start_driver
 from scenarios import Scenario
 
-from random_faults import RandomFaults
+from random_faults import WAITING, RandomFaults, be_impatient
 from s3_server import S3Server, run_server
 
 
@@ -47,6 +47,7 @@ class Stage:
         scenario: what is to be done.
         folder: its own scratch folder.
         recipe: the recipe's file.
+        output: where its merges go.
         seconds: of an undisturbed run of it.
         n_objects: that an undisturbed run leaves.
         count: how many objects there are now.
@@ -59,6 +60,7 @@ class Stage:
     scenario: Scenario
     folder: Path
     recipe: Path
+    output: str
     seconds: float
     n_objects: int
     count: Callable[[], int]
@@ -90,7 +92,8 @@ def storage_faults(stage: Stage) -> list[Ended]:
     rule = RandomFaults(scenario.faults, scenario.rate, scenario.seed)
     with proxy_process(stage.environment["AWS_ENDPOINT_URL"], rule) as (address, counts):
         stage.environment = {**stage.environment, "AWS_ENDPOINT_URL": address}
-        ended = [stage.start().wait()]
+        before = be_impatient if set(scenario.faults) & set(WAITING) else lambda: None
+        ended = [stage.start(before=before).wait()]
     stage.notes.update(counts)
     return ended
 
@@ -167,6 +170,19 @@ def two_drivers(stage: Stage) -> list[Ended]:
     return [first.wait(), second.wait()]
 
 
+def collect_beside(stage: Stage) -> list[Ended]:
+    """kill -9, and then `gc` takes whatever has no manifest at some moment of the same recipe's next run."""
+    ended = kill_driver(stage)
+    moment = stage.rng.random() * stage.seconds
+    driver = stage.start("second")
+    stage.notes["beside"] = driver.alive_after(moment)
+    command = ["gc", stage.output, "--remove", "--older-than", "0s"]
+    collected = start_command(command, stage.folder / "gc.log", stage.environment).wait()
+    stage.notes["gc"] = collected.code
+    stage.notes["gc_said"] = collected.last
+    return [*ended, driver.wait()]
+
+
 def shift_clock(stage: Stage) -> list[Ended]:
     """A driver whose clock is wrong, beside one whose clock is right."""
     shift = stage.rng.choice([-86400.0, -3600.0, -300.0, -5.0, 5.0, 300.0, 3600.0, 86400.0])
@@ -210,6 +226,7 @@ DISTURB: dict[str, Callable[[Stage], list[Ended]]] = {
     "memory-limit": limit_memory,
     "two-drivers": two_drivers,
     "clock": shift_clock,
+    "gc": collect_beside,
 }
 
 

@@ -9,6 +9,9 @@ from processes import Ended
 from scenarios import Scenario
 from world import Reference, is_marked
 
+BEARABLE_RATE = 0.05
+"""With 9 attempts a request fails for good once in 10^11: a run has to end well."""
+
 MAY_BE_INTERNAL = ("memory-limit",)
 """MemoryError and "can't start new thread" come from anywhere; the last line says so."""
 
@@ -46,7 +49,10 @@ def judge_disturbed(
 ) -> None:
     """Right after the disturbed run: nothing wrong is there, and the exit code tells the truth."""
     verdict.ends += ends
-    verdict.corrupt += reference.wrong(objects, output)
+    scenario = verdict.scenario
+    # What gc overtook says by itself that it is no result: its recipe.yaml is gone.
+    shown = reference.begun(objects) if scenario.kind == "gc" else objects
+    verdict.corrupt += reference.wrong(shown, output)
     missing = reference.missing(objects)
     for end in ends:
         verdict.said += _said(verdict.scenario.kind, end)
@@ -57,6 +63,12 @@ def judge_disturbed(
     written = sorted(path for path in objects if not is_marked(path) and not path.endswith("recipe.yaml"))
     if [end.code for end in ends] == [2] and written:
         verdict.said.append(f"exit code 2 and {written[:3]} are there: {ends[0].last[:200]}")
+    if scenario.kind.startswith("fault-") and scenario.rate <= BEARABLE_RATE:
+        verdict.said += [
+            f"exit code {end.code} at {scenario.rate:.0%}: {end.last[:300]}" for end in ends if end.code != 0
+        ]
+    if scenario.kind == "gc" and verdict.notes.get("gc") not in (0, 1, 2):
+        verdict.said.append(f"gc ended with {verdict.notes.get('gc')}: {verdict.notes.get('gc_said')}")
     if verdict.scenario.kind == "two-drivers" and [end.code for end in ends] != [0, 0]:
         verdict.said.append("one of two drivers failed: " + " | ".join(f"{e.code} {e.last}" for e in ends))
 
@@ -76,7 +88,7 @@ def judge_rerun(
 
 
 def _said(kind: str, end: Ended) -> list[str]:
-    if end.code is None or end.code == 0 or (end.code < 0 and "kill-driver" in kind):
+    if end.code is None or end.code == 0 or (end.code < 0 and ("kill-driver" in kind or kind == "gc")):
         return []
     if kind == "preempted" and end.code in (-9, -15):  # -15: before the command line had begun
         return []

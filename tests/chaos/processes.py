@@ -102,16 +102,27 @@ def start_driver(
     before: Callable[[], None] = lambda: None,
 ) -> Driver:
     """`ray-merge run RECIPE --engine local` in a forked process; `before` is called in it first."""
+    arguments = ["run", str(recipe), "--engine", "local", "--workers", "2", "--cache-dir", str(cache)]
+    return start_command(arguments, log, environment, before)
+
+
+def start_command(
+    arguments: list[str],
+    log: Path,
+    environment: Mapping[str, str],
+    before: Callable[[], None] = lambda: None,
+) -> Driver:
+    """`ray-merge` with any arguments in a forked process."""
     log.touch()
     started = time.monotonic()
     pid = os.fork()
     if pid:
         return Driver(pid, log, started)
-    _become_driver(recipe, cache, log, environment, before)
+    _become_command(arguments, log, environment, before)
 
 
-def _become_driver(
-    recipe: Path, cache: Path, log: Path, environment: Mapping[str, str], before: Callable[[], None]
+def _become_command(
+    arguments: list[str], log: Path, environment: Mapping[str, str], before: Callable[[], None]
 ) -> NoReturn:
     code = 99
     try:
@@ -125,9 +136,7 @@ def _become_driver(
         before()
         from ray_merge.cli import main
 
-        main(
-            ["run", str(recipe), "--engine", "local", "--workers", "2", "--cache-dir", str(cache)],
-        )
+        main(arguments)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 98
     except BaseException:  # noqa: BLE001  (the log has it)

@@ -68,6 +68,7 @@ class Lane:
                 scenario,
                 folder,
                 path,
+                output,
                 seconds,
                 len(reference.files) + len(reference.receipts),
                 partial(self.world.count, output),

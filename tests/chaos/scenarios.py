@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from world import RECIPES
 
-from random_faults import KINDS
+from random_faults import KINDS, WAITING
 
-MIXED = tuple(kind for kind in KINDS if kind != "false412")
+MIXED = tuple(kind for kind in KINDS if kind not in ("false412", *WAITING))
 
 LOCAL_COUNTS = {
-    **{f"fault-{kind}": 22 for kind in KINDS},
+    **{f"fault-{kind}": 18 for kind in KINDS},
     "fault-mixed": 36,
     "kill-driver-s3": 50,
     "kill-driver-disk": 24,
@@ -23,8 +23,9 @@ LOCAL_COUNTS = {
     "memory-limit": 12,
     "two-drivers": 18,
     "clock": 10,
+    "gc": 12,
 }
-"""Scenarios of the local engine by kind: 450."""
+"""Scenarios of the local engine by kind: 468."""
 
 RAY_COUNTS = {
     "ray-fault-mixed": 24,
@@ -95,7 +96,10 @@ def _scenario(number: int, kind: str, seed: str) -> Scenario:
     store = "s3"
     if kind in ("kill-driver-disk", "memory-limit"):
         store = "disk"
-    elif kind in ("disk-full", "two-drivers", "preempted", "clock"):
+    elif kind in ("disk-full", "two-drivers", "preempted", "clock", "gc"):
         store = rng.choice(["s3", "disk"])
-    rate = rng.choice([0.01, 0.05, 0.1, 0.2, 0.3]) if "fault-" in kind else 0.0
+    rates = [0.01, 0.05, 0.1, 0.2, 0.3]
+    if kind.partition("fault-")[2] in WAITING:  # each costs a time limit
+        rates = rates[:2]
+    rate = rng.choice(rates) if "fault-" in kind else 0.0
     return Scenario(number, kind, rng.choice(sorted(RECIPES)), store, rate, seed)

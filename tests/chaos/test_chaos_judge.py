@@ -81,6 +81,30 @@ def test_an_end_that_does_not_tell_the_truth_is_a_problem(code, last, part):
     assert any(part in problem for problem in problems({"m/shard": b"weights"}, code, last))
 
 
+@pytest.mark.parametrize(("rate", "passes"), [(0.05, False), (0.1, True)])
+def test_a_run_has_to_end_well_when_few_requests_fail(rate, passes):
+    verdict = Verdict(Scenario(0, "fault-slow503", "sums", "s3", rate, "x"))
+    judge_disturbed(verdict, [Ended(1, "ray-merge: why", 1.0)], {}, OUT, REFERENCE)
+    assert (verdict.problems == []) == passes
+
+
+@pytest.mark.parametrize(
+    ("objects", "gc", "passes"),
+    [
+        (without("m/ray_merge/recipe.yaml", "m/shard"), 0, True),  # a manifest that landed too late
+        (without("m/shard", "m/ray_merge/MANIFEST.json"), 0, True),  # a receipt whose object gc took
+        (without("m/shard"), 0, False),
+        ({"m/shard": b"other", "m/ray_merge/recipe.yaml": WHOLE["m/ray_merge/recipe.yaml"]}, 0, False),
+        ({}, 3, False),
+        ({}, None, False),
+    ],
+)
+def test_what_gc_overtook_must_be_known_for_it(objects, gc, passes):
+    verdict = Verdict(Scenario(0, "gc", "sums", "s3", 0.0, "x"), notes={"gc": gc})
+    judge_disturbed(verdict, [Ended(-9, "", 1.0), Ended(1, "ray-merge: why", 1.0)], objects, OUT, REFERENCE)
+    assert (verdict.problems == []) == passes
+
+
 def test_a_rerun_that_does_not_bring_everything_is_a_loss():
     verdict = Verdict(FAULT)
     judge_rerun(verdict, Ended(0, "", 1.0), without("m/shard"), OUT, REFERENCE)

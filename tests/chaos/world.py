@@ -17,6 +17,7 @@ from s3_server import BUCKET, make_client
 from zoo import llama_adapters, lora, tiny_llama
 
 MANIFEST = "ray_merge/MANIFEST.json"
+RECIPE = "ray_merge/recipe.yaml"
 STATE = ".ray_merge/"
 
 PLAIN = ["a0", "a1"]
@@ -179,6 +180,16 @@ class Reference:
                 problems.append(f"{merge}: a manifest without {lacking[:3]}")
         return problems
 
+    def begun(self, objects: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Without what `gc` overtook and no reader counts: merges without recipe.yaml, receipts without object."""
+        without = tuple(f"{merge}/" for merge in self.merges() if f"{merge}/{RECIPE}" not in objects)
+        return {
+            path: data
+            for path, data in objects.items()
+            if not path.startswith(without)
+            and (path not in self.receipts or _proven_object(path, data) in objects)
+        }
+
     def missing(self, objects: Mapping[str, bytes]) -> list[str]:
         """What an undisturbed run has and this does not."""
         return sorted({*self.files, *self.receipts} - set(objects))
@@ -193,9 +204,8 @@ class Reference:
             return [f"{path}: no whole receipt"]
         if proven != self.receipts[path]:
             return [f"{path}: proves sha256 {proven[:12]}, an undisturbed run's {self.receipts[path][:12]}"]
-        merge, _, _ = path.partition("/ray_merge/receipts/")
-        name = json.loads(data)["name"]
-        return [] if f"{merge}/{name}" in objects else [f"{path}: proves {name}, which is not there"]
+        proves = _proven_object(path, data)
+        return [] if proves in objects else [f"{path}: proves {proves}, which is not there"]
 
 
 def is_marked(path: str) -> bool:
@@ -211,6 +221,11 @@ def _digest(path: str, data: bytes, output: str) -> str:
     # recipe.yaml names the output that it was made for.
     known = data.replace(output.encode(), b"OUTPUT") if path.endswith("recipe.yaml") else data
     return hashlib.sha256(known).hexdigest()
+
+
+def _proven_object(path: str, receipt: bytes) -> str:
+    merge, _, _ = path.partition("/ray_merge/receipts/")
+    return f"{merge}/{json.loads(receipt)['name']}"
 
 
 def _proven(receipt: bytes) -> str:

@@ -5,7 +5,16 @@ import pytest
 from ray_merge.drive.outputs import look, output_root, today
 from ray_merge.errors import OutputConflict, RecipeError
 from ray_merge.spec import Receipt
-from ray_merge.storage.commit import MANIFEST, commit_bytes, id_line, pretty_json, probe, put_receipt
+from ray_merge.storage.commit import (
+    MANIFEST,
+    RECIPE,
+    REMOVING,
+    commit_bytes,
+    id_line,
+    pretty_json,
+    probe,
+    put_receipt,
+)
 from ray_merge.storage.store import Stores, open_store
 
 ID, OTHER = "a" * 64, "b" * 64
@@ -137,4 +146,24 @@ def test_a_broken_manifest_is_refused_in_one_sentence(tmp_path, content):
     begin(tmp_path)
     store(tmp_path).put_if_absent(MANIFEST, content, {})
     with pytest.raises(OutputConflict, match=r"MANIFEST\.json is"):
+        at(tmp_path)
+
+
+@pytest.mark.parametrize("name", [RECIPE, "shard"])
+def test_a_manifest_whose_files_are_gone_is_made_again_whole(tmp_path, name):
+    begin(tmp_path)
+    commit_bytes(store(tmp_path), "shard", b"1", ID)
+    document = {"id": ID, "inputs": INPUTS, "files": [{"name": "shard", "bytes": 1}]}
+    commit_bytes(store(tmp_path), MANIFEST, pretty_json(document), ID)
+    assert at(tmp_path).complete
+    (tmp_path / "out" / "m" / name).unlink()
+    assert (at(tmp_path).complete, at(tmp_path).receipts) == (False, {})
+    with pytest.raises(OutputConflict, match="holds merge id"):
+        at(tmp_path, merge_id=OTHER)
+
+
+def test_a_folder_that_gc_removes_is_refused(tmp_path):
+    complete(tmp_path)
+    store(tmp_path).put_if_absent(REMOVING, b"", {})
+    with pytest.raises(OutputConflict, match="being removed"):
         at(tmp_path)

@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from ray_merge.drive.outputs import Target
 from ray_merge.drive.publish import checkpoint_index, head_file, publish
-from ray_merge.errors import ShardConflict
+from ray_merge.errors import RunFailed, ShardConflict
 from ray_merge.spec import Receipt, SiteReport
 from ray_merge.storage.commit import MANIFEST, RECIPE, id_line, probe
 from ray_merge.storage.store import Stores, open_store
@@ -17,10 +17,11 @@ ID = "a" * 64
 
 
 def receipts(plan, worker="host:1"):
-    """Receipts of all shards, as if they had been made; publishing reads no shard."""
+    """Receipts of all shards, as if they had been made: of zeros."""
     made = [
         Receipt(
-            merge_id=ID, name=shard.name, n_bytes=shard.n_bytes, sha256=f"{shard.index:064x}",
+            merge_id=ID, name=shard.name, n_bytes=shard.n_bytes,
+            sha256=hashlib.sha256(bytes(shard.n_bytes)).hexdigest(),
             tensors=len(shard.tensors), unit="u", worker=worker, seconds={"read": 0.1 if worker == "host:1" else 9.9},
             sites=(SiteReport(site=Q0, tensor=f"{Q0}.weight", rank=2, update_norm=0.1, lost_share=0.0),)
             if shard.index == 0 else (),
@@ -30,14 +31,17 @@ def receipts(plan, worker="host:1"):
     return {receipt.name: receipt for receipt in made}
 
 
-def published(tmp_path, recipe, to="out", worker="host:1", reverse=False):
-    plan = plan_of(recipe)
+def published(tmp_path, recipe, to="out", worker="host:1", reverse=False, plan=None):
+    plan = plan or plan_of(recipe)
     url = str(tmp_path / to)
     files = {"adapter_model.safetensors": "sha256:" + "d" * 64}
     inputs = {"seed": 0, "adapters": [{"name": name, "files": files} for name in plan.merges[0].adapters]}
     target = Target(root=url, url=url, merge_id=ID, inputs=inputs, complete=False, receipts={})
     given = receipts(plan, worker)
-    probe(Stores().open(url), id_line(ID).encode(), ID)
+    store = Stores().open(url)
+    probe(store, id_line(ID).encode(), ID)
+    for shard in plan.shards:
+        store.put_if_absent(shard.name, bytes(shard.n_bytes), {})
     publish(
         plan, plan.merges[0], target, dict(reversed(given.items())) if reverse else given, Stores(), tmp_path
     )
@@ -121,6 +125,29 @@ def test_the_tokenizer_of_a_resized_vocabulary_is_the_adapters(tmp_path):
     found = contents(published(tmp_path, recipe))
     assert found["tokenizer_config.json"] == b"the adapter's"
     assert (found["added_tokens.json"], found["vocab.txt"]) == (b"new", b"the base's")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["base/vocab.txt", "base/config.json", "a/tokenizer_config.json", "b/adapter_model.safetensors"],
+)
+def test_a_file_that_changed_since_the_plan_is_not_published(tmp_path, changed):
+    recipe = write_recipe_files(tmp_path)
+    write_adapter(tmp_path / "a", factors(Q0) | tables(20))
+    if changed == "base/config.json":  # else the result has a config.json of its own
+        write_adapter(tmp_path / "a")
+    head = {"base_model.model.classifier.weight": torch.ones(3, 8)}
+    write_adapter(tmp_path / "b", factors(Q0) | head, modules_to_save=["classifier"], task_type="SEQ_CLS")
+    (tmp_path / "a" / "tokenizer_config.json").write_text("the adapter's")
+    (tmp_path / "base" / "vocab.txt").write_text("the base's")
+    plan = plan_of(recipe)
+    (tmp_path / changed).write_bytes((tmp_path / changed).read_bytes()[:-1] + b" ")
+    with pytest.raises(
+        RunFailed, match=rf"{changed} changed in mid-run: version .* now; run the recipe again"
+    ):
+        published(tmp_path, recipe, plan=plan)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    assert not (tmp_path / "out" / changed.split("/")[1]).exists()
 
 
 def test_the_manifest_says_where_every_tensor_of_an_adapter_went(tmp_path):

@@ -82,7 +82,9 @@ def test_manifest_names_every_file_by_content(undisturbed):
 
 
 def test_nothing_but_merges_is_left(undisturbed):
-    assert sorted(path.name for path in undisturbed.iterdir()) == ["knots", "pairs", "scale"]
+    assert sorted(path.name for path in undisturbed.iterdir()) == [".ray_merge", "knots", "pairs", "scale"]
+    # The folder itself stays: another driver may be about to put its scratch there.
+    assert [*(undisturbed / ".ray_merge" / "attempts").iterdir()] == []
 
 
 def test_untouched_tensors_have_the_bytes_of_the_base(inputs, undisturbed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 import ray_merge
 from fault_proxy import fault_proxy
+from ray_merge.errors import RunFailed
 from ray_merge.storage.commit import MANIFEST
 from ray_merge.storage.store import open_store
 from zoo import llama_adapters, tiny_llama
@@ -146,3 +148,36 @@ def test_a_driver_that_begins_while_another_looks_is_not_taken_for_a_stranger(s3
         ray_merge.run(recipe(remote, output), engine="local", cache_dir=tmp_path / "cache")
     assert len(begun) == 1
     assert digests(output) == local
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["replaced", "replaced and put back"])
+def test_no_shard_is_made_of_a_base_that_is_another_one_for_a_moment(
+    s3, inputs, local, tmp_path, monkeypatch, back
+):
+    url = f"{s3.url}/{uuid.uuid4().hex[:8]}"
+    store = open_store(url)
+    for path in inputs.rglob("*"):
+        if path.is_file():
+            store.put_if_absent(str(path.relative_to(inputs)), path.read_bytes(), {})
+    tiny_llama(tmp_path / "other", seed=7)
+    old, new = ((f / "model.safetensors").read_bytes() for f in (inputs / "base", tmp_path / "other"))
+    turn = 0
+
+    def replace_it(call):
+        nonlocal turn
+        if call.method == "GET" and call.target.partition("?")[0].endswith("base/model.safetensors"):
+            turn += 1
+            if turn == 12:
+                store.replace("base/model.safetensors", new)
+            if turn == 14 and back:
+                store.replace("base/model.safetensors", old)
+
+    expected = pytest.raises(RunFailed, match=r"base/model\.safetensors changed in mid-run: version ")
+    with fault_proxy(s3.endpoint, replace_it) as proxy, contextlib.suppress(RunFailed) if back else expected:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        ray_merge.run(recipe(url, f"{url}/out"), engine="local", workers=1, cache_dir=tmp_path / "cache")
+    assert turn >= 12
+    monkeypatch.undo()
+    made = {path: digest for path, digest in digests(f"{url}/out").items() if "/model-" in path}
+    assert made.items() <= local.items()
+    assert back or made.keys() < {path for path in local if "/model-" in path}

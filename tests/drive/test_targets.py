@@ -3,13 +3,14 @@ import pytest
 from ray_merge.drive.outputs import Target
 from ray_merge.drive.targets import complete_before, incomplete, is_complete
 from ray_merge.errors import OutputConflict
-from ray_merge.storage.commit import MANIFEST, pretty_json
+from ray_merge.storage.commit import MANIFEST, RECIPE, id_line, pretty_json
 from ray_merge.storage.store import Stores, open_store
 
 ID, OTHER = "a" * 64, "b" * 64
 
 
 def complete(root, merge_id=ID):
+    open_store(str(root)).put_if_absent(RECIPE, id_line(merge_id).encode(), {})
     open_store(str(root)).put_if_absent(MANIFEST, pretty_json({"id": merge_id, "inputs": {}}), {})
 
 

@@ -89,5 +89,5 @@ def test_a_file_that_changed_since_its_headers_were_read_is_refused(tmp_path):
     weights = weights_of(tmp_path, {"w": torch.ones(2)}, {"w": (Slot("w"),)})
     path = tmp_path / "model.safetensors"
     save_file(load_file(path) | {"x": torch.zeros(9)}, path)
-    with pytest.raises(RunFailed, match="has changed since the run was planned"):
+    with pytest.raises(RunFailed, match="changed in mid-run"):
         weights.read("w")

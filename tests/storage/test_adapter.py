@@ -238,6 +238,17 @@ def test_tokenizer_files_are_noted_where_the_vocabulary_may_have_changed(tmp_pat
     assert [info.path for info in read(tmp_path).side_files] == ["tokenizer.json", "tokenizer_config.json"]
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "adapter_config.json"])
+def test_a_file_that_would_be_published_and_lies_elsewhere_is_refused(tmp_path, name):
+    folder = write_adapter(tmp_path / "a", factors(Q0) | {f"{P}model.embed_tokens.weight": torch.ones(20, 8)})
+    (tmp_path / "secret").write_text((folder / "adapter_config.json").read_text())
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../secret")
+    assert f"{name} is a link to '{tmp_path}/secret', outside of its folder" in refusal(
+        folder, CheckpointError
+    )
+
+
 def test_the_adapter_that_training_started_from_is_read_too(tmp_path):
     stores = [open_store(str(write_adapter(tmp_path / name))) for name in ("trained", "initial")]
     found = read_adapter("a", stores[0], initial=stores[1])

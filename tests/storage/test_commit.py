@@ -10,6 +10,8 @@ from ray_merge.storage.commit import (
     FITNESS,
     MANIFEST,
     RECIPE,
+    REMOVING,
+    broken,
     check_fit,
     commit,
     commit_bytes,
@@ -18,11 +20,13 @@ from ray_merge.storage.commit import (
     pretty_json,
     probe,
     put_receipt,
+    read_complete,
     read_manifest,
     read_receipt,
     read_receipts,
     receipt_path,
     recorded_id,
+    sizes_of,
 )
 from ray_merge.storage.store import open_store
 
@@ -205,7 +209,57 @@ def test_there_is_no_manifest_until_it_is_put(store):
     assert read_manifest(store) == {"id": ID, "inputs": {}}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"inputs": 3}', b"[" * 50_000])
+@pytest.fixture
+def manifest(store):
+    """Of a complete merge that lies in `store`."""
+    probe(store, id_line(ID).encode(), ID)
+    commit_bytes(store, "model-1.safetensors", b"data", ID)
+    document = {"id": ID, "inputs": {}, "files": [{"name": "model-1.safetensors", "bytes": 4}]}
+    commit_bytes(store, MANIFEST, pretty_json(document), ID)
+    return document
+
+
+def test_a_manifest_with_all_that_it_names_is_a_complete_merge(store, manifest):
+    assert read_complete(store) == manifest
+    assert broken(store, manifest, sizes_of(store), sizes=True) == []
+
+
+@pytest.mark.parametrize("name", [RECIPE, "model-1.safetensors"])
+def test_a_manifest_without_what_it_stands_for_is_no_complete_merge(store, manifest, name):
+    (store.local_root / name).unlink()
+    assert broken(store, manifest, sizes_of(store)) == [f"{name} is not there"]
+    assert read_complete(store) is None
+
+
+def test_a_merge_that_is_being_removed_is_not_complete(store, manifest):
+    store.put_if_absent(REMOVING, b"", {})
+    assert broken(store, manifest, sizes_of(store)) == [f"{REMOVING} is there"]
+    assert read_complete(store) is None
+
+
+def test_a_file_of_another_length_is_gone_for_who_publishes_and_edited_for_who_reads(store, manifest):
+    (store.local_root / "model-1.safetensors").write_bytes(b"other")
+    assert broken(store, manifest, sizes_of(store), sizes=True) == ["model-1.safetensors is not there"]
+    assert read_complete(store) == manifest
+
+
+def test_what_an_old_listing_does_not_show_is_asked_for_by_its_name(store, manifest):
+    assert broken(store, manifest, {}, sizes=True) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"inputs": 3}',
+        b"[" * 50_000,
+        b'{"inputs": {}, "files": 3}',
+        b'{"inputs": {}, "files": [{"name": 3, "bytes": 4}]}',
+    ],
+)
 def test_a_manifest_that_is_none_is_refused(store, content):
     store.put_if_absent(MANIFEST, content, {})
     with pytest.raises(OutputConflict, match="MANIFEST"):

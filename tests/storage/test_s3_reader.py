@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import socket
+import threading
 import uuid
 from dataclasses import replace
 from urllib.parse import urlsplit
@@ -11,8 +14,8 @@ from urllib.parse import urlsplit
 import fsspec
 import pytest
 
-from fault_proxy import Hang, Reply, fault_proxy, nth
-from ray_merge.errors import RayMergeError, StoreDenied, StoreError
+from fault_proxy import Drip, Hang, Reply, Shift, fault_proxy, nth
+from ray_merge.errors import RayMergeError, RunFailed, StoreDenied, StoreError
 from ray_merge.storage import s3_reader
 from ray_merge.storage.remote import RemoteStore
 from ray_merge.storage.retry import Backoff
@@ -137,6 +140,137 @@ def test_a_store_that_does_not_answer_is_given_up_after_the_clients_time_limit(s
 
 
 @on_server
+@pytest.mark.parametrize("how", ["read", "download"])
+def test_an_answer_that_never_ends_is_given_up_although_bytes_keep_coming(
+    s3, url, monkeypatch, tmp_path, how
+):
+    open_store(url).put_if_absent("shard", DATA, {})
+    # Longer than a loaded server takes for an honest answer.
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 2.0}})
+    with fault_proxy(s3.endpoint, nth(Drip(0.1), "GET", "shard", 1)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        store = open_s3(url, backoff=QUICK)
+        if how == "download":
+            store.download("shard", tmp_path / "copy")
+            assert (tmp_path / "copy").read_bytes() == DATA
+        else:
+            assert store.read("shard", 0, 50_000) == DATA[:50_000]
+        assert proxy.count("GET", "shard") == 2
+
+
+@on_server
+def test_answers_that_never_end_are_an_error_after_bounded_tries(s3, url, monkeypatch):
+    open_store(url).put_if_absent("shard", DATA, {})
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 2.0}})
+    with fault_proxy(s3.endpoint, nth(Drip(0.1), "GET", "shard")) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        store = open_s3(url, backoff=replace(QUICK, attempts=1))
+        with pytest.raises(StoreError, match=r"after 1 try: the answer was not complete after 2 s"):
+            store.read("shard", 0, 10_000)
+
+
+@on_server
+@pytest.mark.parametrize("start", [0, 5, 500])
+def test_another_range_than_was_asked_for_is_not_taken(proxied, start, tmp_path):
+    proxy, store = proxied
+    proxy.begin(nth(Shift(), "GET", "shard", 1, 2))
+    assert store.read("shard", start, start + 50) == DATA[start : start + 50]
+    assert proxy.count("GET", "shard") == 3
+    proxy.begin(nth(Shift(), "GET", "shard"))
+    with pytest.raises(
+        StoreError, match=rf"asked for bytes {start}-{start + 49}, the answer says Content-Range"
+    ):
+        store.read("shard", start, start + 50)
+    with pytest.raises(StoreError, match="asked for bytes 0-"):
+        store.download("shard", tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("said", "length"),
+    [
+        ("bytes 0-9/10", 300_000_000), ("bytes 0-8/10", 10), ("bytes 1-10/10", 10), ("bytes 0-19/20", 20),
+        ("bytes 0-9/10", None), (None, 10), ("bytes 0-9/10", "ten"), ("bytes 0--1/10", 0), ("bytes */10", 10),
+    ],
+)  # fmt: skip
+def test_headers_that_are_no_answer_to_the_question_are_refused(said, length):
+    with pytest.raises(ConnectionError, match=r"asked for bytes 0-9, "):
+        s3_reader.check_answer(said, length, 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("said", "length"), [("bytes 5-14/99", 10), ("bytes 5-14/*", "10"), ("bytes 5-6/7", "2")]
+)
+def test_headers_of_the_range_or_of_all_that_is_left_are_let_through(said, length):
+    s3_reader.check_answer(said, length, 5, 15)
+
+
+@on_server
+def test_a_fat_answer_is_not_read(url, monkeypatch):
+    """A server that sends 300 MB for 10 bytes: none of them is taken."""
+    sent = []
+
+    def serve(listening):
+        for _ in range(3):
+            client, _ = listening.accept()
+            with client, contextlib.suppress(OSError):
+                client.recv(65536)
+                client.sendall(
+                    b"HTTP/1.1 206 x\r\nContent-Length: 300000000\r\nContent-Range: bytes 0-9/10\r\n\r\n"
+                )
+                for _ in range(300):
+                    client.sendall(bytes(1_000_000))
+                    sent.append(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, args=(listening,), daemon=True)
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        with pytest.raises(StoreError, match=r"after 3 tries: asked for bytes 0-9, .*'300000000'"):
+            open_s3(url, backoff=QUICK).read("shard", 0, 10)
+        thread.join(10)
+    assert not thread.is_alive()
+    assert len(sent) < 60  # what socket buffers hold
+
+
+@on_server
+def test_a_pinned_file_is_read_in_its_version_alone(s3, url, monkeypatch, tmp_path):
+    store = open_s3(url, backoff=QUICK)
+    store.put_if_absent("shard", DATA, {})
+    store.put_if_absent("other", DATA, {})
+    planned = store.info("shard")
+    pinned = store.pinned([planned])
+    below = open_s3(s3.url, backoff=QUICK).pinned([replace(planned, path=f"{url.rsplit('/', 1)[1]}/shard")])
+    assert pinned.read("shard", 5, 10) == DATA[5:10] == below.sub(url.rsplit("/", 1)[1]).read("shard", 5, 10)
+    store.replace("shard", DATA[::-1])
+    found = store.info("shard")
+    words = rf"/shard changed in mid-run: version {planned.version} when planned, version {found.version} "
+    for how in (
+        lambda: pinned.read("shard", 5, 10),
+        lambda: pinned.download("shard", tmp_path / "copy"),
+        lambda: below.sub(url.rsplit("/", 1)[1]).read("shard", 5, 10),
+    ):
+        with pytest.raises(RunFailed, match=words):
+            how()
+    assert store.read("shard", 5, 10) == DATA[::-1][5:10]
+    assert pinned.read("other", 5, 10) == DATA[5:10]
+    store.replace("shard", DATA)
+    assert pinned.read("shard", 5, 10) == DATA[5:10]
+
+
+@on_server
+def test_a_pinned_file_is_read_in_its_version_through_s3fs_too(proxied):
+    proxy, store = proxied
+    pinned = store.pinned([store.info("shard")])
+    proxy.begin(nth(Reply(403, "SomethingElse"), "GET", "shard", 1))
+    assert pinned.read("shard", 5, 10) == DATA[5:10]
+    store.replace("shard", DATA[::-1])
+    proxy.begin(nth(Reply(403, "SomethingElse"), "GET", "shard", 1))
+    with pytest.raises(RunFailed, match="changed in mid-run"):
+        pinned.read("shard", 5, 10)
+    assert proxy.count("GET", "shard") == 2
+
+
+@on_server
 def test_a_proxy_of_the_environment_is_used(s3, url, monkeypatch):
     open_store(url).put_if_absent("shard", DATA, {})
     with fault_proxy(s3.endpoint) as proxy:
@@ -156,6 +290,25 @@ def test_a_server_that_is_not_there_is_an_error_without_its_signature(monkeypatc
         open_s3("s3://bucket/x", backoff=QUICK).read("a", 0, 10)
     assert "geheim" not in f"{caught.value} {caught.value!r}"
     assert "ignature" not in f"{caught.value} {caught.value!r}"
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["user:geheim@127.0.0.1:9", "https//user:geheim@h", "http:/user:geheim@h:9"]
+)
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda store: store.info("a"), lambda store: store.read("a", 0, 1), lambda store: store.list(),
+        lambda store: store.put_if_absent("a", b"1", {}), lambda store: store.metadata("a"),
+    ],
+)  # fmt: skip
+def test_an_endpoint_that_is_no_url_is_refused_and_not_shown(monkeypatch, endpoint, ask):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key")
+    with pytest.raises(StoreDenied, match="AWS_ENDPOINT_URL is no URL; write https://host") as caught:
+        ask(open_s3("s3://bucket/x", backoff=QUICK))
+    assert "geheim" not in f"{caught.value} {caught.value!r} {caught.value.__cause__!r}"
 
 
 CONFIG = """

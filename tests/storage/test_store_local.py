@@ -240,3 +240,12 @@ def test_a_disk_that_fails_is_no_missing_file(store, monkeypatch):
     monkeypatch.setattr(os, "stat", broken)
     with pytest.raises(StoreError, match=r"looking up .* failed after 1 try: Input/output error"):
         store.info("folder/a")
+
+
+def test_a_report_is_not_written_through_a_link_that_leads_out(store, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    store.local_root.mkdir()
+    (store.local_root / "ray_merge").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreDenied, match="leads out of"):
+        store.replace("ray_merge/evaluation.json", b"{}")
+    assert [*(tmp_path / "elsewhere").iterdir()] == []

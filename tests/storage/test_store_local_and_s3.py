@@ -203,6 +203,15 @@ def test_an_object_that_shrank_gives_an_error_and_never_fewer_bytes(request, sto
     assert store.read("w") == bytes(400)
 
 
+def test_a_report_is_replaced_by_a_longer_and_by_a_shorter_one(store):
+    for data in (b"report", b"a longer report", b"short"):
+        store.replace("ray_merge/report.html", data)
+        assert store.read("ray_merge/report.html") == data
+    assert [info.path for info in store.list()] == ["ray_merge/report.html"]
+    with pytest.raises(Refusal, match="not a relative path"):
+        store.replace("../report.html", b"x")
+
+
 def replace_object(server, store, path, data):
     from s3_server import make_client
 

@@ -7,7 +7,7 @@ import uuid
 import fsspec
 import pytest
 
-from fault_proxy import CutRequest, Halve, Reply, Reset, Stale, fault_proxy, nth
+from fault_proxy import CutRequest, Halve, Reply, Reset, Shift, Stale, fault_proxy, nth
 from random_faults import KINDS, RandomFaults
 from ray_merge.errors import StoreError
 from ray_merge.storage import s3 as s3_module
@@ -54,11 +54,22 @@ def test_writes_that_are_always_cut_leave_no_object(faulty):
     assert store.info("shard") is None
 
 
-@pytest.mark.parametrize("fault", [Reset(), Halve()])
+@pytest.mark.parametrize("fault", [Reset(), Halve(), Shift()])
 def test_half_an_answer_is_never_taken_for_the_whole(faulty, fault):
     _, store = faulty(nth(fault, "GET", "shard", 1, 2))
     store.put_if_absent("shard", DATA, {})
     assert store.read("shard", 5, 90_005) == DATA[5:90_005]
+
+
+def test_a_replacement_is_tried_as_often_as_every_other_request(faulty):
+    proxy, store = faulty(nth(Reply(503, "SlowDown"), "PUT", "report", 1, 2))
+    store.replace("report", DATA)
+    assert proxy.count("PUT", "report") == 3
+    assert store.read("report") == DATA
+    proxy.begin(nth(Reply(503, "SlowDown"), "PUT", "report"))
+    with pytest.raises(StoreError, match="failed after 3 tries"):
+        store.replace("report", b"short")
+    assert proxy.count("PUT", "report") == 3
 
 
 def test_a_listing_cut_in_the_middle_is_asked_for_again(faulty):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 
 import pytest
@@ -92,6 +93,34 @@ def test_the_folder_itself_may_be_reached_by_a_link(folder):
     sweeper = open_sweeper(str(folder.parent / "link"))
     sweeper.remove("plain")
     assert not (folder / "plain").exists()
+
+
+def test_ages_are_those_of_the_disks_own_clock(folder, monkeypatch):
+    real = time.time
+    monkeypatch.setattr("time.time", lambda: real() + 2 * 86400)
+    assert all(entry.age_seconds < 600 for entry in open_sweeper(str(folder)).entries())
+    assert paths(open_sweeper(str(folder))) == ["a/b/.tmp-1", "plain"]
+
+
+def test_where_nothing_may_be_written_this_machines_clock_has_to_do(folder, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("ray_merge.storage.sweep.temporary", denied)
+    assert all(entry.age_seconds < 600 for entry in open_sweeper(str(folder)).entries())
+
+
+def test_empty_folders_go_by_name_and_age_and_no_others(folder):
+    for name in ("x/attempts/1", "x/attempts/2", "y/attempts/1", "z"):
+        (folder / name).mkdir(parents=True)
+    (folder / "x" / "attempts" / "2" / "half").write_bytes(b"")
+    (folder / "door").symlink_to(folder / "y")
+    sweeper = open_sweeper(str(folder))
+    sweeper.remove_empty(re.compile(r".*/attempts(/\d)?"), 3600)
+    assert (folder / "y" / "attempts" / "1").is_dir()
+    sweeper.remove_empty(re.compile(r".*/attempts(/\d)?"), 0)
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}
+    assert left - {"a", "a/b"} == {"x", "x/attempts", "x/attempts/2", "y", "z", "door"}
 
 
 def test_what_cannot_be_tidied_is_refused(tmp_path):

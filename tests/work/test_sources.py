@@ -15,7 +15,7 @@ from ray_merge.plan import OutTensor
 from ray_merge.spec import DTYPE_BYTES, TensorEntry
 from ray_merge.storage.checkpoint import Checkpoint
 from ray_merge.storage.quantised import row_unit
-from ray_merge.storage.store import Stores, open_store
+from ray_merge.storage.store import ObjectInfo, Stores, open_store
 from ray_merge.storage.stream import CHUNK_BYTES, Reader
 from ray_merge.work import sources as module
 from ray_merge.work.factors import AdapterFiles
@@ -31,8 +31,20 @@ def tensor_of(rows, columns, dtype="BF16"):
 
 
 def headers_only(**keys) -> Sources:
-    given = {"url": "", "config": {}, "tensors": {}, "weight_files": (), "side_files": (), **keys}
-    return Sources(Checkpoint(**given), None, None)
+    return Sources(checkpoint(**keys), None, None)
+
+
+def checkpoint(**keys) -> Checkpoint:
+    config = ObjectInfo("config.json", 2, "")
+    given = {
+        "url": "",
+        "config": {},
+        "tensors": {},
+        "weight_files": (),
+        "config_file": config,
+        "side_files": (),
+    }
+    return Checkpoint(**{**given, **keys})
 
 
 @pytest.mark.parametrize(
@@ -119,7 +131,7 @@ def quantised(folder, case):
     stored, weight = case.open()
     (folder / "x").write_bytes(stored.bytes)
     name = case.weight
-    base = Checkpoint(url="", config={}, tensors={}, weight_files=(), side_files=(), quantised={name: weight})
+    base = checkpoint(quantised={name: weight})
     n_bytes = 2 * weight.n_rows * weight.shape[-1]
     tensor = OutTensor(name, TensorEntry(name, "BF16", weight.shape, "", 0, n_bytes), "BF16")
     with Reader(open_store(str(folder))) as reader:
