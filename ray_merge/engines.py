@@ -16,7 +16,7 @@ from ray_merge.drive.run import PoolFactory
 from ray_merge.errors import Refusal
 from ray_merge.pool import LocalPool, Pool
 from ray_merge.pool_steps import LocalStepPool, StepPool
-from ray_merge.recipe import parse_size
+from ray_merge.recipe import SPREAD, parse_size
 from ray_merge.work.evaluate_job import EvaluateJob, EvaluatePoolFactory, EvaluateWorkerFactory
 from ray_merge.work.factory import AnyStageJob, StageWorkerFactory, WorkerFactory, stages_of
 from ray_merge.work.job import Job
@@ -90,7 +90,7 @@ def osrm_pools(engine: Engine, address: str, workers: int | None) -> OsrmPoolFac
             n_units,
             kind="osrm",
             memory_bytes=job.peak_bytes,
-            placement="spread",
+            placement=SPREAD,
             device="cpu",
             address=address,
             workers=workers,

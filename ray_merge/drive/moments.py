@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ray_merge.calibration import data_identity
 from ray_merge.drive.cover import Key, by_task, check_free, covered, missing_objects, object_stem
@@ -24,6 +24,7 @@ from ray_merge.identity import MOMENTS_VERSION, digest
 from ray_merge.plan.fisher import Likelihood
 from ray_merge.plan.moments import MomentsPlan, TaskData
 from ray_merge.pool_steps import Step, StepPool
+from ray_merge.recipe import SPREAD, Placement
 from ray_merge.spec import Adapter, Site
 from ray_merge.storage.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from ray_merge.storage.digest import DigestCache
@@ -41,8 +42,6 @@ from ray_merge.work.stage_job import (
 
 StepPoolFactory = Callable[[StageJob], StepPool]
 """Makes the pool with one place for each stage; called only when something is missing."""
-
-Placement = Literal["spread", "one_per_node"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +110,7 @@ class Work:
     cache: Path
     device: str
     make_pool: StepPoolFactory
-    placement: Placement = "spread"
+    placement: Placement = SPREAD
     progress: Callable[[Event], None] = lambda _: None
     checks: Sequence[CheckUnit] | None = None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ray_merge.calibration import data_identity
 from ray_merge.drive.events import Event
@@ -22,6 +22,7 @@ from ray_merge.learn.state import state_path, unpack
 from ray_merge.plan.learn import Learning, LearnPlan
 from ray_merge.plan.task_heads import TaskHead
 from ray_merge.pool_steps import Step, StepPool
+from ray_merge.recipe import SPREAD, Placement
 from ray_merge.spec import Adapter, Site
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.store import ObjectInfo, Store, Stores
@@ -58,7 +59,7 @@ class School:
     device: str
     data: Mapping[str, Mapping[str, Any]]
     make_pool: LearnPoolFactory
-    placement: Literal["spread", "one_per_node"] = "spread"
+    placement: Placement = SPREAD
     progress: Callable[[Event], None] = lambda _: None
 
 

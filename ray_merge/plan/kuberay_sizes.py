@@ -113,7 +113,7 @@ def pod_sizes(plan: Plan, cluster: Cluster, device: str) -> Sizes:
         raise Refusal(f"--device {device}: a pod sees its own GPUs only; use cpu or cuda with --emit-kuberay")
     stages = max((one.stages for one in plan.moments), default=0)
     workers = max(1, stages, min(cluster.workers, plan.n_units))
-    alone = device == "cuda" or plan.recipe.placement == "one_per_node"
+    alone = device == "cuda" or plan.recipe.placement.mode == "one_per_node"
     pods = workers if alone else math.ceil(workers / WORKERS_PER_POD)
     per_pod = math.ceil(workers / pods)
     worker_bytes = max([plan.peak_bytes, *(one.peak_bytes for one in plan.moments)])

@@ -9,14 +9,17 @@ from ray_merge.recipe.model import (
     load_recipe,
     require_merges,
 )
+from ray_merge.recipe.placement import SPREAD, Placement
 from ray_merge.recipe.size import parse_size
 from ray_merge.recipe.source import Source
 from ray_merge.recipe.urls import named_urls
 
 __all__ = [
+    "SPREAD",
     "AdapterSource",
     "Calibration",
     "DataSource",
+    "Placement",
     "Recipe",
     "Source",
     "expand",

@@ -25,6 +25,7 @@ from pydantic import (
 
 from ray_merge.errors import RecipeError, shown
 from ray_merge.recipe.names import check_merge_name, check_name
+from ray_merge.recipe.placement import SPREAD, Placement, long_form
 from ray_merge.recipe.problems import describe
 from ray_merge.recipe.size import parse_size
 from ray_merge.recipe.source import MAX_RECIPE_BYTES, Source, nearest, parse_yaml, plain_data
@@ -225,7 +226,7 @@ class Recipe(_Model):
     stages: int | None = Field(default=None, ge=1)
     init: Init | None = None
     diagnostics: bool = False
-    placement: Literal["spread", "one_per_node"] = "spread"
+    placement: Annotated[Placement, BeforeValidator(long_form)] = SPREAD
     tied: Literal["refuse", "untie"] = "refuse"
     base_numerics: Literal["reject", "dequantise"] = "reject"
     key_mapping: KeyMapping = Field(default_factory=dict)
@@ -320,7 +321,7 @@ def _known_keys(path: tuple[str | int, ...]) -> set[str]:
         ("merges",): MergeSource, ("merges", "combinations"): Combinations,
         ("merges", "preferences"): Simplex,
         ("adapters",): AdapterSource, ("adapters", "data"): DataSource, ("adapters", "eval"): Evaluation,
-        ("adapters", "head"): HeadSource,
+        ("adapters", "head"): HeadSource, ("placement",): Placement,
     }  # fmt: skip
     # The second part is an index or an adapter's own name, which may be a word of ours: an adapter `data`.
     return set(models[(*path[:1], *path[2:])].model_fields)

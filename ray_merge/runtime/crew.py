@@ -19,9 +19,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError, RayError
 
 from ray_merge.errors import RayMergeError, RunFailed, UnitFailed
+from ray_merge.recipe import Placement
 from ray_merge.runtime.actors import CALLS_AT_ONCE, Greeting
 from ray_merge.runtime.fetch import DEAD
-from ray_merge.runtime.placement import Demand, Placement, refuse_unmeetable, reserve_nodes, strategy, unmet
+from ray_merge.runtime.placement import Demand, in_place, refuse_unmeetable, reserve_nodes, unmet
 from ray_merge.runtime.telemetry import unit_ended, worker_lost
 
 GREET_AGAIN_SECONDS = 1.0
@@ -84,7 +85,7 @@ class Crew(Generic[AnyJob]):
         hire: creates an actor.
         demand: what each worker asks of its node.
         size: how many slots.
-        placement: `spread` or `one_per_node`.
+        placement: of the workers over the nodes.
         attempts: how many deaths one unit, or one slot as it starts, may see.
         kind: of job, for metrics.
         needs_all: a run cannot go on without any one of the workers; else one is enough.
@@ -115,15 +116,16 @@ class Crew(Generic[AnyJob]):
             Refusal: the nodes that there are, or that come within `start_seconds`, cannot hold them.
         """
         wait_seconds = start_seconds if may_grow else 0.0
-        if self._placement == "one_per_node":
+        if self._placement.mode == "one_per_node":
             refuse_unmeetable(self._demand, self._size, self._placement, wait_seconds)
-            self._group = reserve_nodes(self._demand, self._size, start_seconds)
+            self._group = reserve_nodes(self._demand, self._size, self._placement, start_seconds)
         # Actors come before the count of nodes: an autoscaler adds nodes only for what is waiting.
         self.slots = [Slot(index, *self._spawn(index)) for index in range(self._size)]
         refuse_unmeetable(self._demand, self._size, self._placement, wait_seconds)
 
     def _spawn(self, index: int) -> tuple[ActorHandle[Any], ObjectRef[Any]]:
-        options = {**self._demand.options(), "scheduling_strategy": strategy(self._group, index)}
+        where = in_place(self._placement, self._group, index)
+        options = {**self._demand.options(), **where}
         options["max_concurrency"] = CALLS_AT_ONCE
         actor: Any = self._hire(index, options)
         return actor, actor.greet.remote()

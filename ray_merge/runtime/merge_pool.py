@@ -9,7 +9,8 @@ import ray
 
 from ray_merge.errors import Refusal
 from ray_merge.pool import Closing, Done, Pool, Task, Worker
-from ray_merge.runtime.placement import Demand, Placement, room_for
+from ray_merge.recipe import Placement
+from ray_merge.runtime.placement import Demand, room_for
 from ray_merge.runtime.ray_pool import RayPool
 from ray_merge.runtime.session import open_session
 from ray_merge.work.factory import WorkerFactory

@@ -6,17 +6,17 @@ Owns: the refusal of a demand that no wait would meet. Ray itself queues such a 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_merge.errors import Refusal
+from ray_merge.recipe import SPREAD, Placement
 
-Placement = Literal["spread", "one_per_node"]
 POLL_SECONDS = 0.5
 
 
@@ -53,12 +53,12 @@ class Demand:
         )
 
 
-def shared_cpus(demand: Demand, workers: int) -> Demand:
+def shared_cpus(demand: Demand, workers: int, placement: Placement) -> Demand:
     """The demand with as much of one CPU as leaves room for all workers on the nodes that there are now.
 
     Unchanged where no share does: the number of CPUs is not what is missing.
     """
-    nodes = _nodes()
+    nodes = _nodes(placement)
     for hundredths in range(100, 0, -1):
         share = replace(demand, num_cpus=hundredths / 100)
         if sum(share.workers_on(resources) for resources in nodes) >= workers:
@@ -68,8 +68,8 @@ def shared_cpus(demand: Demand, workers: int) -> Demand:
 
 def room_for(demand: Demand, placement: Placement) -> int:
     """How many such workers the nodes that there are now could hold, counting all that they have, in use or not."""
-    per_node = [demand.workers_on(resources) for resources in _nodes()]
-    return sum(min(count, 1) for count in per_node) if placement == "one_per_node" else sum(per_node)
+    per_node = [demand.workers_on(resources) for resources in _nodes(placement)]
+    return sum(min(count, 1) for count in per_node) if placement.mode == "one_per_node" else sum(per_node)
 
 
 def refuse_unmeetable(demand: Demand, workers: int, placement: Placement, wait_seconds: float) -> None:
@@ -90,17 +90,40 @@ def refuse_unmeetable(demand: Demand, workers: int, placement: Placement, wait_s
 
 def unmet(demand: Demand, workers: int, placement: Placement, found: str) -> str:
     """One sentence: what was asked, what there is, what to do."""
-    where = ", one per node" if placement == "one_per_node" else ""
+    where = ", one per node" if placement.mode == "one_per_node" else ""
+    if placement.labels:
+        where += f", on nodes with {_labels(placement.labels)},"
     return (
         f"{workers} worker(s) with {_words(demand.bundle())} each{where} were asked for, but the cluster {found}: "
-        f"{len(_nodes())} node(s) with {_words(_asked(ray.cluster_resources))} in all, "
+        f"{len(_nodes(SPREAD))} node(s) with {_words(_asked(ray.cluster_resources))} in all, "
         f"free now {_words(_asked(ray.available_resources))}; ask for fewer workers or less memory, or add nodes"
+        f"{_other_labels(placement)}"
     )
 
 
-def _nodes() -> list[dict[str, float]]:
-    """The resources of each node that is alive, in use or not."""
-    return [node["Resources"] for node in _asked(ray.nodes) if node["Alive"]]
+def _nodes(placement: Placement) -> list[dict[str, float]]:
+    """The resources of each node that is alive and has the labels, in use or not."""
+    wanted = placement.labels.items()
+    alive = [node for node in _asked(ray.nodes) if node["Alive"]]
+    return [node["Resources"] for node in alive if wanted <= node.get("Labels", {}).items()]
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(labels.items()))
+
+
+def _other_labels(placement: Placement) -> str:
+    """What the nodes have under the names that were asked for."""
+    if not placement.labels:
+        return ""
+    there = [
+        _labels({name: node.get("Labels", {}).get(name, "(none)") for name in placement.labels})
+        for node in _asked(ray.nodes)
+        if node["Alive"]
+    ]
+    return (
+        f" ({len(_nodes(placement))} node(s) have these labels; all nodes: {'; '.join(sorted(set(there)))})"
+    )
 
 
 def _asked(question: Callable[[], Any]) -> Any:
@@ -115,33 +138,37 @@ def _words(resources: dict[str, float]) -> str:
     return ", ".join(parts) or "nothing"
 
 
-def reserve_nodes(demand: Demand, workers: int, wait_seconds: float) -> PlacementGroup:
-    """One bundle on each of `workers` nodes.
+def reserve_nodes(demand: Demand, workers: int, placement: Placement, wait_seconds: float) -> PlacementGroup:
+    """One bundle on each of `workers` nodes that have the labels.
 
     Raises:
         Refusal: the nodes are not free within `wait_seconds`.
     """
-    group: PlacementGroup = placement_group([demand.bundle()] * workers, strategy="STRICT_SPREAD")
+    selectors = {"bundle_label_selector": [dict(placement.labels)] * workers} if placement.labels else {}
+    group: PlacementGroup = placement_group(
+        [demand.bundle()] * workers, strategy="STRICT_SPREAD", **selectors
+    )
     if group.wait(timeout_seconds=wait_seconds):
         return group
     remove_placement_group(group)
-    raise Refusal(unmet(demand, workers, "one_per_node", f"did not free them in {wait_seconds:g} s"))
+    raise Refusal(unmet(demand, workers, placement, f"did not free them in {wait_seconds:g} s"))
 
 
-def strategy(group: PlacementGroup | None, index: int) -> Any:
-    """The scheduling strategy of worker `index`."""
-    if group is None:
-        return "SPREAD"
-    return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
+def in_place(placement: Placement, group: PlacementGroup | None, index: int) -> dict[str, Any]:
+    """Options that put the actor of worker `index` where it belongs: into its bundle, whose node has the labels."""
+    if group is not None:
+        bundle = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
+        return {"scheduling_strategy": bundle}
+    selector = {"label_selector": dict(placement.labels)} if placement.labels else {}
+    return {"scheduling_strategy": "SPREAD", **selector}
 
 
 __all__ = [
     "Demand",
-    "Placement",
+    "in_place",
     "refuse_unmeetable",
     "reserve_nodes",
     "room_for",
     "shared_cpus",
-    "strategy",
     "unmet",
 ]

@@ -17,11 +17,12 @@ from ray.exceptions import RayError
 from ray_merge import logs
 from ray_merge.errors import Refusal
 from ray_merge.pool import UNITS_PER_WORKER, Done, Task, Worker, refuse_repeated_ids
+from ray_merge.recipe import SPREAD, Placement
 from ray_merge.runtime.actors import RemoteUnitActor
 from ray_merge.runtime.crew import Crew, Job, Slot
 from ray_merge.runtime.crew_pool import CrewPool, done_by
 from ray_merge.runtime.fetch import fetch, is_loss, raise_for
-from ray_merge.runtime.placement import Demand, Placement
+from ray_merge.runtime.placement import Demand
 from ray_merge.runtime.session import Session
 from ray_merge.runtime.telemetry import Label
 
@@ -39,7 +40,7 @@ class RayPool(CrewPool[Job]):
             node's memory; None requests nothing.
         kind: of job, for metrics and the dashboard.
         window_per_worker: units submitted to one actor at a time: one computes, the other is uploaded or waits.
-        placement: `spread` over the nodes, or `one_per_node`.
+        placement: of the workers over the nodes.
         num_gpus: whole GPUs per worker.
         attempts: how many deaths of a worker one unit may see before it fails.
         deadline_seconds: how long a run goes on while no worker at all answers.
@@ -59,7 +60,7 @@ class RayPool(CrewPool[Job]):
         memory_bytes: int | None,
         kind: str = "unit",
         window_per_worker: int = UNITS_PER_WORKER,
-        placement: Placement = "spread",
+        placement: Placement = SPREAD,
         num_gpus: int = 0,
         attempts: int = 4,
         deadline_seconds: float = 300.0,

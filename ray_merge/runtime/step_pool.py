@@ -23,10 +23,11 @@ from ray_merge import logs
 from ray_merge.errors import Refusal, UnitFailed
 from ray_merge.pool import UNITS_PER_WORKER, Done
 from ray_merge.pool_steps import StepWorker
+from ray_merge.recipe import SPREAD, Placement
 from ray_merge.runtime.crew import Crew, Job, Slot, cause
 from ray_merge.runtime.crew_pool import CrewPool, done_by
 from ray_merge.runtime.fetch import fetch, hush, is_loss, lost_argument, raise_for
-from ray_merge.runtime.placement import Demand, Placement, shared_cpus
+from ray_merge.runtime.placement import Demand, shared_cpus
 from ray_merge.runtime.session import Session
 from ray_merge.runtime.step_actors import RemoteStepActor
 from ray_merge.runtime.telemetry import Label
@@ -61,7 +62,7 @@ class RayStepPool(CrewPool[StepJob]):
         kind: of job, for metrics and the dashboard.
         window_per_place: steps submitted to one actor at a time: one computes, the next one's arguments arrive.
         in_flight: how many chains are under way at once; default: one more than places.
-        placement: `spread` over the nodes, or `one_per_node`.
+        placement: of the workers over the nodes.
         num_gpus: whole GPUs per place.
         attempts: how many deaths of an actor one step may see before it fails, and how many losses of what it
             handed on.
@@ -84,7 +85,7 @@ class RayStepPool(CrewPool[StepJob]):
         kind: str = "unit",
         window_per_place: int = UNITS_PER_WORKER,
         in_flight: int | None = None,
-        placement: Placement = "spread",
+        placement: Placement = SPREAD,
         num_gpus: int = 0,
         attempts: int = 4,
         deadline_seconds: float = 600.0,
@@ -101,7 +102,7 @@ class RayStepPool(CrewPool[StepJob]):
         def hire(index: int, options: dict[str, Any]) -> Any:
             return RemoteStepActor.options(**options).remote(label, pickled, index)
 
-        demand = shared_cpus(Demand(num_gpus, memory_bytes), n_places)
+        demand = shared_cpus(Demand(num_gpus, memory_bytes), n_places, placement)
         crew: Crew[StepJob] = Crew(hire, demand, n_places, placement, attempts, kind, needs_all=True)
         super().__init__(crew, deadline_seconds)
         self._n_places, self._window, self._in_flight = n_places, window_per_place, in_flight

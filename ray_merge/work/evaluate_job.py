@@ -9,12 +9,10 @@ from typing import Literal
 from ray_merge.fit.owners import is_head
 from ray_merge.plan.task_heads import TaskHead
 from ray_merge.pool import Pool, Worker
-from ray_merge.recipe import Calibration, DataSource
+from ray_merge.recipe import Calibration, DataSource, Placement
 from ray_merge.recipe.model import Evaluation
 from ray_merge.spec import Adapter, Site
 from ray_merge.storage.checkpoint import Checkpoint
-
-Placement = Literal["spread", "one_per_node"]
 
 Answer = Literal["classification", "regression", "causal"]
 """What a model gives out for a task: one class, one number, or the next token."""

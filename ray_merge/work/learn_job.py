@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from numpy.typing import NDArray
 
 from ray_merge.plan.learn import LearnPlan
 from ray_merge.plan.moments import TaskData
-from ray_merge.recipe import Calibration
+from ray_merge.recipe import SPREAD, Calibration, Placement
 from ray_merge.spec import Adapter, Site
 
 Phi = Mapping[str, NDArray[Any]]
@@ -41,7 +41,7 @@ class LearnJob:
     versions: Mapping[str, str]
     cache: str
     device: str = "cpu"
-    placement: Literal["spread", "one_per_node"] = "spread"
+    placement: Placement = SPREAD
 
 
 @dataclass(frozen=True, slots=True)

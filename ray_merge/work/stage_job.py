@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from ray_merge.plan.fisher import Likelihood
 from ray_merge.plan.moments import MomentsPlan, TaskData
+from ray_merge.recipe import SPREAD, Placement
 from ray_merge.spec import Adapter, Site
 
 METADATA_KEY = "ray_merge"
@@ -42,7 +42,7 @@ class StageJob:
     cache: str
     attempt: str
     device: str = "cpu"
-    placement: Literal["spread", "one_per_node"] = "spread"
+    placement: Placement = SPREAD
 
 
 @dataclass(frozen=True, slots=True)

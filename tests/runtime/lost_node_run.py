@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster
 
 from pool_workers import StepWorker, Write
 from ray_merge.pool import Task
+from ray_merge.recipe import Placement
 from ray_merge.runtime.ray_pool import RayPool
 from ray_merge.runtime.session import open_session
 
@@ -38,7 +39,7 @@ def main(folder: str) -> None:
                 session=session,
                 workers=2,
                 memory_bytes=None,
-                placement="one_per_node",
+                placement=Placement(mode="one_per_node"),
                 attempts=1,
             ) as pool,
         ):

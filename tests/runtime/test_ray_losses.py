@@ -1,7 +1,8 @@
-"""Losses that need a cluster of their own: a node, and a worker that takes too much memory."""
+"""What needs a cluster of its own: a lost node, a worker that takes too much memory, nodes that differ."""
 
 import json
 import os
+import re
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,10 @@ def lose_a_node() -> str:
     return output_of("node", "lost_node_run.py")
 
 
+def stand_by_label() -> str:
+    return output_of("labels", "labelled_nodes_run.py")
+
+
 def run_out_of_memory() -> str | None:
     memory = psutil.virtual_memory()
     if memory.available < 3 * SPARE:
@@ -65,3 +70,12 @@ def test_a_worker_killed_for_memory_ends_the_run_with_the_planned_number(answer)
     assert "unit hog failed after 2 attempt(s)" in answer
     assert "OutOfMemoryError" in answer
     assert "the plan gave it 123456789 bytes" in answer
+
+
+@pytest.mark.own_process(work=stand_by_label)
+def test_workers_stand_on_nodes_with_the_labels_and_the_memory_or_are_refused_with_both_numbers(answer):
+    facts = json.loads(answer)
+    assert facts["spread"] == facts["one_per_node"] == facts["by memory"] == ["big"] * 8
+    assert re.search(r"1 worker.*on nodes with tier=huge.*room for 0.*0 node.s. have", facts["absent"])
+    assert "all nodes: tier=(none); tier=big; tier=small" in facts["absent"]
+    assert re.search(r"5 worker.*on nodes with tier=small.*room for 4.*1 node.s. have", facts["few"])

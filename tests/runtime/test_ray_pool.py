@@ -8,6 +8,7 @@ import pytest
 from pool_workers import ClaimVersion, Die, Echo, Factory, Raise, SleepAfterFirst, StepWorker, Write
 from ray_merge.errors import AdapterError, Refusal, RunFailed, UnitFailed
 from ray_merge.pool import UNITS_PER_WORKER, Task
+from ray_merge.recipe import SPREAD, Placement
 from ray_merge.runtime.merge_pool import JobPool
 from ray_merge.runtime.ray_pool import RayPool
 
@@ -99,13 +100,19 @@ def test_a_demand_that_no_wait_would_meet_is_refused_with_both_numbers(ray_sessi
     with pytest.raises(Refusal, match=r"1 GPU.*room for 0"):
         RayPool(StepWorker, session=ray_session, workers=1, memory_bytes=None, num_gpus=1)
     with pytest.raises(Refusal, match=r"2 worker.*one per node.*room for 1.*1 node"):
-        RayPool(StepWorker, session=ray_session, workers=2, memory_bytes=None, placement="one_per_node")
+        RayPool(
+            StepWorker,
+            session=ray_session,
+            workers=2,
+            memory_bytes=None,
+            placement=Placement(mode="one_per_node"),
+        )
     assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(
     ("share", "placement", "workers"),
-    [(0.0, "spread", 4), (0.4, "spread", 2), (0.6, "spread", 1), (0.0, "one_per_node", 1)],
+    [(0.0, SPREAD, 4), (0.4, SPREAD, 2), (0.6, SPREAD, 1), (0.0, Placement(mode="one_per_node"), 1)],
 )
 def test_by_default_there_are_as_many_workers_as_fit_the_nodes(ray_session, share, placement, workers):
     """A node of 4 CPUs; `share` of its memory is what one worker takes."""
@@ -131,13 +138,18 @@ def test_places_that_others_hold_are_waited_for_and_then_refused(ray_session, ra
                 session=ray_session,
                 workers=1,
                 memory_bytes=None,
-                placement="one_per_node",
+                placement=Placement(mode="one_per_node"),
                 start_seconds=0.3,
             )
 
 
 def test_one_per_node_runs_and_gives_its_places_back(ray_session, ray_pool):
-    options = {"session": ray_session, "workers": 1, "memory_bytes": 10**6, "placement": "one_per_node"}
+    options = {
+        "session": ray_session,
+        "workers": 1,
+        "memory_bytes": 10**6,
+        "placement": Placement(mode="one_per_node"),
+    }
     for _ in range(3):  # two CPUs are free: two places that are not given back would leave none for the third
         with RayPool(StepWorker, **options, start_seconds=10) as pool:
             assert [result.value for result in pool.run([Task("a", Echo(7))])] == [7]

@@ -21,6 +21,7 @@ from pool_workers import (
 )
 from ray_merge.errors import AdapterError, NotFinite, Refusal, RunFailed, UnitFailed
 from ray_merge.pool_steps import LocalStepPool, Step
+from ray_merge.recipe import SPREAD
 from ray_merge.runtime import step_pool
 from ray_merge.runtime.placement import Demand, shared_cpus
 from ray_merge.runtime.step_pool import RayStepPool
@@ -232,7 +233,7 @@ def test_a_second_run_inside_the_first_is_refused(step_pool_):
 
 
 def test_places_share_the_cpus_that_there_are(ray_session):
-    shares = {n: shared_cpus(Demand(0, None), n).num_cpus for n in (1, 4, 5, 8, 40, 400, 401)}
+    shares = {n: shared_cpus(Demand(0, None), n, SPREAD).num_cpus for n in (1, 4, 5, 8, 40, 400, 401)}
     assert shares == {1: 1.0, 4: 1.0, 5: 0.8, 8: 0.5, 40: 0.1, 400: 0.01, 401: 1.0}
     assert all(Demand(0, None, share).workers_on({"CPU": 4.0}) >= n for n, share in shares.items() if n < 401)
 
