@@ -89,6 +89,7 @@ class Crew(Generic[AnyJob]):
         attempts: how many deaths one unit, or one slot as it starts, may see.
         kind: of job, for metrics.
         needs_all: a run cannot go on without any one of the workers; else one is enough.
+        enough: how many of them the nodes must have room for; all by default.
     """
 
     def __init__(
@@ -101,10 +102,11 @@ class Crew(Generic[AnyJob]):
         kind: str,
         *,
         needs_all: bool = False,
+        enough: int | None = None,
     ) -> None:
         self._hire, self._demand, self._size = hire, demand, size
         self._placement, self._attempts, self._needs_all = placement, attempts, needs_all
-        self.kind = kind
+        self.kind, self._enough = kind, enough or size
         self._group: Any = None
         self.last_loss = "none has answered yet"
         self.slots: list[Slot[AnyJob]] = []
@@ -121,7 +123,7 @@ class Crew(Generic[AnyJob]):
             self._group = reserve_nodes(self._demand, self._size, self._placement, start_seconds)
         # Actors come before the count of nodes: an autoscaler adds nodes only for what is waiting.
         self.slots = [Slot(index, *self._spawn(index)) for index in range(self._size)]
-        refuse_unmeetable(self._demand, self._size, self._placement, wait_seconds)
+        refuse_unmeetable(self._demand, self._enough, self._placement, wait_seconds)
 
     def _spawn(self, index: int) -> tuple[ActorHandle[Any], ObjectRef[Any]]:
         where = in_place(self._placement, self._group, index)

@@ -60,6 +60,8 @@ class JobPool(Closing):
                     factory,
                     session=session,
                     workers=max(1, min(n_units, room)),
+                    # Nobody asked for so many: a node that has just been lost counts for some 15 s more.
+                    enough=None if workers else 1,
                     memory_bytes=memory_bytes,
                     kind=kind,
                     placement=placement,

@@ -36,6 +36,7 @@ class RayPool(CrewPool[Job]):
         worker_factory: picklable; called once in each actor.
         session: the open connection to Ray.
         workers: how many actors.
+        enough: how many of them the nodes must have room for, the others may wait for ever; all by default.
         memory_bytes: the plan's peak of one worker, requested from Ray so that it never stacks workers beyond a
             node's memory; None requests nothing.
         kind: of job, for metrics and the dashboard.
@@ -57,6 +58,7 @@ class RayPool(CrewPool[Job]):
         *,
         session: Session,
         workers: int,
+        enough: int | None = None,
         memory_bytes: int | None,
         kind: str = "unit",
         window_per_worker: int = UNITS_PER_WORKER,
@@ -75,7 +77,9 @@ class RayPool(CrewPool[Job]):
             return RemoteUnitActor.options(**options).remote(label, pickled)
 
         demand = Demand(num_gpus, memory_bytes)
-        super().__init__(Crew(hire, demand, workers, placement, attempts, kind), deadline_seconds)
+        super().__init__(
+            Crew(hire, demand, workers, placement, attempts, kind, enough=enough), deadline_seconds
+        )
         self._size, self._window = workers, window_per_worker
         self._waiting: deque[Job] = deque()
         self._left = 0

@@ -40,6 +40,7 @@ def sample() -> dict:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.own_process(work=sample)
 def test_a_sample_of_disturbed_runs_loses_and_corrupts_nothing(answer):
     failed = [verdict for verdict in answer["scenarios"] if not verdict["passed"]]

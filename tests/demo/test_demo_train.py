@@ -142,6 +142,7 @@ def prepare_twice():
     return first, again, said
 
 
+@pytest.mark.slow
 @pytest.mark.own_process(work=prepare_twice)
 def test_prepare_trains_once_and_then_reuses_the_cache(answer):
     first, again, said = answer

@@ -51,6 +51,7 @@ class KilledWorker:
         return made
 
 
+@pytest.mark.slow
 def test_phi_from_three_actors_one_of_which_dies_is_that_of_one_process(ray_session, tmp_path, monkeypatch):
     school = make_school(tmp_path / "school")
     whole = lesson(

@@ -81,6 +81,7 @@ def test_moments_of_real_models_from_three_stages_are_those_of_hooks_on_the_whol
         assert torch.linalg.norm(moments.gram - gram) <= 1e-6 * torch.linalg.norm(gram), site
 
 
+@pytest.mark.slow
 def test_stages_that_are_killed_anywhere_give_the_same_bytes_and_nothing_is_computed_twice(
     three_places, tmp_path
 ):

@@ -9,6 +9,7 @@ from pool_workers import ClaimVersion, Die, Echo, Factory, Raise, SleepAfterFirs
 from ray_merge.errors import AdapterError, Refusal, RunFailed, UnitFailed
 from ray_merge.pool import UNITS_PER_WORKER, Task
 from ray_merge.recipe import SPREAD, Placement
+from ray_merge.runtime import ray_pool as ray_pool_module
 from ray_merge.runtime.merge_pool import JobPool
 from ray_merge.runtime.ray_pool import RayPool
 
@@ -125,6 +126,21 @@ def test_by_default_there_are_as_many_workers_as_fit_the_nodes(ray_session, shar
         JobPool(StepWorker, 9, memory_bytes=memory_bytes, **options) as pool,
     ):
         assert pool.size == workers
+
+
+def test_workers_beyond_what_is_enough_may_lack_a_place(ray_session, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray_pool_module, "LATE_SECONDS", 0.1)
+    options = {
+        "session": ray_session,
+        "workers": 2,
+        "memory_bytes": int(0.6 * ray.cluster_resources()["memory"]),
+    }
+    with RayPool(StepWorker, **options, enough=1) as pool:
+        assert [result.value for result in pool.run([Task("a", Echo(7))])] == [7]
+    with pytest.raises(Refusal, match=r"2 worker.*room for 1"):
+        RayPool(StepWorker, **options)
 
 
 def test_places_that_others_hold_are_waited_for_and_then_refused(ray_session, ray_pool):

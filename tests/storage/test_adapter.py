@@ -244,9 +244,9 @@ def test_a_file_that_would_be_published_and_lies_elsewhere_is_refused(tmp_path, 
     (tmp_path / "secret").write_text((folder / "adapter_config.json").read_text())
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("../secret")
-    assert f"{name} is a link to '{tmp_path}/secret', outside of its folder" in refusal(
-        folder, CheckpointError
-    )
+    said = refusal(folder, CheckpointError)
+    assert f"{name} is a link to '" in said
+    assert "/secret', outside of its folder" in said
 
 
 def test_the_adapter_that_training_started_from_is_read_too(tmp_path):

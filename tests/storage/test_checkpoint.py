@@ -227,7 +227,9 @@ def test_a_side_file_that_lies_elsewhere_is_not_published(tmp_path):
     folder = write_base(tmp_path / "base")
     (tmp_path / "secret").write_text("x")
     (folder / "vocab.txt").symlink_to("../secret")
-    assert f"vocab.txt is a link to '{tmp_path}/secret', outside of its folder" in refusal(folder)
+    said = refusal(folder)
+    assert "vocab.txt is a link to '" in said
+    assert "/secret', outside of its folder" in said
     (folder / "vocab.txt").unlink()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "x.json").write_text("{}")
