@@ -19,6 +19,7 @@ from ray_merge.storage.commit import (
     REMOVING,
     STATE_FOLDER,
     broken,
+    has_receipts,
     read_manifest,
     read_receipts,
     recorded_id,
@@ -105,10 +106,8 @@ def look(
             return target
         owner = recorded_id(store)  # another driver may have begun this merge since we looked
         objects = sizes_of(store)
-        if owner is None and read_receipts(store, merge_id, objects):
-            return (
-                target  # of a run that `gc` overtook and that was killed then: it is made again, and adopted
-            )
+        if owner is None and has_receipts(store, merge_id, objects):
+            return target  # of a run that `gc` overtook: it is made again, and what is there is adopted
         if owner is None:
             raise OutputConflict(
                 f"{url} holds something else ({first}) and no {RECIPE}; choose another output or empty that folder"

@@ -234,6 +234,19 @@ def read_receipts(
     return receipts
 
 
+def has_receipts(store: Store, merge_id: str, objects: Mapping[str, int]) -> bool:
+    """Whether a run of this merge was here, be the objects of its receipts gone or not.
+
+    Args:
+        store: the merge's folder.
+        merge_id: whose receipts.
+        objects: of the folder, as listed.
+    """
+    paths = (path for path in objects if path.startswith(f"{RECEIPTS}/") and path.endswith(".json"))
+    receipts = (read_receipt(store, path) for path in paths)
+    return any(receipt is not None and receipt.merge_id == merge_id for receipt in receipts)
+
+
 def read_manifest(store: Store) -> Mapping[str, Any] | None:
     """The manifest of a complete merge; None when there is none.
 

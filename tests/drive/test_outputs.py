@@ -119,6 +119,20 @@ def test_files_of_somebody_else_are_refused(tmp_path):
         at(tmp_path)
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_receipt_that_gc_was_too_early_for_says_whose_the_folder_is(tmp_path, there):
+    """A run went on for a moment after `gc` had taken recipe.yaml, and the object or not."""
+    put_receipt(
+        store(tmp_path),
+        Receipt(merge_id=ID, name="model-1.safetensors", n_bytes=4, sha256="0" * 64, tensors=1, unit="u"),
+    )
+    if there:
+        commit_bytes(store(tmp_path), "model-1.safetensors", b"data", ID)
+    assert (at(tmp_path).complete, at(tmp_path).receipts) == (False, {})
+    with pytest.raises(OutputConflict, match="holds something else"):
+        at(tmp_path, merge_id=OTHER)
+
+
 def test_state_of_another_recipe_is_not_something_else(tmp_path):
     (tmp_path / "out" / "m" / ".ray_merge" / "attempts" / "x").mkdir(parents=True)
     (tmp_path / "out" / "m" / ".ray_merge" / "attempts" / "x" / "part").write_text("x")
