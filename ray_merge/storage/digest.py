@@ -45,7 +45,7 @@ class DigestCache:
 
         Raises:
             OSError: the file cannot be read.
-            StoreError: it changed while it was hashed.
+            StoreError: it changed while it was hashed, or `folder` takes no file.
         """
         real = os.path.realpath(path)
         began = time.time()
@@ -58,9 +58,16 @@ class DigestCache:
         if _key(real) != key:
             raise StoreError(real, "hashing", 1, "it changed meanwhile; wait until nothing writes to it")
         if began - _changed_seconds(real) >= self._settle_seconds:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write_json(entry, {"file": key, "sha256": result})
+            self._remember(entry, {"file": key, "sha256": result})
         return result
+
+    def _remember(self, entry: Path, document: dict[str, str]) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_json(entry, document)
+        except OSError as error:
+            cause = f"{error.strerror}; --cache-dir names another folder"
+            raise StoreError(str(self._folder), "remembering digests in", 1, cause) from error
 
 
 def write_json(path: Path, document: dict[str, str]) -> None:

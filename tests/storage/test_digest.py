@@ -103,3 +103,9 @@ def test_many_writers_at_once_leave_one_whole_entry(file, cache):
 def test_a_missing_file_is_an_ordinary_error(cache, tmp_path):
     with pytest.raises(FileNotFoundError):
         cache.sha256(tmp_path / "nothing")
+
+
+def test_a_folder_that_takes_no_file_is_named_with_the_way_out(file, tmp_path):
+    (tmp_path / "digests").write_text("a file where the folder should be")
+    with pytest.raises(StoreError, match=r"digests in .*/digests failed .*--cache-dir names another folder"):
+        DigestCache(tmp_path / "digests", settle_seconds=-1.0).sha256(file)
