@@ -14,7 +14,8 @@ from typing import Any
 from ray_merge.drive.events import Event
 from ray_merge.drive.identify import read_inputs_identity
 from ray_merge.drive.outputs import Target
-from ray_merge.drive.run import RunResult, Settings
+from ray_merge.drive.result import RunResult
+from ray_merge.drive.run import Settings
 from ray_merge.drive.run import run as drive_run
 from ray_merge.drive.targets import find_targets
 from ray_merge.engines import Engine, counted, memory_ceiling, unit_pools

@@ -20,7 +20,7 @@ from ray_merge.show_progress import human_bytes
 from ray_merge.spec import Adapter, FactorEntry, SavedEntry, Update
 
 if TYPE_CHECKING:
-    from ray_merge.drive.run import RunResult
+    from ray_merge.drive.result import RunResult
     from ray_merge.plan import Plan
     from ray_merge.verify import Verified
 
@@ -225,7 +225,7 @@ def _level(item: Mapping[str, Any]) -> str:
 
 def run_result(result: RunResult, *, as_json: bool) -> None:
     """Print what a run did."""
-    from ray_merge.drive.run import summary
+    from ray_merge.drive.result import summary
 
     if as_json:
         print(json.dumps(summary(result), indent=1))

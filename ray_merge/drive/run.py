@@ -25,6 +25,7 @@ from ray_merge.drive.outputs import Target
 from ray_merge.drive.preflight import preflight
 from ray_merge.drive.publish import publish
 from ray_merge.drive.resolved import resolved_recipe
+from ray_merge.drive.result import MergeResult, RunResult
 from ray_merge.drive.targets import find_targets
 from ray_merge.drive.thresholds import THRESHOLDS, read_thresholds, select_thresholds, selecting, to_json
 from ray_merge.drive.units import missing_units, object_names, total_bytes
@@ -71,39 +72,6 @@ None where they need none. Called only when there is something to do."""
 
 def _nothing(_: Sequence[Merge], __: Mapping[str, str], ___: Mapping[str, Mapping[str, Any]]) -> None:
     return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeResult:
-    """One merge after a run: `done` says whether this run completed it or found it complete."""
-
-    name: str
-    id: str
-    url: str
-    done: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunResult:
-    """What a run did.
-
-    Args:
-        merges: in recipe order.
-        units_run: by this run.
-        units_adopted: objects of an earlier run that were kept.
-        seconds: wall.
-        read_bytes: of the base, by all units together.
-        decoded_bytes: those of them that became numbers; the others were passed on as they were.
-        warnings: what a person should know.
-    """
-
-    merges: tuple[MergeResult, ...]
-    units_run: int
-    units_adopted: int
-    seconds: float
-    read_bytes: int
-    decoded_bytes: int
-    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,15 +308,3 @@ def _sweep(job: Job) -> None:
     roots = {open_store(root).local_root for root in job.roots.values()}
     for folder in [Path(job.scratch) if root is None else root / STATE_FOLDER for root in roots]:
         shutil.rmtree(folder / "attempts" / job.attempt, ignore_errors=True)
-
-
-def summary(result: RunResult) -> dict[str, Any]:
-    """The result as JSON-able data."""
-    return {
-        "merges": [{"name": m.name, "id": m.id, "url": m.url, "done": m.done} for m in result.merges],
-        "units_run": result.units_run,
-        "units_adopted": result.units_adopted,
-        "seconds": round(result.seconds, 3),
-        "read_bytes": result.read_bytes,
-        "decoded_bytes": result.decoded_bytes,
-    }
