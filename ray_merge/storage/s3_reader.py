@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from botocore.awsrequest import AWSRequest
+from botocore.awsrequest import AWSPreparedRequest
 from botocore.endpoint import EndpointCreator
 from botocore.exceptions import ClientError
 from botocore.parsers import create_parser
@@ -171,9 +171,8 @@ class RangeReader:
         headers = {**signed.headers, "Range": f"bytes={start}-{end - 1}"}
         if version is not None:
             headers["If-Match"] = f'"{version}"'
-        request = AWSRequest("GET", signed.url, headers=headers)
-        request.stream_output = True
-        response = self._session().send(request.prepare())
+        request = AWSPreparedRequest("GET", signed.url, headers, body=None, stream_output=True, context={})
+        response = self._session().send(request)
         try:
             with self._deadlines.within(response.raw, body_seconds(self._fs, end - start)):
                 if response.status_code in TRANSIENT_STATUS:
