@@ -120,6 +120,7 @@ def evaluate_pools(engine: Engine, address: str, workers: int | None) -> Evaluat
             device=job.device,
             address=address,
             workers=workers,
+            data_stays="worker",  # a loaded model
         )
 
     return local if engine == "local" else ray

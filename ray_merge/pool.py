@@ -128,10 +128,13 @@ class Task:
     Attributes:
         id: unique among the tasks of one `Pool.run`; it names the unit in errors.
         unit: a small picklable frozen dataclass; no tensor, no open file.
+        data: names of what it reads and what stays where it was read, so that units can follow it (adapters in a
+            node's cache, a model in a worker's memory). A pool may leave it aside.
     """
 
     id: str
     unit: Any
+    data: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

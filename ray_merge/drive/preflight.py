@@ -18,7 +18,7 @@ def preflight(pool: Pool, adapters: Sequence[str], inputs: Inputs, merges: Seque
         NotFinite: NaN or Inf.
         AdapterError: an adapter changed meanwhile, or two of one merge hold different copies of one table.
     """
-    tasks = [Task(unit.id, unit) for unit in map(PreflightUnit, adapters)]
+    tasks = [Task(unit.id, unit, frozenset({unit.adapter})) for unit in map(PreflightUnit, adapters)]
     tables: dict[str, Mapping[str, str]] = {}
     for done in pool.run(tasks):
         check: AdapterCheck = done.value

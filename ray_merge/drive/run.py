@@ -28,11 +28,11 @@ from ray_merge.drive.resolved import resolved_recipe
 from ray_merge.drive.result import MergeResult, RunResult
 from ray_merge.drive.targets import find_targets
 from ray_merge.drive.thresholds import THRESHOLDS, read_thresholds, select_thresholds, selecting, to_json
-from ray_merge.drive.units import missing_units, object_names, total_bytes
+from ray_merge.drive.units import missing_units, object_names, tasks_of, total_bytes
 from ray_merge.errors import Refusal, RunFailed
 from ray_merge.methods.context import Thresholds
 from ray_merge.plan import ADAPTER_OBJECT, Plan
-from ray_merge.pool import Pool, Task
+from ray_merge.pool import Pool
 from ray_merge.spec import Merge, Receipt
 from ray_merge.storage.commit import STATE_FOLDER, check_fit, commit_bytes, probe
 from ray_merge.storage.digest import DigestCache
@@ -204,7 +204,7 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
                 written = 0
                 by_id = {unit.id: unit for unit in units}
                 by_name = {item.merge.name: item for item in unfinished}
-                for count, done in enumerate(pool.run([Task(*pair) for pair in by_id.items()]), start=1):
+                for count, done in enumerate(pool.run(tasks_of(plan, units)), start=1):
                     written += _note_receipts(by_name, by_id[done.id], done.value)
                     context.base_bytes.update(done.value[0].unit_bytes)
                     numbers = ((count, n_units), (written, all_bytes))

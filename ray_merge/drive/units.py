@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ray_merge.methods.context import Thresholds
 from ray_merge.plan import ADAPTER_OBJECT, Plan
 from ray_merge.plan.emr import emr_bytes, emr_object
+from ray_merge.pool import Task
 from ray_merge.spec import Merge
 from ray_merge.work.job import AdapterUnit, EmrUnit, ShardUnit, Unit
 
@@ -45,6 +46,16 @@ def missing_units(
     ]
     adapters = [merge for merge in plan.merges if ADAPTER_OBJECT in lacking.get(merge.name, ())]
     return units + [AdapterUnit(merge.name, _of(found, (merge.name,))) for merge in adapters]
+
+
+def tasks_of(plan: Plan, units: Sequence[ShardUnit | EmrUnit | AdapterUnit]) -> list[Task]:
+    """Tasks whose data are the adapters of their merges: what a node's cache has once it ran one of them."""
+    used = {merge.name: merge.adapters for merge in plan.merges}
+    names = [unit.merges if isinstance(unit, ShardUnit) else (unit.merge,) for unit in units]
+    return [
+        Task(unit.id, unit, frozenset(adapter for name in own for adapter in used[name]))
+        for unit, own in zip(units, names, strict=True)
+    ]
 
 
 def _of(thresholds: Mapping[str, Thresholds], names: Sequence[str]) -> dict[str, Thresholds]:

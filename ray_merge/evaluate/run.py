@@ -261,11 +261,17 @@ def _score(
         return scores
     progress(Event(kind="start", text=f"{len(job.models)} model(s)", units=(0, len(units))))
     with make_pool(job, len(units)) as pool:
-        for count, done in enumerate(pool.run([Task(*pair) for pair in by_id.items()]), start=1):
+        for count, done in enumerate(pool.run([_task(job, unit) for unit in by_id.values()]), start=1):
             unit = by_id[done.id]
             scores[unit.model, unit.task] = done.value
             progress(Event(kind="unit", text=done.id, units=(count, len(units))))
     return scores
+
+
+def _task(job: EvaluateJob, unit: ScoreUnit) -> Task:
+    """What stays is the model, see `work.evaluate_unit.Shelf`."""
+    model = f"{job.models[unit.model].checkpoint.url} {job.tasks[unit.task].class_name}"
+    return Task(unit.id, unit, frozenset({model}))
 
 
 def _scored(asked: _Asked, scores: Mapping[tuple[str, str], Score], looked: Mapping[str, _Rows]) -> Scored:

@@ -30,12 +30,14 @@ class Greeting:
 
     Attributes:
         worker: `host:pid`.
+        node: Ray's id of its node.
         ray_version: Ray in the worker's process.
         python_version: Python there, as major.minor.patch.
         error: why there is no worker, an exception of this package's tree, or None.
     """
 
     worker: str
+    node: str
     ray_version: str
     python_version: str
     error: RayMergeError | None
@@ -68,7 +70,8 @@ class WorkerActor:
 
     def greet(self) -> Greeting:
         """Say who is there; it comes before any unit, and a driver that hears of an error sends none."""
-        return Greeting(worker_label(), ray.__version__, platform.python_version(), self._error)
+        node = ray.get_runtime_context().get_node_id()
+        return Greeting(worker_label(), node, ray.__version__, platform.python_version(), self._error)
 
 
 class UnitActor(WorkerActor):

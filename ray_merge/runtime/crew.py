@@ -38,6 +38,7 @@ class Job:
         id: names the unit in errors.
         lost: workers lost under it, for whatever reason.
         deaths: of those, the ones that died of themselves.
+        data: see `pool.Task`.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Job:
     lost: int = 0
     deaths: int = 0
     done: bool = False
+    data: frozenset[str] = frozenset()
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)
@@ -61,6 +63,7 @@ class Slot(Generic[AnyJob]):
         greeting: the call that waits for the actor to answer, if one is out.
         greet_after: when an actor that is away is called again, in monotonic seconds.
         worker: `host:pid` while the actor is known to answer, else None.
+        node: Ray's id of the node that it answered from last.
         answered: when it was last known to, in monotonic seconds.
         flying: the calls in flight in order of submission, which is the order in which the actor begins them.
         suspect: what ran when the actor was lost.
@@ -72,6 +75,7 @@ class Slot(Generic[AnyJob]):
     greeting: ObjectRef[Any] | None
     greet_after: float = 0.0
     worker: str | None = None
+    node: str = ""
     answered: float = field(default_factory=time.monotonic)
     flying: dict[ObjectRef[Any], AnyJob] = field(default_factory=dict)
     suspect: AnyJob | None = None
@@ -179,6 +183,7 @@ class Crew(Generic[AnyJob]):
                 raise answer.error
             _check_versions(answer, failure)
             slot.worker, slot.suspect, slot.failed_starts = answer.worker, None, 0
+            slot.node = answer.node
             return
         if not isinstance(answer, DEAD):
             slot.greet_after = time.monotonic() + GREET_AGAIN_SECONDS

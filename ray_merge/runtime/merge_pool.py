@@ -11,7 +11,7 @@ from ray_merge.errors import Refusal
 from ray_merge.pool import Closing, Done, Pool, Task, Worker
 from ray_merge.recipe import Placement
 from ray_merge.runtime.placement import Demand, room_for
-from ray_merge.runtime.ray_pool import RayPool
+from ray_merge.runtime.ray_pool import DataPlace, RayPool
 from ray_merge.runtime.session import open_session
 from ray_merge.work.factory import WorkerFactory
 from ray_merge.work.job import Job
@@ -30,6 +30,7 @@ class JobPool(Closing):
         address: "local", "auto" or HOST:PORT.
         workers: how many; None for one per CPU (or per GPU, with a GPU device) of the cluster, as far as the memory
             of its nodes goes.
+        data_stays: see `RayPool`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class JobPool(Closing):
         device: str,
         address: str,
         workers: int | None,
+        data_stays: DataPlace = "node",
     ) -> None:
         gpus = 1 if device.startswith("cuda") else 0
         with ExitStack() as stack:
@@ -66,6 +68,7 @@ class JobPool(Closing):
                     kind=kind,
                     placement=placement,
                     num_gpus=gpus,
+                    data_stays=data_stays,
                 )
             )
             self._stack = stack.pop_all()

@@ -1,15 +1,14 @@
 """The pool over Ray actors: submit a bounded window, take what completes, submit again what was lost.
 
-Owns: the window.
+Owns: the window; `waiting.py` says which unit is next.
 Never: lets Ray repeat a call. The driver submits a lost unit again, to whichever worker is free; `crew_pool.py` says
 how a lost worker is told apart.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ray import ObjectRef, cloudpickle
 from ray.exceptions import RayError
@@ -25,6 +24,9 @@ from ray_merge.runtime.fetch import fetch, is_loss, raise_for
 from ray_merge.runtime.placement import Demand
 from ray_merge.runtime.session import Session
 from ray_merge.runtime.telemetry import Label
+from ray_merge.runtime.waiting import Held, Waiting
+
+DataPlace = Literal["node", "worker"]
 
 LATE_SECONDS = 5.0  # after the first worker stands, how long the start waits for the others
 
@@ -46,6 +48,7 @@ class RayPool(CrewPool[Job]):
         attempts: how many deaths of a worker one unit may see before it fails.
         deadline_seconds: how long a run goes on while no worker at all answers.
         start_seconds: how long the start waits for nodes and for the first worker.
+        data_stays: where what a unit has read is found again, for the choice of the next one: `Task.data`.
 
     Raises:
         Refusal: the cluster cannot hold the workers, none stands in time, or its versions are not the driver's.
@@ -67,6 +70,7 @@ class RayPool(CrewPool[Job]):
         attempts: int = 4,
         deadline_seconds: float = 300.0,
         start_seconds: float = 120.0,
+        data_stays: DataPlace = "node",
     ) -> None:
         if min(workers, window_per_worker, attempts) < 1:
             raise ValueError(f"{workers=}, {window_per_worker=} and {attempts=} must be at least 1")
@@ -81,7 +85,8 @@ class RayPool(CrewPool[Job]):
             Crew(hire, demand, workers, placement, attempts, kind, enough=enough), deadline_seconds
         )
         self._size, self._window = workers, window_per_worker
-        self._waiting: deque[Job] = deque()
+        self._data_stays, self._held = data_stays, Held()
+        self._waiting = Waiting((), self._held)
         self._left = 0
         self._start(session.may_grow, start_seconds)
 
@@ -107,7 +112,7 @@ class RayPool(CrewPool[Job]):
 
     def _run(self, tasks: Sequence[Task]) -> Iterator[Done]:
         self._begin()
-        self._waiting = deque(Job(task.id, task.unit) for task in tasks)
+        self._waiting = Waiting((Job(task.id, task.unit, data=task.data) for task in tasks), self._held)
         self._left = len(tasks)
         yield from self._loop(lambda: self._left)
 
@@ -118,11 +123,11 @@ class RayPool(CrewPool[Job]):
             window = self._window if len(self._waiting) > len(ready) else 1
             slot = min(ready, key=lambda slot: (len(slot.flying), slot.index))
             # A unit that lost a worker runs alone, so that the next death is not laid at a neighbour's door.
-            if self._waiting[0].lost or any(job.lost for job in slot.flying.values()):
+            if self._waiting.has_lost or any(job.lost for job in slot.flying.values()):
                 window = 1
             if len(slot.flying) >= window:
                 return
-            job = self._waiting.popleft()
+            job = self._waiting.take(str(slot.node if self._data_stays == "node" else slot.worker))
             slot.flying[slot.actor.run.remote(job.id, job.unit)] = job
 
     def _take(self, slot: Slot[Job], job: Job, ref: ObjectRef[Any]) -> list[Done]:
@@ -136,11 +141,11 @@ class RayPool(CrewPool[Job]):
         return [done]
 
     def _put_back(self, jobs: Sequence[Job]) -> None:
-        self._waiting.extendleft(reversed(jobs))
+        self._waiting.put_back(jobs)
 
     def _drop(self) -> None:
-        self._waiting.clear()
+        self._waiting = Waiting((), self._held)
         super()._drop()
 
 
-__all__ = ["RayPool"]
+__all__ = ["DataPlace", "RayPool"]

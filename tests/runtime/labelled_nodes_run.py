@@ -5,6 +5,7 @@ Usage: python labelled_nodes_run.py FOLDER
 
 import json
 import sys
+import time
 from dataclasses import dataclass
 
 import ray
@@ -23,9 +24,12 @@ SMALL, BIG = 10**9, 4 * 10**9
 
 @dataclass(frozen=True)
 class Where:
-    """The node that the unit runs on."""
+    """The node that the unit runs on, after some seconds of work."""
+
+    seconds: float = 0.0
 
     def __call__(self) -> str:
+        time.sleep(self.seconds)
         return ray.get_runtime_context().get_node_id()
 
 
@@ -52,6 +56,7 @@ def main(folder: str) -> None:
                     where(session, Placement(labels=labels), workers, None)
                 except Refusal as refusal:
                     facts[name] = str(refusal)
+            facts["data"] = [[data, tiers[node]] for data, node in followed(session)]
             print(json.dumps(facts))
     finally:
         cluster.shutdown()
@@ -68,6 +73,14 @@ def where(session: Session, placement: Placement, workers: int, memory_bytes: in
         start_seconds=20 if workers < 3 else 1,
     ) as pool:
         return [result.value for result in pool.run([Task(str(i), Where()) for i in range(8)])]
+
+
+def followed(session: Session) -> list[tuple[str, str]]:
+    """Forty units of eight data on two nodes: which data was read on which node."""
+    tasks = [Task(f"{data}{i}", Where(0.05), frozenset(data)) for data in "abcdefgh" for i in range(5)]
+    place = Placement(mode="one_per_node")
+    with RayPool(StepWorker, session=session, workers=2, memory_bytes=None, placement=place) as pool:
+        return sorted({(done.id[0], done.value) for done in pool.run(tasks)})
 
 
 if __name__ == "__main__":

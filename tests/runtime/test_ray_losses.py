@@ -79,3 +79,12 @@ def test_workers_stand_on_nodes_with_the_labels_and_the_memory_or_are_refused_wi
     assert re.search(r"1 worker.*on nodes with tier=huge.*room for 0.*0 node.s. have", facts["absent"])
     assert "all nodes: tier=(none); tier=big; tier=small" in facts["absent"]
     assert re.search(r"5 worker.*on nodes with tier=small.*room for 4.*1 node.s. have", facts["few"])
+
+
+@pytest.mark.own_process(work=stand_by_label)
+def test_units_follow_the_data_that_their_node_has_read(answer):
+    read = {(data, node) for data, node in json.loads(answer)["data"]}
+    assert {data for data, _ in read} == set("abcdefgh")
+    assert {node for _, node in read} == {"small", "big"}
+    # In the order of the tasks, each data would be read on both nodes: 16.
+    assert 8 <= len(read) <= 10
