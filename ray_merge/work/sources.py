@@ -67,7 +67,7 @@ class Sources:
         """Bytes of the base read so far."""
         return self._reader.n_bytes
 
-    def raw(self, tensor: OutTensor) -> Iterator[bytes | Tensor]:
+    def raw(self, tensor: OutTensor) -> Iterator[bytes | memoryview | Tensor]:
         """All elements in order: bytes as stored, or decoded rows of a quantised weight."""
         source = tensor.source
         if not tensor.owner and source.name in self._base.quantised:
@@ -125,7 +125,7 @@ class Sources:
             whole[start - rows[0] : stop - rows[0]] = given
         return whole
 
-    def _bytes(self, tensor: OutTensor, ranges: Sequence[Span]) -> Iterator[bytes]:
+    def _bytes(self, tensor: OutTensor, ranges: Sequence[Span]) -> Iterator[bytes | memoryview]:
         if tensor.owner:
             file = self._files.saved(tensor.owner)
             return (file.read_bytes(start, end) for start, end in ranges)

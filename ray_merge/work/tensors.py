@@ -26,7 +26,7 @@ PIECE_ELEMENTS = 2**21
 """Elements looked at together: 16 MiB as float64."""
 
 
-def from_bytes(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def from_bytes(data: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """A tensor over `data`, without a copy; it must not be written to."""
     if not data:
         return torch.empty(shape, dtype=dtype)
