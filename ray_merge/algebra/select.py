@@ -1,12 +1,12 @@
 """The k-th largest magnitude of a tensor that is only seen in chunks; exact.
 
 Owns: counting and gathering entries by the bits of their magnitudes (`radix.py` has the search). Memory: one
-chunk, one histogram and at most `GATHER` entries.
+chunk, one histogram and at most `GATHER` entries; on a GPU `LAUNCH` entries twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ DIRECT = 2**14
 
 GATHER = 2**20
 """Candidates gathered at most; 4 MiB of float32."""
+
+LAUNCH = 2**24
+"""Entries that a GPU counts at once; in chunks of 1 MiB it would wait for the launch of each kernel."""
 
 PATTERNS = {torch.float32: torch.int32, torch.float64: torch.int64}
 """Float dtype -> integer dtype of its bits."""
@@ -40,12 +43,27 @@ def kth_largest_magnitude(chunks: Callable[[], Iterable[Tensor]], n_entries: int
         return kth_largest(torch.cat([chunk.abs().flatten() for chunk in chunks()]), k)
     prefix = Prefix(total_bits=magnitude_bits(next(iter(chunks())).dtype))
     while not prefix.complete:
-        counts = sum(count(chunk, prefix) for chunk in chunks())
+        counts = sum(count(chunk, prefix) for chunk in launches(chunks()))
         assert isinstance(counts, Tensor)
         prefix, k, n_candidates = narrow(prefix, k, Histogram.of(counts.cpu().numpy()))
         if n_candidates <= GATHER and not prefix.complete:
-            return kth_largest(torch.cat([gather(chunk, prefix) for chunk in chunks()]), k)
+            return kth_largest(torch.cat([gather(chunk, prefix) for chunk in launches(chunks())]), k)
     return prefix.magnitude
+
+
+def launches(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The chunks as they are on a CPU; on a GPU many of them as one."""
+    waiting: list[Tensor] = []
+    for chunk in chunks:
+        if chunk.device.type == "cpu":
+            yield chunk
+            continue
+        waiting.append(chunk.flatten())
+        if sum(map(len, waiting)) >= LAUNCH:
+            yield torch.cat(waiting)
+            waiting.clear()
+    if waiting:
+        yield torch.cat(waiting)
 
 
 def kth_largest(magnitudes_N: Tensor, k: int) -> float:

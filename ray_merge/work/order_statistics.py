@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_merge.algebra.radix import Histogram
-from ray_merge.algebra.select import count, gather, magnitude_bits
+from ray_merge.algebra.select import count, gather, launches, magnitude_bits
 from ray_merge.algebra.site import SiteFactors
 from ray_merge.plan import Plan
 from ray_merge.pool import Turn
@@ -88,7 +88,7 @@ def _look(
         index = series.adapters.index(series.adapter)
         if factors.ranks[index] == 0 and space == "dense":
             continue  # all zeros: the driver knows how many there are
-        for chunk in coordinates.chunks(index):
+        for chunk in launches(coordinates.chunks(index)):
             turn.check()
             for tally in tallies:
                 tally.add(chunk)

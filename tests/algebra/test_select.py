@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ray_merge.algebra import select
-from ray_merge.algebra.select import kth_largest_magnitude
+from ray_merge.algebra.select import LAUNCH, kth_largest_magnitude, launches
 
 CASES = {
     "normal": lambda g: torch.randn(5000, generator=g, dtype=torch.float64),
@@ -52,3 +52,11 @@ def test_candidates_held_at_once_stay_below_the_limit(monkeypatch):
     kth_largest_magnitude(lambda: values.split(3), 20_000, 4000)
     assert len(held) == 1
     assert held[0] <= 64
+
+
+def test_chunks_are_counted_together_beside_a_cpu_only():
+    half = LAUNCH // 2
+    here = [torch.zeros(2, 3), torch.zeros(1, 3)]
+    assert [chunk is given for chunk, given in zip(launches(here), here, strict=True)] == [True, True]
+    there = [torch.empty(2, half // 2, device="meta") for _ in range(5)]
+    assert [len(chunk) for chunk in launches(there)] == [LAUNCH, LAUNCH, half]
