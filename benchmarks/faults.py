@@ -124,12 +124,12 @@ def run(endpoint: str, scratch: Path, output: str, adapters: int) -> float:
 
 
 def digests(client, output: str) -> dict[str, str]:
-    """sha256 by path; receipts name times, and recipe.yaml names the output."""
+    """sha256 by path; receipts and timeline.parquet name times, and recipe.yaml names the output."""
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=s3_server.BUCKET, Prefix=f"{output}/")
     keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
     result = {}
     for key in keys:
-        if "/receipts/" not in key and not key.endswith("recipe.yaml"):
+        if "/receipts/" not in key and not key.endswith(("recipe.yaml", "timeline.parquet")):
             body = client.get_object(Bucket=s3_server.BUCKET, Key=key)["Body"]
             digest = hashlib.sha256()
             for chunk in iter(lambda body=body: body.read(2**20), b""):

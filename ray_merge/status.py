@@ -26,6 +26,7 @@ from ray_merge.storage.commit import (
     RECIPE,
     REMOVING,
     STATE_FOLDER,
+    TIMELINE,
     gone,
     id_line,
     read_manifest,
@@ -48,7 +49,7 @@ class MergeStatus:
         complete: its manifest is there, with all that it names.
         done: objects that have a receipt.
         of: objects that it will have; None where nothing tells yet.
-        n_bytes: published.
+        n_bytes: published, without what differs between runs: receipts and timeline.parquet.
         age_seconds: since its last receipt, by the workers' clocks; None without one.
         step: of learning; None where it does not learn, or its state lies elsewhere.
         missing: objects without a receipt, as far as they are known, and MANIFEST last; below a manifest, what it
@@ -186,7 +187,9 @@ def _status(folder: _Folder, shards: int | None, steps: Mapping[str, int], now: 
         complete=folder.complete,
         done=len(done),
         of=None if names is None else len(names),
-        n_bytes=sum(size for path, size in folder.files.items() if not path.startswith(f"{RECEIPTS}/")),
+        n_bytes=sum(
+            size for path, size in folder.files.items() if not path.startswith((f"{RECEIPTS}/", TIMELINE))
+        ),
         age_seconds=max(0.0, now - max(ends)) if ends else None,
         step=steps.get(folder.id),
         missing=missing,

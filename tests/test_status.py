@@ -10,7 +10,7 @@ from ray_merge import api
 from ray_merge.cli import _exit_code
 from ray_merge.errors import RunFailed
 from ray_merge.status import status
-from ray_merge.storage.commit import MANIFEST, RECEIPTS, RECIPE, REMOVING
+from ray_merge.storage.commit import MANIFEST, RECEIPTS, RECIPE, REMOVING, TIMELINE
 from tiny import write_recipe_files
 
 LEARNING = "c" * 64
@@ -42,7 +42,10 @@ def test_complete_merges_have_everything(output):
         assert one.missing == ()
         assert 0 <= one.age_seconds < 600
         files = [path for path in (output / name).rglob("*") if path.is_file()]
-        assert one.n_bytes == sum(p.stat().st_size for p in files if f"/{RECEIPTS}/" not in str(p))
+        of_this_run = (f"/{RECEIPTS}/", f"/{TIMELINE}")
+        assert one.n_bytes == sum(
+            p.stat().st_size for p in files if not any(x in str(p) for x in of_this_run)
+        )
     assert _exit_code(["status", str(output)]) == 0
 
 

@@ -115,5 +115,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and "receipts" not in path.parts and path.name != "recipe.yaml"
+        if path.is_file()
+        and "receipts" not in path.parts
+        and path.name not in ("recipe.yaml", "timeline.parquet")
     }

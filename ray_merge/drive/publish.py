@@ -1,7 +1,7 @@
 """From receipts to a complete merge: heads, table, card, side files, index, config.json, MANIFEST last.
 
-Everything here is small and deterministic: any driver, at any time, writes the same bytes, so two drivers that
-finish the same merge adopt each other's objects.
+Everything here is small and, but for timeline.parquet, deterministic: any driver, at any time, writes the same bytes,
+so two drivers that finish the same merge adopt each other's objects.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from ray_merge.drive.outputs import Target
 from ray_merge.drive.rescalers import rescalers_json
 from ray_merge.drive.resolved import resolved_recipe
 from ray_merge.drive.thresholds import THRESHOLDS, selecting
+from ray_merge.drive.timeline import put_timeline
 from ray_merge.errors import RunFailed
 from ray_merge.models.blocks import natural_key
-from ray_merge.plan import ADAPTER_OBJECT, Plan
+from ray_merge.plan import ADAPTER_OBJECT, SHARD_METADATA, OutTensor, Plan
 from ray_merge.plan.emr import RESCALERS, is_emr
-from ray_merge.spec import Adapter, Merge, Receipt, SiteReport
+from ray_merge.plan.headed import HEAD_FILE, layout, problem_of
+from ray_merge.spec import Adapter, Merge, Receipt, SiteReport, TensorEntry
 from ray_merge.storage.checkpoint import CONFIG_FILE, INDEX_FILE
 from ray_merge.storage.commit import (
     MANIFEST,
@@ -72,7 +74,7 @@ SITE_SCHEMA = pa.schema(
     ]
 )
 """Columns of sites.parquet; what they mean is in `spec.SiteReport`, and from `erank_sum` on, which are null without
-`diagnostics: true`, in work/diagnostics.py. Seconds differ between runs: receipts have them."""
+`diagnostics: true`, in work/diagnostics.py. Seconds differ between runs: receipts and timeline.parquet have them."""
 
 
 class _Files:
@@ -92,7 +94,13 @@ class _Files:
 
 
 def publish(
-    plan: Plan, merge: Merge, target: Target, receipts: Mapping[str, Receipt], stores: Stores, cache: Path
+    plan: Plan,
+    merge: Merge,
+    target: Target,
+    receipts: Mapping[str, Receipt],
+    attempts: Mapping[str, int],
+    stores: Stores,
+    cache: Path,
 ) -> list[str]:
     """Complete one merge whose shards and adapter are all receipted.
 
@@ -101,6 +109,7 @@ def publish(
         merge: to be published.
         target: where it goes.
         receipts: of its objects, by name.
+        attempts: of the units of those that this run made, by name of the object.
         stores: of this process.
         cache: the node's folder for adapters, where pickles were converted.
 
@@ -127,12 +136,13 @@ def publish(
             files.put(f"heads/{name}.safetensors", head_file(plan, plan.adapters[name], stores, cache))
     reports = {kind: _reports(receipts, kind == "adapter") for kind in ("checkpoint", "adapter")}
     files.put(SITES, _site_table(plan, merge, reports))
+    put_timeline(files.store, target.merge_id, receipts, attempts)
     files.put(CARD, model_card(plan, merge, target.merge_id, target.inputs, reports, more))
     if merge.export != "checkpoint":
         by_site = {report.site: report for report in reports["adapter"]}
         files.put("adapter/adapter_config.json", pretty_json(exported_config(plan, merge, by_site)))
     if merge.export != "adapter":
-        _put_checkpoint_files(plan, merge, files, stores)
+        _put_checkpoint_files(plan, merge, files, stores, cache)
     _check_begun(files, recipe)
     _put_manifest(files, _manifest(plan, merge, target, files))
     return rounding_warnings(merge, reports)
@@ -171,7 +181,7 @@ def rounding_warnings(merge: Merge, reports: Mapping[str, Sequence[SiteReport]])
     ]
 
 
-def _put_checkpoint_files(plan: Plan, merge: Merge, files: _Files, stores: Stores) -> None:
+def _put_checkpoint_files(plan: Plan, merge: Merge, files: _Files, stores: Stores, cache: Path) -> None:
     base = stores.open(plan.base.url)
     tokenizer = vocabulary_owner(plan, merge)
     own = [] if tokenizer is None else [ObjectInfo(*file) for file in tokenizer.side_files]
@@ -182,6 +192,10 @@ def _put_checkpoint_files(plan: Plan, merge: Merge, files: _Files, stores: Store
     for info in own:
         assert tokenizer is not None
         files.put(info.path, read_unchanged(stores.open(tokenizer.url), info))
+    if merge.name in plan.headed and plan.headed[merge.name].added:
+        headed = plan.headed[merge.name]
+        owner = plan.adapters[headed.adapter]
+        files.put(HEAD_FILE, _heads_of(owner, headed.added, SHARD_METADATA, stores, cache))
     files.put(INDEX_FILE, pretty_json(checkpoint_index(plan, merge)))
     files.put(CONFIG_FILE, checkpoint_config(plan, merge, base))
 
@@ -189,34 +203,45 @@ def _put_checkpoint_files(plan: Plan, merge: Merge, files: _Files, stores: Store
 def checkpoint_index(plan: Plan, merge: Merge) -> dict[str, Any]:
     """model.safetensors.index.json; `total_size` is the bytes of all tensors."""
     placed = [(tensor, shard) for shard in plan.shards for tensor in plan.tensors(merge, shard)]
+    added = plan.headed[merge.name].added if merge.name in plan.headed else ()
+    tensors: list[OutTensor | TensorEntry] = [*(tensor for tensor, _ in placed), *added]
     return {
         "metadata": {
-            "total_parameters": sum(math.prod(tensor.shape) for tensor, _ in placed),
-            "total_size": sum(tensor.n_bytes for tensor, _ in placed),
+            "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+            "total_size": sum(tensor.n_bytes for tensor in tensors),
         },
-        "weight_map": {tensor.name: shard.name for tensor, shard in placed},
+        "weight_map": {
+            **{tensor.stored_name: shard.name for tensor, shard in placed},
+            **{entry.name: HEAD_FILE for entry in added},
+        },
     }
 
 
 def head_file(plan: Plan, adapter: Adapter, stores: Stores, cache: Path) -> bytes:
     """An adapter's heads under their runtime names, as one safetensors file with what a loader must know."""
-    store, file = safetensors_of(adapter, stores, cache)
     ordered = sorted(adapter.heads, key=lambda entry: entry.name)
     # A head's inner layers (`classifier.dense`, `pooler.dense`) are as wide as the model, its last one is not.
     labels = min((e.shape[0] for e in ordered if len(e.shape) == 2), default=0)
     task = plan.recipe.adapters[adapter.name].task
-    problem = "regression" if task == "regression" or labels == 1 else "single_label_classification"
     metadata = {
         "format": "pt",
         "task_type": str(adapter.config.get("task_type") or ""),
         "num_labels": str(labels),
-        "problem_type": problem,
+        "problem_type": problem_of(task, labels),
         "id2label": json.dumps({str(index): f"LABEL_{index}" for index in range(labels)}),
     }
-    header, _ = make_header([(entry.name, entry.dtype, entry.shape) for entry in ordered], metadata)
+    return _heads_of(adapter, ordered, metadata, stores, cache)
+
+
+def _heads_of(
+    adapter: Adapter, entries: Sequence[TensorEntry], metadata: Mapping[str, str], stores: Stores, cache: Path
+) -> bytes:
+    """A safetensors file of some tensors of an adapter's heads, as they were saved."""
+    store, file = safetensors_of(adapter, stores, cache)
+    header, _ = make_header(layout(entries), metadata)
     planned = ObjectInfo(adapter.file, adapter.file_bytes, adapter.file_version)
     kept = store if adapter.pickled else store.pinned([planned])  # a converted pickle is this node's own
-    data = header + b"".join(kept.read(file, entry.start, entry.end) for entry in ordered)
+    data = header + b"".join(kept.read(file, entry.start, entry.end) for entry in entries)
     check_unchanged(stores.open(adapter.url), planned)
     return data
 
@@ -255,7 +280,7 @@ def _manifest(plan: Plan, merge: Merge, target: Target, files: _Files) -> dict[s
         "adapters": adapters,
         "base_numerics": "dequantised" if plan.base.quantised else "as stored",
         "sites": len(plan.touched(merge)),
-        "tensors": 0 if merge.export == "adapter" else len(plan.base.tensors),
+        "tensors": 0 if merge.export == "adapter" else len(checkpoint_index(plan, merge)["weight_map"]),
         "files": sorted(files.entries, key=lambda entry: str(entry["name"])),
     }
 

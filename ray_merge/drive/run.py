@@ -32,7 +32,7 @@ from ray_merge.drive.units import missing_units, object_names, tasks_of, total_b
 from ray_merge.errors import Refusal, RunFailed
 from ray_merge.methods.context import Thresholds
 from ray_merge.plan import ADAPTER_OBJECT, Plan
-from ray_merge.pool import Pool
+from ray_merge.pool import Done, Pool
 from ray_merge.spec import Merge, Receipt
 from ray_merge.storage.commit import STATE_FOLDER, check_fit, commit_bytes, probe
 from ray_merge.storage.digest import DigestCache
@@ -91,12 +91,13 @@ class Settings:
 
 @dataclass(slots=True)
 class _Open:
-    """An unfinished merge: its target, what it still lacks, the receipts it has."""
+    """An unfinished merge: its target, what it still lacks, the receipts it has, attempts by object of this run."""
 
     merge: Merge
     target: Target
     missing: set[str]
     receipts: dict[str, Receipt] = field(default_factory=dict)
+    attempts: dict[str, int] = field(default_factory=dict)
     thresholds: Thresholds | None = None
     phi: bytes | None = None
 
@@ -205,7 +206,7 @@ def _finish(context: _Context, unfinished: Sequence[_Open], make_pool: PoolFacto
                 by_id = {unit.id: unit for unit in units}
                 by_name = {item.merge.name: item for item in unfinished}
                 for count, done in enumerate(pool.run(tasks_of(plan, units)), start=1):
-                    written += _note_receipts(by_name, by_id[done.id], done.value)
+                    written += _note_receipts(by_name, by_id[done.id], done)
                     context.base_bytes.update(done.value[0].unit_bytes)
                     numbers = ((count, n_units), (written, all_bytes))
                     progress(Event(kind="unit", text=done.id, units=numbers[0], n_bytes=numbers[1]))
@@ -271,12 +272,14 @@ def _probe(context: _Context, item: _Open) -> None:
 
 
 def _note_receipts(
-    unfinished: Mapping[str, _Open], unit: ShardUnit | EmrUnit | AdapterUnit, receipts: Sequence[Receipt]
+    unfinished: Mapping[str, _Open], unit: ShardUnit | EmrUnit | AdapterUnit, done: Done
 ) -> int:
     # By name and not by id: merges that say the same in two ways have one id and a folder each.
     names = unit.merges if isinstance(unit, ShardUnit) else (unit.merge,)
+    receipts: Sequence[Receipt] = done.value
     for name, receipt in zip(names, receipts, strict=True):
         unfinished[name].receipts[receipt.name] = receipt
+        unfinished[name].attempts[receipt.name] = done.attempts
         unfinished[name].missing.discard(receipt.name)
     return sum(receipt.n_bytes for receipt in receipts if receipt.name != ADAPTER_OBJECT)
 
@@ -295,6 +298,7 @@ def _publish_ready(
                     item.merge,
                     item.target,
                     item.receipts,
+                    item.attempts,
                     context.stores,
                     context.settings.cache / "adapters",
                 )

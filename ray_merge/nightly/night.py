@@ -15,12 +15,13 @@ from pathlib import Path
 from ray_merge import api, logs
 from ray_merge.drive.events import Event
 from ray_merge.drive.outputs import output_root, today
+from ray_merge.drive.unit_time import unit_time
 from ray_merge.engines import Engine
 from ray_merge.errors import RayMergeError, Refusal, RunFailed
 from ray_merge.interrupts import Interrupts
 from ray_merge.nightly.entries import Entry, by_base, look_at, recipe_urls
 from ray_merge.nightly.summary import Summary, known_days, put_summary
-from ray_merge.report.times import unit_time, units_of
+from ray_merge.report.times import units_of
 from ray_merge.storage.commit import read_receipts
 from ray_merge.storage.store import Stores
 

@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 import yaml
 
 from ray_merge.drive.learned import PHI
+from ray_merge.drive.unit_time import UnitTime, is_size, unit_time
 from ray_merge.errors import RayMergeError, Refusal, StoreDenied, StoreError, sentence
 from ray_merge.models.blocks import natural_key
 from ray_merge.report.curves import Curves, read_curves
 from ray_merge.report.limits import Limits, limits
 from ray_merge.report.sites import SiteFacts, read_sites
-from ray_merge.report.times import UnitTime, is_size, unit_time, units_of
+from ray_merge.report.times import units_of
 from ray_merge.storage.commit import (
     EVALUATION,
     MANIFEST,

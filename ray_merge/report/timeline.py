@@ -7,10 +7,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from ray_merge.drive.unit_time import UnitTime
 from ray_merge.report.axes import line, place, round_ticks, text, tick_text
 from ray_merge.report.charts import look
 from ray_merge.report.markup import Markup, number, percent, scrolling, seconds, table, tag
-from ray_merge.report.times import UnitTime, lanes, phase_names, stretches
+from ray_merge.report.times import lanes, phase_names, stretches
 from ray_merge.show_progress import human_bytes
 
 WIDTH, ROW, LEFT, RIGHT, TOP, BOTTOM = 900, 18, 170, 14, 8, 38

@@ -7,6 +7,7 @@ decides. MANIFEST.json is put last and alone says that a merge is complete.
     <merge>/model-0000i-of-0000N.safetensors, adapter/..., heads/...
     <merge>/ray_merge/receipts/*.json  after the object that they prove
     <merge>/<side files>, model.safetensors.index.json, config.json
+    <merge>/ray_merge/timeline.parquet before the manifest, which does not name it: times differ, whoever is first wins
     <merge>/ray_merge/MANIFEST.json    last
 
 `gc` beside a run. Whoever removes an unfinished merge and whoever finishes it do these steps in this order, each
@@ -49,6 +50,9 @@ REMOVING = "ray_merge/removing"
 
 RECEIPTS = "ray_merge/receipts"
 SITES = "ray_merge/sites.parquet"
+TIMELINE = "ray_merge/timeline.parquet"
+"""What receipts tell of time, as one table; no manifest names it, because it differs between runs."""
+
 EVALUATION = "ray_merge/evaluation.json"
 """Of an output, beside its merges."""
 

@@ -9,7 +9,7 @@ from ray_merge.drive.outputs import Target
 from ray_merge.drive.publish import checkpoint_index, head_file, publish
 from ray_merge.errors import RunFailed, ShardConflict
 from ray_merge.spec import Receipt, SiteReport
-from ray_merge.storage.commit import MANIFEST, RECIPE, id_line, probe
+from ray_merge.storage.commit import MANIFEST, RECIPE, TIMELINE, id_line, probe
 from ray_merge.storage.store import Stores, open_store
 from tiny import Q0, factors, plan_of, tables, write_adapter, write_recipe_files
 
@@ -42,9 +42,8 @@ def published(tmp_path, recipe, to="out", worker="host:1", reverse=False, plan=N
     probe(store, id_line(ID).encode(), ID)
     for shard in plan.shards:
         store.put_if_absent(shard.name, bytes(shard.n_bytes), {})
-    publish(
-        plan, plan.merges[0], target, dict(reversed(given.items())) if reverse else given, Stores(), tmp_path
-    )
+    ordered = dict(reversed(given.items())) if reverse else given
+    publish(plan, plan.merges[0], target, ordered, dict.fromkeys(ordered, 1), Stores(), tmp_path)
     return tmp_path / to
 
 
@@ -62,7 +61,7 @@ def test_the_manifest_names_every_other_file_by_its_bytes(tmp_path):
     named = {entry["name"]: entry for entry in manifest["files"]}
     assert list(named) == sorted(named)
     for name, data in contents(folder).items():
-        if name not in (MANIFEST, RECIPE):
+        if name not in (MANIFEST, RECIPE, TIMELINE):
             assert named[name] == {
                 "name": name,
                 "bytes": len(data),
@@ -80,7 +79,17 @@ def test_the_manifest_names_every_other_file_by_its_bytes(tmp_path):
 def test_hosts_times_and_the_order_of_receipts_change_no_byte(tmp_path):
     recipe = write_recipe_files(tmp_path)
     one = contents(published(tmp_path, recipe, "one"))
-    assert contents(published(tmp_path, recipe, "two", worker="other:2", reverse=True)) == one
+    two = contents(published(tmp_path, recipe, "two", worker="other:2", reverse=True))
+    assert one.pop(TIMELINE) != two.pop(TIMELINE)
+    assert one == two
+
+
+def test_the_first_timeline_stays_and_a_merge_is_completed_over_it(tmp_path):
+    recipe = write_recipe_files(tmp_path)
+    folder = published(tmp_path, recipe)
+    before = contents(folder)
+    (folder / MANIFEST).unlink()
+    assert contents(published(tmp_path, recipe, worker="other:2")) == before
 
 
 def test_publishing_twice_adopts_everything(tmp_path):

@@ -62,7 +62,7 @@ def recipe(inputs: str | Path, output: str | Path):
 def digests(url: str | Path) -> dict[str, str]:
     """sha256 of the weights, heads, configs and tables; ids differ, because an S3 object is known by its etag."""
     store = open_store(str(url))
-    skipped = ("receipts/", "recipe.yaml", "MANIFEST.json", "README.md")
+    skipped = ("receipts/", "timeline.parquet", "recipe.yaml", "MANIFEST.json", "README.md")
     return {
         info.path: hashlib.sha256(store.read(info.path)).hexdigest()
         for info in store.list()

@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 from outputs import parquet, receipt, site_names
 
+from ray_merge.drive.unit_time import unit_time
 from ray_merge.report.axes import path, round_ticks, scale
 from ray_merge.report.charts import Dot, scatter
 from ray_merge.report.curves import kept_steps
@@ -18,7 +19,7 @@ from ray_merge.report.limits import limits
 from ray_merge.report.markup import Markup, breakable, escape, number, percent, seconds, tag
 from ray_merge.report.sites import place, read_sites
 from ray_merge.report.style import DARK, DARK_LINES, DARK_TEXT, LIGHT, LIGHT_LINES, LIGHT_TEXT, POLICY, SCRIPT
-from ray_merge.report.times import lanes, stretches, unit_time, units_of
+from ray_merge.report.times import lanes, stretches, units_of
 
 
 @pytest.mark.parametrize(

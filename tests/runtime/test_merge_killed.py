@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 import ray_merge
@@ -79,6 +80,12 @@ def size(path: Path) -> int:
         return 0
 
 
+def attempts_of(output: Path) -> dict[str, int]:
+    """By unit, as the tables of all merges tell."""
+    tables = [pq.read_table(path).to_pylist() for path in output.rglob("timeline.parquet")]
+    return {row["unit"]: row["attempts"] for rows in tables for row in rows}
+
+
 def test_ray_gives_the_bytes_of_the_local_engine(ray_session, recipe, undisturbed, tmp_path):
     result = ray_merge.run(
         {**recipe, "output": str(tmp_path / "out")}, workers=3, cache_dir=tmp_path / "cache"
@@ -95,6 +102,7 @@ def test_workers_killed_in_mid_file_change_no_byte(ray_session, recipe, undistur
     killer.join()
     assert len(killer.killed) == 2
     assert digests(tmp_path / "out") == undisturbed
+    assert sum(attempts - 1 for attempts in attempts_of(tmp_path / "out").values()) >= 2
     assert not [path for path in (tmp_path / "out" / ".ray_merge").rglob("*") if path.is_file()]
 
 
