@@ -59,6 +59,7 @@ def plan_json(plan: Plan, cluster: Cluster | None = None) -> dict[str, Any]:
                 "adapters": list(merge.adapters),
                 "parameters": dict(merge.parameters),
                 "export": merge.export,
+                "heads": merge.heads,
             }
             for merge in plan.merges
         ],
@@ -135,7 +136,8 @@ def plan_table(plan: Plan, cluster: Cluster | None = None) -> None:
     merges = Table("merge", "method", "adapters", "parameters", "export", box=None, pad_edge=False)
     for merge in plan.merges:
         shown = ", ".join(f"{key}={_short(value)}" for key, value in merge.parameters.items())
-        merges.add_row(merge.name, merge.method, _few(merge.adapters, " "), shown, merge.export)
+        export = merge.export if merge.heads is None else f"{merge.export}, head of {merge.heads}"
+        merges.add_row(merge.name, merge.method, _few(merge.adapters, " "), shown, export)
     console.print(merges)
     console.print(
         f"read      {human_bytes(facts['read_bytes'])}: the base {facts['passes']} time(s), adapters "

@@ -279,6 +279,8 @@ class Merge:
         export: what is written.
         export_rank: rank that an exported adapter is truncated to at every site, or None.
         export_tolerance: relative error allowed to a truncated export at every site, or None.
+        export_class: the task type of the class that an exported adapter is for, where those of `adapters` differ.
+        heads: the adapter whose head the checkpoint gets, which is then a sequence-classification model; or None.
         seed: of every random mask.
         sweep: the point of the sweep as the recipe has it, key and value; empty without a sweep.
         combined: whether the entry asked for combinations.
@@ -292,6 +294,8 @@ class Merge:
     export: Export = "checkpoint"
     export_rank: int | None = None
     export_tolerance: float | None = None
+    export_class: str | None = None
+    heads: str | None = None
     seed: int = 0
     sweep: tuple[tuple[str, Any], ...] = ()
     combined: bool = False

@@ -255,7 +255,7 @@ def _probe_site(probe: _Probe, site: Site) -> float:
     else:
         update_O, reach_O = _product(factor, x_I)
     ratios = []
-    if site.tensor in probe.merged:
+    if begin.stored_name in probe.merged:
         ratios += _checkpoint_ratios(probe, site, x_I, update_O, FLOAT32_SLACK * reach_O)
     if factor is not None:
         ratios += _adapter_ratios(probe, site, factor, x_I)
@@ -278,7 +278,7 @@ def _product(factor: Factor, x_I: Tensor) -> tuple[Tensor, Tensor]:
 def _checkpoint_ratios(
     probe: _Probe, site: Site, x_I: Tensor, update_O: Tensor, slack_O: Tensor
 ) -> list[float]:
-    entry = probe.merged[site.tensor]
+    entry = probe.merged[probe.begins[site.tensor].stored_name]
     moved, lost = [], []
     spans = [(site.start + start, site.start + stop) for start, stop in chunk_spans(site.shape)]
     if probe.plan.base.quantised:

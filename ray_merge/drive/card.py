@@ -60,6 +60,7 @@ def model_card(
         "|---|---|---|---|---|",
         *[_adapter_row(plan, item["name"], item["files"]) for item in inputs["adapters"]],
         "",
+        *_head(plan, merge),
         *more,
         *_rounding(reports.get("checkpoint", ())),
         *_diagnostics(merge, reports),
@@ -91,6 +92,18 @@ def _adapter_row(plan: Plan, name: str, files: Mapping[str, str]) -> str:
     shown = " to ".join(str(rank) for rank in dict.fromkeys((*ranks[:1], *ranks[-1:])))
     head = f"`heads/{name}.safetensors`" if adapter.heads else ""
     return f"| {name} | `{_cell(version[:23])}` | {len(adapter.factors)} | {shown} | {head} |"
+
+
+def _head(plan: Plan, merge: Merge) -> list[str]:
+    """What the checkpoint is where it has an adapter's head."""
+    if merge.name not in plan.headed:
+        return []
+    headed = plan.headed[merge.name]
+    return [
+        f"The checkpoint is a `{headed.model_class}` with the head of `{headed.adapter}` ({headed.n_labels} label(s)): "
+        "`AutoModelForSequenceClassification.from_pretrained` loads it.",
+        "",
+    ]
 
 
 def _emr(merge: Merge, base: str) -> list[str]:

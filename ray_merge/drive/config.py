@@ -1,7 +1,7 @@
 """config.json of a merged checkpoint: the base's own, but for what the merge changed.
 
-dtype (out_dtype), tie_word_embeddings (tied: untie), quantization_config (a dequantised base has none) and vocab_size
-(an adapter that resized the embeddings).
+dtype (out_dtype), tie_word_embeddings (tied: untie), quantization_config (a dequantised base has none), vocab_size
+(an adapter that resized the embeddings) and what a head changes (heads).
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def checkpoint_config(plan: Plan, merge: Merge, base: Store) -> bytes:
     rows = _vocabulary(plan, merge)
     if rows is not None:
         config = with_vocabulary(config, *rows) or config
+    if merge.name in plan.headed:
+        config = plan.headed[merge.name].laid_over(config)
     if config is plan.base.config and not plan.base.quantised and not plan.base.untied:
         return read_unchanged(base, plan.base.config_file)
     # Not pretty_json: some configs hold Infinity (Mamba2's time_step_limit), which transformers writes and reads.

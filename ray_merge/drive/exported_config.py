@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ray_merge.plan import Plan
+from ray_merge.plan.export_class import leading
 from ray_merge.spec import HEADED_TASKS, Merge, SiteReport
 
 
@@ -23,28 +24,25 @@ def exported_config(plan: Plan, merge: Merge, reports: Mapping[str, SiteReport])
         merge: the merge that was exported.
         reports: site name -> what was made there.
     """
-    modules = {
-        site: name
-        for adapter in reversed(merge.adapters)
-        for site, name in plan.adapters[adapter].modules.items()
-    }
+    modules = {site: plan.module(merge, site) for site in reports}
     ranks = {modules[site]: report.rank for site, report in sorted(reports.items())}
     common = Counter(ranks.values()).most_common(1)[0][0]
     uneven = {_pattern(name, ranks): rank for name, rank in ranks.items() if rank != common}
+    kind = leading(merge, plan.adapters).config.get("task_type")
     configs = [plan.adapters[name].config for name in merge.adapters]
     bases = {str(config.get("base_model_name_or_path") or "") for config in configs}
     return {
         "peft_type": "LORA",
         # For a headed task PEFT adds a head to modules_to_save, and fails to load an adapter without one. Heads of
         # several adapters are not merged, so their export names no task and loads into any class of the base.
-        "task_type": None if (kind := configs[0].get("task_type")) in HEADED_TASKS else kind,
+        "task_type": None if kind in HEADED_TASKS else kind,
         # Not the recipe's place of the base: the merge id does not know it.
         "base_model_name_or_path": (bases.pop() if len(bases) == 1 else "") or None,
         "r": common,
         "lora_alpha": common,
         "rank_pattern": uneven,
         "alpha_pattern": uneven,
-        "target_modules": target_modules(plan, merge, {site: modules[site] for site in reports}),
+        "target_modules": target_modules(plan, merge, modules),
         "modules_to_save": None,
         "init_lora_weights": True,
         "use_rslora": False,

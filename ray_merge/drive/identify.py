@@ -228,6 +228,9 @@ def merge_inputs(plan: Plan, merge: Merge, inputs: Inputs) -> dict[str, Any]:
     }
     if merge.export != "checkpoint":
         document |= {"export_rank": merge.export_rank, "export_tolerance": merge.export_tolerance}
+    document |= {
+        key: value for key in ("export_class", "heads") if (value := getattr(merge, key)) is not None
+    }
     method = get(merge.method)
     if method.learned:
         rows = recipe.calibration or Calibration()

@@ -96,6 +96,7 @@ def _entry(merge: Merge) -> dict[str, Any]:
         "export_tolerance": merge.export_tolerance,
         "seed": merge.seed,
     }
+    entry |= {key: value for key in ("export_class", "heads") if (value := getattr(merge, key)) is not None}
     if swept:
         entry["sweep"] = {key: [value] for key, value in swept.items()}
     if merge.combined:

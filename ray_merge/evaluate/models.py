@@ -17,6 +17,7 @@ from ray_merge.drive.outputs import Target, look, output_root, today
 from ray_merge.errors import RecipeError
 from ray_merge.fit import fit_adapters
 from ray_merge.plan import Plan
+from ray_merge.plan.export_class import leading
 from ray_merge.plan.statistics import needs_data
 from ray_merge.recipe import AdapterSource
 from ray_merge.recipe.names import BASE, SINGLE
@@ -132,9 +133,9 @@ def _single(plan: Plan, adapter: Adapter) -> ScoredModel:
 
 
 def _exported(plan: Plan, base: Checkpoint, merge: Merge, target: Target, stores: Stores) -> ScoredModel:
-    """An exported adapter on the base, fitted as the merge's first adapter was."""
+    """An exported adapter on the base, fitted as the adapter was whose names it has."""
     url = join(target.url, "adapter")
-    first = plan.recipe.adapters[merge.adapters[0]]
+    first = plan.recipe.adapters[leading(merge, plan.adapters).name]
     recipe = plan.recipe.model_copy(
         update={"adapters": {merge.name: AdapterSource(path=url, key_mapping=first.key_mapping)}}
     )

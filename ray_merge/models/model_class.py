@@ -58,6 +58,17 @@ def class_candidates(
     return tuple(dict.fromkeys(found))
 
 
+def auto_class(config: Mapping[str, Any], task_type: str) -> str | None:
+    """The class that a task type's Auto class loads for the base, None where transformers has none.
+
+    Args:
+        config: the parsed config.json of the base.
+        task_type: one of AUTO_CLASSES.
+    """
+    with quiet_and_offline():
+        return next(iter(_auto_class(AUTO_CLASSES[task_type], config)), None)
+
+
 def meta_model(config: Mapping[str, Any], name: str, n_tensors: int) -> nn.Module:
     """A model of that class for that config, without weights and with its tied parameters tied.
 

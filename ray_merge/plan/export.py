@@ -27,6 +27,11 @@ def check_export(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
                 f"merge {merge.name!r}: export_rank and export_tolerance belong to an exported adapter; write "
                 "export: adapter or export: both"
             )
+        if merge.export_class is not None:
+            raise RecipeError(
+                f"merge {merge.name!r}: export_class belongs to an exported adapter; write export: adapter or export: "
+                "both"
+            )
         return
     if merge.export_rank is not None and merge.export_tolerance is not None:
         raise RecipeError(f"merge {merge.name!r}: give export_rank or export_tolerance, not both")
@@ -70,17 +75,27 @@ def _beyond_lora(adapter: Adapter) -> str:
 
 
 def _check_classes(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
+    own = [adapters[name] for name in merge.adapters]
     kinds: dict[Any, str] = {}
-    for name in merge.adapters:
-        kinds.setdefault(adapters[name].config.get("task_type"), name)
-    if len(kinds) > 1:
+    for adapter in own:
+        kinds.setdefault(adapter.config.get("task_type"), adapter.name)
+    if merge.export_class is not None:
+        if merge.export_class not in kinds:
+            raise RecipeError(
+                f"merge {merge.name!r}: export_class: {merge.export_class} is the task_type of none of its adapters; "
+                f"known: {', '.join(sorted(map(str, kinds)))}"
+            )
+        own = [adapter for adapter in own if adapter.config.get("task_type") == merge.export_class]
+    elif len(kinds) > 1:
         (one, first), (other, second) = list(kinds.items())[:2]
+        words = " or ".join(f"export_class: {kind}" for kind in (one, other) if kind is not None)
         raise RecipeError(
             f"merge {merge.name!r}: adapter {first} has task_type {one}, adapter {second} {other}; adapters of "
-            "different model classes have no common adapter; use export: checkpoint"
+            f"different model classes have no common adapter; write {words} for the class that is to load it, or use "
+            "export: checkpoint"
         )
     names: dict[str, tuple[str, str]] = {}
-    for adapter in distinct(adapters[name] for name in merge.adapters):
+    for adapter in distinct(own):
         for site, module in adapter.modules.items():
             before = names.setdefault(site, (adapter.name, module))
             if before[1] != module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ray_merge.models.blocks import cut_shards
 from ray_merge.spec import DTYPE_BYTES, FLOAT_DTYPES, TensorEntry
@@ -26,16 +26,24 @@ class OutTensor:
     """One tensor of an output file.
 
     Args:
-        name: its disk name, as in the base.
+        name: its disk name in the base.
         source: where its values begin: the base's tensor, or one that an adapter saved.
         dtype: it is stored in.
         owner: the adapter whose file `source` lies in; "" for the base.
+        renamed: its name in the output where that is another (plan/headed.py); merges that differ in it alone share
+            what is read.
     """
 
     name: str
     source: TensorEntry
     dtype: str
     owner: str = ""
+    renamed: str = field(default="", compare=False)
+
+    @property
+    def stored_name(self) -> str:
+        """Its name in the output."""
+        return self.renamed or self.name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,4 +105,4 @@ def file_bytes(tensors: Sequence[OutTensor]) -> int:
 
 def shard_layout(tensors: Sequence[OutTensor]) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of each tensor, as the writer takes them."""
-    return [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+    return [(tensor.stored_name, tensor.dtype, tensor.shape) for tensor in tensors]

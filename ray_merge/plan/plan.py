@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,6 +22,8 @@ from ray_merge.plan.cross_terms import check_biases, check_ranks
 from ray_merge.plan.depth import check_gradients, with_depths
 from ray_merge.plan.emr import check_emr, emr_bytes
 from ray_merge.plan.export import check_export
+from ray_merge.plan.export_class import export_names
+from ray_merge.plan.headed import Headed, plan_headed
 from ray_merge.plan.layout import OutTensor, Shard, file_bytes, plan_shards, with_replaced
 from ray_merge.plan.memory import DEFAULT_MEMORY_BYTES, fit_group
 from ray_merge.plan.moments import StageFacts
@@ -52,6 +54,8 @@ class Plan:
         peak_bytes: estimated resident bytes of one worker.
         warnings: what a person should know; none of it stops the run.
         moments: what the moments that merges need take, where that was asked for.
+        headed: name of a merge with `heads` -> what its checkpoint is.
+        named: name of a merge with `export_class` -> site -> runtime name of its module there.
     """
 
     recipe: Recipe
@@ -65,6 +69,8 @@ class Plan:
     peak_bytes: int
     warnings: tuple[str, ...]
     moments: tuple[StageFacts, ...] = ()
+    headed: Mapping[str, Headed] = field(default_factory=dict)
+    named: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def touched(self, merge: Merge) -> tuple[Site, ...]:
         """The sites that `merge` changes, by tensor and place."""
@@ -74,18 +80,27 @@ class Plan:
             sorted((self.sites[n] for n in names), key=lambda site: (site.tensor, site.start, site.name))
         )
 
+    def module(self, merge: Merge, site: str) -> str:
+        """Runtime name of a site's module in an exported `merge`: in `export_class`, or as the first adapter has it."""
+        if merge.name in self.named:
+            return self.named[merge.name][site]
+        return next(a.modules[site] for name in merge.adapters if site in (a := self.adapters[name]).modules)
+
     def layout(self, merge: Merge, site: str) -> Layout:
         """What kind of layer the adapters of `merge` take a site for: the first of them that touches it."""
         return next(a.layouts[site] for name in merge.adapters if site in (a := self.adapters[name]).layouts)
 
     def replaced(self, merge: Merge) -> dict[str, tuple[str, TensorEntry]]:
-        """Disk tensor -> (adapter, saved tensor) that takes its place in `merge`; heads of several stay apart."""
+        """Disk tensor -> (adapter, saved tensor) that takes its place in `merge`; heads of several stay apart.
+
+        With `heads` all of them do: the one that is chosen is in `headed`.
+        """
         found: dict[str, tuple[str, TensorEntry]] = {}
         heads: set[str] = set()
         for name in merge.adapters:
             adapter = self.adapters[name]
             for tensor, entry in adapter.replaced.items():
-                if tensor in found and is_head(tensor, adapter):
+                if (tensor in found or merge.heads is not None) and is_head(tensor, adapter):
                     heads.add(tensor)
                 found.setdefault(tensor, (name, entry))
         return {tensor: owner for tensor, owner in found.items() if tensor not in heads}
@@ -97,14 +112,21 @@ class Plan:
 
     def tensors(self, merge: Merge, shard: Shard) -> tuple[OutTensor, ...]:
         """What `merge` writes into `shard`."""
-        return with_replaced(shard.tensors, self.replaced(merge))
+        return self._written(merge, shard, self.replaced(merge))
+
+    def _written(
+        self, merge: Merge, shard: Shard, replaced: Mapping[str, tuple[str, TensorEntry]]
+    ) -> tuple[OutTensor, ...]:
+        tensors = with_replaced(shard.tensors, replaced)
+        return self.headed[merge.name].with_head(tensors) if merge.name in self.headed else tensors
 
     def merge_bytes(self, merge: Merge) -> int:
-        """Bytes of the shards of `merge`."""
-        replaced = self.replaced(merge)
-        if not replaced:
+        """Bytes of the weights of `merge`."""
+        replaced, headed = self.replaced(merge), self.headed.get(merge.name)
+        if not replaced and headed is None:
             return self.checkpoint_bytes
-        return sum(file_bytes(with_replaced(shard.tensors, replaced)) for shard in self.shards)
+        shards = sum(file_bytes(self._written(merge, shard, replaced)) for shard in self.shards)
+        return shards + (headed.added_bytes if headed else 0)
 
     @property
     def adapter_bytes(self) -> int:
@@ -222,6 +244,8 @@ def make_plan(
         warnings += check_gradients(merge, sites, base.url)
     check_ranks(merges, adapters, sites, base.tensors)
     warnings += _vocabulary_warnings(merges, base, adapters)
+    headed, about_heads = plan_headed(recipe, base, adapters, sites, merges)
+    warnings += about_heads
     checkpoints = [index for index, merge in enumerate(merges) if merge.export != "adapter"]
     looking = diagnosis_bytes(recipe, sites.values())
     group_size, peak = fit_group(merges, adapters, sites, base.tensors, memory_bytes, looking)
@@ -241,6 +265,8 @@ def make_plan(
         groups=tuple(groups),
         peak_bytes=peak,
         warnings=tuple(warnings),
+        headed=headed,
+        named=export_names(base, adapters, sites, merges),
     )
 
 

@@ -138,8 +138,13 @@ def adapter_of(task: TaskData) -> Adapter:
 
 def task_type(recipe: Recipe, task: TaskData) -> str | None:
     """PEFT's word for what a task is: as the recipe says, else as the adapter does."""
-    said = recipe.adapters[task.name].task
-    kind = adapter_of(task).config.get("task_type") if said is None else TASK_TYPES.get(said, said)
+    return adapter_type(recipe, adapter_of(task))
+
+
+def adapter_type(recipe: Recipe, adapter: Adapter) -> str | None:
+    """PEFT's word for what an adapter's head is for: as the recipe says, else as the adapter does."""
+    said = recipe.adapters[adapter.name].task
+    kind = adapter.config.get("task_type") if said is None else TASK_TYPES.get(said, said)
     return kind if isinstance(kind, str) else None
 
 

@@ -123,6 +123,7 @@ def _expand_entry(entry: MergeSource, recipe: Recipe, where: str) -> Iterator[Me
     if twice is not None:
         raise RecipeError(f"{where}: {twice} stands in parameters and in sweep of merge {entry.name!r}")
     check_preferences(entry, names, where)
+    _check_heads(entry, names, where)
     for label, subset in subsets:
         for values, (preferred, preference) in product(
             product(*sweep.values()), list(preferences_of(entry, subset))
@@ -144,11 +145,32 @@ def _expand_entry(entry: MergeSource, recipe: Recipe, where: str) -> Iterator[Me
                 export=entry.export,
                 export_rank=entry.export_rank,
                 export_tolerance=entry.export_tolerance,
+                export_class=entry.export_class,
+                heads=entry.heads,
                 seed=entry.seed,
                 sweep=tuple(point.items()),
                 combined=entry.combinations is not None,
                 preferred=entry.preferences is not None,
             )
+
+
+def _check_heads(entry: MergeSource, names: Sequence[str], where: str) -> None:
+    """A head belongs to a checkpoint, and to an adapter of every merge that the entry expands to."""
+    if entry.heads is None:
+        return
+    place = f"{where}: merge {entry.name!r}: heads"
+    if entry.heads not in names:
+        raise RecipeError(f"{place}: {entry.heads!r} is none of its adapters{nearest(entry.heads, names)}")
+    if entry.export == "adapter":
+        raise RecipeError(
+            f"{place} writes a checkpoint with the head of {entry.heads}, but export: adapter writes none; write "
+            "export: checkpoint or export: both, or leave heads out (heads/ holds every head)"
+        )
+    if any(size < len(names) for size in _sizes(entry)):
+        raise RecipeError(
+            f"{place}: combinations leave {entry.heads} out of some merges; write those with {entry.heads} as entries "
+            "of their own, or leave heads out (heads/ holds every head)"
+        )
 
 
 def _resolve(

@@ -195,7 +195,10 @@ Preferences = Annotated[
 
 
 class MergeSource(_Model):
-    """One entry of `merges`, before sweeps, combinations and preferences are expanded."""
+    """One entry of `merges`, before sweeps, combinations and preferences are expanded.
+
+    `heads` is the adapter whose head the checkpoint gets, `export_class` the task type that an exported adapter is for.
+    """
 
     name: MergeName
     merge_method: str
@@ -207,6 +210,8 @@ class MergeSource(_Model):
     export: Export = "checkpoint"
     export_rank: int | None = Field(default=None, ge=1)
     export_tolerance: float | None = Field(default=None, ge=0, lt=1)
+    export_class: Word | None = None
+    heads: Name | None = None
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 

@@ -103,8 +103,7 @@ def truncated(merge: Merge, exact: Factor) -> tuple[Factor, float]:
 
 def exported_tensors(plan: Plan, merge: Merge, site: Site, factor: Factor) -> list[tuple[str, Tensor]]:
     """Factors in the layout of a site's weight -> PEFT's names and layouts for that kind of layer."""
-    module = next(adapter.modules[site.name] for name in merge.adapters
-                  if site.name in (adapter := plan.adapters[name]).modules)  # fmt: skip
+    module = plan.module(merge, site.name)
     B_OR, A_RI = factor.B, factor.A
     layout = plan.layout(merge, site.name)
     if layout in ("conv1d", "embedding"):  # stored transposed: delta = A^T B^T

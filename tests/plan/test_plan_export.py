@@ -49,6 +49,7 @@ def test_adapters_of_two_model_classes_have_no_common_adapter(recipe, tmp_path):
     write_adapter(tmp_path / "b", factors(V1), task_type="SEQ_CLS")
     recipe["merges"][0]["export"] = "both"
     assert "adapter a has task_type CAUSAL_LM, adapter b SEQ_CLS" in refusal(recipe)
+    assert "write export_class: CAUSAL_LM or export_class: SEQ_CLS for the class" in refusal(recipe)
     recipe["merges"][0]["export"] = "checkpoint"
     assert plan_of(recipe).merges
 
