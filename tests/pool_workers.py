@@ -6,6 +6,7 @@ Ray's workers import this module, so it holds no test.
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,19 @@ class Hog:
             kept.append(b"\x01" * (1 << 28))
             time.sleep(0.05)
         return len(kept)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a page says after so many seconds, all of which this unit takes."""
+
+    url: str
+    seconds: float
+
+    def __call__(self) -> str:
+        time.sleep(self.seconds)
+        with urllib.request.urlopen(self.url, timeout=10) as page:
+            return page.read().decode()
 
 
 class StepWorker:

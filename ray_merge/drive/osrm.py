@@ -239,8 +239,8 @@ def write_adapters(
             for units in (parts, joins):
                 for done in pool.run([Task(unit.id, unit) for unit in units]) if pool else ():
                     count += 1
-                    if done.value:
-                        found[done.id.removeprefix("join/")] = done.value
+                    if done.value.found:
+                        found[done.id.removeprefix("join/")] = done.value.found
                     progress(Event(kind="unit", text=done.id, units=(count, total)))
     finally:
         _sweep(job, stores)

@@ -52,10 +52,9 @@ def tasks_of(plan: Plan, units: Sequence[ShardUnit | EmrUnit | AdapterUnit]) -> 
     """Tasks whose data are the adapters of their merges: what a node's cache has once it ran one of them."""
     used = {merge.name: merge.adapters for merge in plan.merges}
     names = [unit.merges if isinstance(unit, ShardUnit) else (unit.merge,) for unit in units]
-    return [
-        Task(unit.id, unit, frozenset(adapter for name in own for adapter in used[name]))
-        for unit, own in zip(units, names, strict=True)
-    ]
+    # One set for all units of the same merges: sets of 128 names for 100,000 units would take 0.8 GB.
+    data = {own: frozenset(adapter for name in own for adapter in used[name]) for own in names}
+    return [Task(unit.id, unit, data[own]) for unit, own in zip(units, names, strict=True)]
 
 
 def _of(thresholds: Mapping[str, Thresholds], names: Sequence[str]) -> dict[str, Thresholds]:

@@ -21,7 +21,7 @@ from ray_merge import logs
 from ray_merge.errors import RayMergeError
 from ray_merge.pool import UNITS_PER_WORKER, Turns, worker_label
 from ray_merge.pool_steps import made
-from ray_merge.runtime.telemetry import Label, unit_ran
+from ray_merge.runtime.telemetry import Label, unit_ran, watch_memory
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class WorkerActor:
 
     def greet(self) -> Greeting:
         """Say who is there; it comes before any unit, and a driver that hears of an error sends none."""
+        watch_memory(self._label.kind)
         node = ray.get_runtime_context().get_node_id()
         return Greeting(worker_label(), node, ray.__version__, platform.python_version(), self._error)
 

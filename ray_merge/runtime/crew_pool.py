@@ -29,7 +29,7 @@ from ray_merge.errors import RayMergeError, Refusal, RunFailed
 from ray_merge.pool import Closing, Done
 from ray_merge.runtime.crew import Crew, Job, Slot
 from ray_merge.runtime.fetch import SETTLE_SECONDS, answer, wait_for
-from ray_merge.runtime.telemetry import unit_ended
+from ray_merge.runtime.telemetry import forget_progress, repeat_progress, unit_ended
 
 TICK_SECONDS = 1.0  # between two looks at the clock
 
@@ -95,6 +95,7 @@ class CrewPool(Closing, Generic[AnyJob]):
         self._crew.begin_run()
         try:
             while unfinished():
+                repeat_progress()
                 self._submit()
                 yield from self._next(TICK_SECONDS)
         finally:
@@ -162,6 +163,7 @@ class CrewPool(Closing, Generic[AnyJob]):
     def close(self) -> None:
         """Kill the actors and free their places; the session stays open."""
         self._crew.close()
+        forget_progress()
 
 
 def done_by(slot: Slot[AnyJob], job: AnyJob, value: Any) -> Done:

@@ -5,6 +5,7 @@ is `ray_merge_units_total` there (tried with Ray 2.60). Nothing is exported befo
 
 Owns: the names, and what is counted where: seconds, bytes and memory in the worker, by node; units and losses in the
 driver, which knows what was repeated and outlives its workers.
+A gauge is told again and again: a node drops one that nobody has set for two reports (20 s), and units take minutes.
 Never: fails a unit. Never a recipe or a unit as a tag: each value of a tag is a series that Prometheus keeps.
 """
 
@@ -13,6 +14,8 @@ from __future__ import annotations
 import logging
 import resource
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -21,6 +24,7 @@ from typing import Any, ParamSpec
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from ray_merge.spec import Receipt
+from ray_merge.work.osrm_job import Made
 from ray_merge.work.stage_job import Stored
 
 BOUNDARIES = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
@@ -28,6 +32,9 @@ BOUNDARIES = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 
 WHOLE = "whole"
 """The phase that every unit has: its call, without the wait for its turn."""
+
+AGAIN_SECONDS = 1.0
+"""Between two times that a gauge is set."""
 
 logger = logging.getLogger("ray_merge.telemetry")
 unit_logger = logging.getLogger("ray_merge.unit")
@@ -87,6 +94,13 @@ def _metrics() -> _Metrics:
     return _Metrics()
 
 
+class _Progress:
+    """Of this process as a driver: units and bytes, each done and all; and when they were told (monotonic)."""
+
+    last: tuple[tuple[int, int], tuple[int, int]] | None = None
+    told: float = 0.0
+
+
 def harmless(count: Callable[P, None]) -> Callable[P, None]:
     """A function that counts, and never raises: it says once in a process what went wrong."""
     told: list[str] = []
@@ -118,9 +132,47 @@ def worker_lost(kind: str) -> None:
 @harmless
 def progressed(units: tuple[int, int], n_bytes: tuple[int, int]) -> None:
     """In the driver: done and all."""
-    for of, some_units, some_bytes in zip(("done", "all"), units, n_bytes, strict=True):
+    _Progress.last = units, n_bytes
+    _tell_progress()
+
+
+@harmless
+def repeat_progress() -> None:
+    """In the driver, while it waits: what was done last is still so."""
+    if time.monotonic() - _Progress.told >= AGAIN_SECONDS:
+        _tell_progress()
+
+
+def forget_progress() -> None:
+    """In the driver: what it was at has ended."""
+    _Progress.last = None
+
+
+def _tell_progress() -> None:
+    if _Progress.last is None:
+        return
+    _Progress.told = time.monotonic()
+    for of, some_units, some_bytes in zip(("done", "all"), *_Progress.last, strict=True):
         _metrics().progress_units.set(some_units, {"of": of})
         _metrics().progress_bytes.set(some_bytes, {"of": of})
+
+
+@cache
+def watch_memory(kind: str) -> None:
+    """In the worker: its peak of memory is told from now on, also of a unit that it does not survive."""
+    threading.Thread(target=_watch_memory, args=(kind,), name="peak-memory", daemon=True).start()
+
+
+def _watch_memory(kind: str) -> None:
+    while True:
+        _tell_memory(kind)
+        time.sleep(AGAIN_SECONDS)
+
+
+@harmless
+def _tell_memory(kind: str) -> None:
+    for of, held in _peaks().items():
+        _metrics().memory.set(held, {"kind": kind, "of": of})
 
 
 @harmless
@@ -142,15 +194,16 @@ def unit_ran(label: Label, unit: str, result: Any, seconds: float) -> None:
     for direction, count in (("read", account.read), ("written", account.written)):
         if count:
             _metrics().bytes.inc(count, {**kind, "direction": direction})
-    for of, held in _peaks().items():
-        _metrics().memory.set(held, {**kind, "of": of})
+    _tell_memory(label.kind)
 
 
 def account_of(result: Any, seconds: float) -> Account:
     """What a unit's result says that it took; of results without receipts only the whole is known."""
-    stored: Sequence[Any] = result if isinstance(result, list) else []
+    stored: Sequence[Any] = result if isinstance(result, list) else [result]
     receipts = [one for one in stored if isinstance(one, Receipt)]
-    written = sum(one.n_bytes for one in stored if isinstance(one, Receipt | Stored) and not one.adopted)
+    written = sum(
+        one.n_bytes for one in stored if isinstance(one, Receipt | Stored | Made) and not one.adopted
+    )
     whole = {WHOLE: round(seconds, 3)}
     if not receipts:
         return Account(whole, written=written)
@@ -160,10 +213,22 @@ def account_of(result: Any, seconds: float) -> Account:
 
 def _peaks() -> dict[str, int]:
     peaks = {"host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        peaks["gpu"] = torch.cuda.max_memory_allocated()
+    cuda = sys.modules.get("torch.cuda")
+    if cuda is not None and getattr(cuda, "is_initialized", bool)():  # another thread may be importing it
+        peaks["gpu"] = cuda.max_memory_allocated()
     return peaks
 
 
-__all__ = ["WHOLE", "Account", "Label", "account_of", "progressed", "unit_ended", "unit_ran", "worker_lost"]
+__all__ = [
+    "WHOLE",
+    "Account",
+    "Label",
+    "account_of",
+    "forget_progress",
+    "progressed",
+    "repeat_progress",
+    "unit_ended",
+    "unit_ran",
+    "watch_memory",
+    "worker_lost",
+]

@@ -17,7 +17,8 @@ REQUEST_BYTES = 4 * 2**20
 4 MiB took 0.80 of the time of 12 of 2 MiB (672 MB, median of 8, benchmarks/s3_speed.py's merge order)."""
 
 AHEAD = 6
-"""Requests read ahead, on as many threads: at 30 ms each they carry 800 MB/s from an object store, and hold 24 MB."""
+"""Requests read ahead, on as many threads: at 30 ms each they carry 800 MB/s from an object store. With the one in use
+they hold 28 MiB (traced); what still holds a range holds its whole request."""
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ray_merge.identity import digest
 from ray_merge.plan.learn import LearnPlan
 from ray_merge.plan.moments import TaskData
 from ray_merge.recipe import SPREAD, Calibration, Placement
@@ -65,8 +66,8 @@ class ReadUnit:
 
     @property
     def id(self) -> str:
-        """Unit id."""
-        return "read/" + "/".join(self.sample)
+        """Unit id; of the calibration a digest, which a line of the log has room for."""
+        return f"read/{self.task.name}/{digest(self.calibration.model_dump())[:12]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ray_merge.identity import canonical_json
@@ -96,6 +96,21 @@ class SiteInit:
     reach: float
     sketched: bool
     lost: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a unit gives back.
+
+    Args:
+        n_bytes: of the object that it wrote.
+        adopted: True when it was there already.
+        found: site -> what was found there; empty of a `PartUnit`.
+    """
+
+    n_bytes: int
+    adopted: bool
+    found: Mapping[str, SiteInit] = field(default_factory=dict)
 
 
 def part_path(job_id: str, part: int) -> str:

@@ -36,6 +36,7 @@ from ray_merge.work.moments_file import MomentsFile
 from ray_merge.work.osrm_job import (
     STATE_KEY,
     JoinUnit,
+    Made,
     OsrmJob,
     PartUnit,
     SiteInit,
@@ -59,19 +60,18 @@ class OsrmWorker:
         self._job = job
         self._stores = Stores()
 
-    def run(self, unit: PartUnit | JoinUnit, turn: Turn) -> dict[str, SiteInit] | None:
-        """Do one unit; joining returns what was found at each site."""
+    def run(self, unit: PartUnit | JoinUnit, turn: Turn) -> Made:
+        """Do one unit."""
         with ONE_THREAD, torch.inference_mode():
             task = self._job.tasks[unit.task]
             if isinstance(unit, JoinUnit):
                 return self._join(task)
-            self._part(task, unit.part, turn)
-            return None
+            return self._part(task, unit.part, turn)
 
-    def _part(self, task: OsrmTask, part: str, turn: Turn) -> None:
+    def _part(self, task: OsrmTask, part: str, turn: Turn) -> Made:
         store, path = self._store(), part_path(self._job.ids[task.name], list(task.parts).index(part))
-        if store.info(path) is not None:  # of another driver, or of a call whose answer got lost
-            return
+        if there := store.info(path):  # of another driver, or of a call whose answer got lost
+            return Made(there.n_bytes, adopted=True)
         sites, tensors, found = task.parts[part], list[Tensor](), dict[str, SiteInit]()
         with ExitStack() as stack:
             files = [
@@ -89,11 +89,12 @@ class OsrmWorker:
         try:
             for tensor in tensors:
                 file.write(to_bytes(tensor))
-            store.put_if_absent(path, scratch, {"sha256": file.close()})
+            new = store.put_if_absent(path, scratch, {"sha256": file.close()})
+            return Made(file.n_bytes, adopted=not new)
         finally:
             file.discard()
 
-    def _join(self, task: OsrmTask) -> dict[str, SiteInit]:
+    def _join(self, task: OsrmTask) -> Made:
         store, task_id = self._store(), self._job.ids[task.name]
         headers = [read_header(store, part_path(task_id, index)) for index in range(len(task.parts))]
         found: dict[str, SiteInit] = {}
@@ -117,10 +118,10 @@ class OsrmWorker:
                     file.write(adapters.saved(task.name).read_bytes(head.start, head.end))
             sha256 = file.close()
             folder = self._stores.open(join(self._job.output, task.name))
-            commit(folder, WEIGHTS_FILE, file.path, sha256=sha256, merge_id=task_id)
+            adopted = commit(folder, WEIGHTS_FILE, file.path, sha256=sha256, merge_id=task_id)
+            return Made(file.n_bytes, adopted, found)
         finally:
             file.discard()
-        return found
 
     def _opened(self, other: str, site: str) -> MomentsFile:
         index = self._job.index

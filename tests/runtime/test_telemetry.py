@@ -13,6 +13,7 @@ from ray_merge.pool import Task
 from ray_merge.runtime.actors import UnitActor
 from ray_merge.runtime.telemetry import Account, Label, account_of, harmless
 from ray_merge.spec import Receipt
+from ray_merge.work.osrm_job import Made
 from ray_merge.work.stage_job import Stored
 
 
@@ -32,7 +33,9 @@ def test_the_objects_of_one_unit_share_its_clock_and_what_it_read():
     assert account_of(result, 4.5) == Account({"read": 1.0, "upload": 3.5, "whole": 4.5}, 7, 150)
 
 
-def test_moments_count_what_they_stored_and_other_results_the_whole_alone():
+def test_moments_and_init_count_what_they_stored_and_other_results_the_whole_alone():
+    for adopted, written in ((False, 7), (True, 0)):
+        assert account_of(Made(7, adopted), 2.0) == Account({"whole": 2.0}, 0, written)
     stored = [Stored("i", "p", "x", 10, "s", 1.0, False), Stored("j", "q", "y", 20, "s", 1.0, True)]
     assert account_of(stored, 2.0) == Account({"whole": 2.0}, 0, 10)
     for result in (None, [], {"a": 1}, ["x"]):

@@ -1,4 +1,5 @@
 from collections import Counter
+from random import Random
 
 import pytest
 
@@ -28,6 +29,14 @@ def test_one_place_takes_all_in_their_order_when_each_data_is_used_once_begun():
     assert taken(waiting, "xxxx") == ["a1", "a2", "b1", "b2"]
 
 
+def test_one_merge_is_finished_before_the_next_one_is_begun_where_all_data_are():
+    held = Held()
+    for place in "xy":
+        held.read(place, frozenset("abc"))
+    waiting = Waiting(jobs("a1", "b1", "b2", "b3", "c1", "a2", "c2"), held)
+    assert taken(waiting, "xyxxyyx") == ["a1", "a2", "b1", "b2", "b3", "c1", "c2"]
+
+
 def test_places_divide_the_data_and_help_each_other_at_the_end():
     waiting = Waiting(jobs("a1", "a2", "b1", "b2", "b3", "b4"), Held())
     assert taken(waiting, "xyxy") == ["b1", "a1", "b2", "a2"]  # the longer queue is begun first
@@ -36,14 +45,14 @@ def test_places_divide_the_data_and_help_each_other_at_the_end():
 
 def test_of_what_is_not_there_the_nearest_is_read():
     held = Held()
-    held.read("x", "ab")
+    held.read("x", frozenset("ab"))
     waiting = Waiting(jobs("cd1", "bc1", "ab1"), held)
     assert taken(waiting, "xxx") == ["ab1", "bc1", "cd1"]
 
 
 def test_a_unit_that_reads_part_of_what_is_there_lacks_nothing():
     held = Held()
-    held.read("x", "abc")
+    held.read("x", frozenset("abc"))
     assert held.lacking("x", frozenset("ac")) == 0
     assert held.lacking("y", frozenset("ac")) == 2
     assert held.places(frozenset("ac")) == 1
@@ -65,6 +74,22 @@ def test_what_was_put_back_comes_first_in_its_order_and_says_that_it_was_lost():
     assert len(waiting) == 4
     assert taken(waiting, "xxx") == ["b1", "b2", "a1"]
     assert not waiting.has_lost
+
+
+def test_what_a_place_lacks_is_known_as_if_it_were_counted_anew():
+    held, draw = Held(), Random(0)
+    held.read("w", frozenset("ah"))
+    sets = [frozenset(draw.sample("abcdefgh", 3)) for _ in range(12)]
+    waiting = Waiting([Job(f"{number}", number, data=draw.choice(sets)) for number in range(60)], held)
+    for number in range(60):
+        waiting.take("wxyz"[draw.randrange(4)])
+        if number % 10 == 9:
+            waiting.put_back([Job("again", 0, data=frozenset("h"))])
+            waiting.take("x")
+        for data in waiting._queues:
+            assert waiting._places[data] == held.places(data)
+            assert all(held.lacking(place, data) == known[data] for place, known in waiting._lacking.items())
+    assert len(waiting) == 0
 
 
 def test_each_data_is_read_by_few_of_many_places():
