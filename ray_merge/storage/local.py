@@ -234,6 +234,20 @@ def temporary(final: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
+def write_at(target: int, data: bytes, start: int) -> int:
+    """Write all of `data` to place `start` of the open file `target`; returns its length.
+
+    Raises:
+        OSError: the disk is full. One `pwrite` writes what fits and says so by its count alone, which looks like an
+            answer of the store that was cut.
+    """
+    rest, at = memoryview(data), start
+    while rest:
+        written = os.pwrite(target, rest, at)
+        rest, at = rest[written:], at + written
+    return len(data)
+
+
 def make_folder(folder: Path) -> None:
     """`folder` and its missing parents, each made durable in its own parent."""
     missing = [folder, *folder.parents]

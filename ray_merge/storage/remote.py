@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from ray_merge.errors import Refusal, StoreError, StoreUnfit
-from ray_merge.storage.local import make_folder, sync_folder, temporary
+from ray_merge.storage.local import make_folder, sync_folder, temporary, write_at
 from ray_merge.storage.ranges import Piece, Request, assemble, cut, plan_requests
 from ray_merge.storage.retry import Backoff, error_code, final_error, is_already_there, is_transient, retrying
 from ray_merge.storage.store import (
@@ -204,7 +204,7 @@ class RemoteStore(NotPickled):
 
     def _fetch_into(self, path: str, start: int, end: int, target: int) -> int:
         """The same, written to the same place of the open file `target`; how many came."""
-        return os.pwrite(target, self._fetch(path, start, end), start)
+        return write_at(target, self._fetch(path, start, end), start)
 
     def _get(self, path: str, start: int, end: int) -> bytes:
         def get() -> bytes:

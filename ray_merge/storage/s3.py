@@ -30,6 +30,7 @@ from aiobotocore.session import AioSession
 from fsspec.asyn import sync
 
 from ray_merge.errors import RayMergeError, StoreError, StoreUnfit
+from ray_merge.storage.local import write_at
 from ray_merge.storage.remote import RemoteStore, make_filesystem, parallel
 from ray_merge.storage.retry import Backoff, describe, error_code, http_status, is_already_there
 from ray_merge.storage.s3_reader import RangeReader, body_seconds, check_answer
@@ -135,7 +136,7 @@ class S3Store(RemoteStore):
     def _fetch_into(self, path: str, start: int, end: int, target: int) -> int:
         key = self._key(path)
         n_bytes = self._reader.copy(key, start, end, target, self._versions.get(key))
-        return os.pwrite(target, self._fetch_slowly(path, start, end), start) if n_bytes is None else n_bytes
+        return write_at(target, self._fetch_slowly(path, start, end), start) if n_bytes is None else n_bytes
 
     def _fetch_slowly(self, path: str, start: int, end: int) -> bytes:
         """Through s3fs, which knows redirects and renewed credentials, and makes the error."""
@@ -199,6 +200,7 @@ class S3Store(RemoteStore):
             "writing",
             path,
             lambda: self._fs.call_s3("create_multipart_upload", **target, Metadata=dict(metadata)),
+            _is_conflict,
         )
         upload = {**target, "UploadId": begun["UploadId"]}
         try:
@@ -222,6 +224,7 @@ class S3Store(RemoteStore):
                 "writing",
                 path,
                 lambda: self._fs.call_s3("upload_part", **upload, PartNumber=number, Body=data),
+                _is_conflict,
             )
             return {"PartNumber": number, "ETag": sent["ETag"]}
 
@@ -309,5 +312,5 @@ def _slice(source: bytes | Path, start: int, end: int) -> bytes:
 
 
 def _is_conflict(error: Exception) -> bool:
-    # ConditionalRequestConflict: another writer was at the same key at the same moment.
+    # ConditionalRequestConflict, OperationAborted: another writer was at the same key at the same moment.
     return isinstance(error, _Conflict) or http_status(error) == 409

@@ -12,7 +12,6 @@ pyarrow's client would have to be told all that botocore knows, and its errors c
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import threading
 import time
@@ -29,6 +28,7 @@ from fsspec.asyn import sync
 from s3fs.errors import translate_boto_error
 
 from ray_merge.errors import shown
+from ray_merge.storage.local import write_at
 from ray_merge.storage.retry import TRANSIENT_STATUS
 
 SIGNATURE_SECONDS = 60.0
@@ -162,7 +162,7 @@ class RangeReader:
                 return None
             at = start
             while data := body.read(CHUNK_BYTES):
-                at += os.pwrite(target, data, at)
+                at += write_at(target, data, at)
             return at - start
 
     @contextlib.contextmanager
@@ -171,7 +171,7 @@ class RangeReader:
         headers = {**signed.headers, "Range": f"bytes={start}-{end - 1}"}
         if version is not None:
             headers["If-Match"] = f'"{version}"'
-        request = AWSPreparedRequest("GET", signed.url, headers, body=None, stream_output=True, context={})
+        request = AWSPreparedRequest("GET", signed.url, headers, body=None, stream_output=True)
         response = self._session().send(request)
         try:
             with self._deadlines.within(response.raw, body_seconds(self._fs, end - start)):

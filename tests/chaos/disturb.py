@@ -10,12 +10,13 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from processes import Driver, Ended, proxy_process, start_command, start_driver
+from recipes import settings_of
 from scenarios import Scenario
 
 from random_faults import WAITING, RandomFaults, be_impatient
@@ -50,11 +51,13 @@ class Stage:
         output: where its merges go.
         seconds: of an undisturbed run of it.
         n_objects: that an undisturbed run leaves.
+        n_state: of these, in the store beside the merges.
         count: how many objects there are now.
         environment: for drivers, with the address of the real server.
         own: a server that may be killed; None where none is needed.
         limits: called before the rerun to take away what limited the run.
         notes: what was done, for the report.
+        rng: one draw after the other of the scenario's seed.
     """
 
     scenario: Scenario
@@ -63,27 +66,37 @@ class Stage:
     output: str
     seconds: float
     n_objects: int
+    n_state: int
     count: Callable[[], int]
     environment: dict[str, str]
     own: OwnServer | None = None
     limits: list[Callable[[], object]] = field(default_factory=list)
     notes: dict[str, object] = field(default_factory=dict)
+    rng: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rng = self.scenario.rng
 
     @property
     def cache(self) -> Path:
         """Of the first driver and of the rerun; on the small disk where that is what is limited."""
         return self.folder / ("disk/cache" if self.scenario.kind == "disk-full" else "cache")
 
-    @property
-    def rng(self) -> random.Random:
-        return self.scenario.rng
-
     def start(
-        self, log: str = "run", cache: Path | None = None, before: Callable[[], None] = lambda: None
+        self,
+        log: str = "run",
+        cache: Path | None = None,
+        before: Callable[[], None] = lambda: None,
+        environment: Mapping[str, str] | None = None,
     ) -> Driver:
-        return start_driver(
-            self.recipe, cache or self.cache, self.folder / f"{log}.log", self.environment, before
-        )
+        """A driver of this recipe; by default with the first one's cache, and as things are now."""
+
+        def prepare() -> None:
+            settings_of(self.scenario.recipe)()
+            before()
+
+        path = self.folder / f"{log}.log"
+        return start_driver(self.recipe, cache or self.cache, path, environment or self.environment, prepare)
 
 
 def storage_faults(stage: Stage) -> list[Ended]:
@@ -99,8 +112,11 @@ def storage_faults(stage: Stage) -> list[Ended]:
 
 
 def kill_driver(stage: Stage) -> list[Ended]:
-    """kill -9 at a random moment: before the first object, or when a random number of them is there, and a bit."""
-    n_objects = stage.rng.randrange(stage.n_objects)
+    """kill -9 at a random moment: before the first object, or when a random number of them is there, and a bit.
+
+    Of a recipe with state: while that is made, or as much later.
+    """
+    n_objects = stage.rng.randrange(2 * stage.n_state or stage.n_objects)
     later = stage.rng.random() * (0.03 if n_objects else 0.4 * stage.seconds)
     driver = stage.start()
     alive = True

@@ -59,10 +59,10 @@ class Nodes:
         """SIGTERM for one node, as a preemption notice ends it."""
         os.kill(self._raylet(self._nodes[index]), signal.SIGTERM)
 
-    def replace(self, index: int) -> None:
-        """What is left of a lost node goes, and a new one comes."""
+    def replace(self, index: int, **variables: str) -> None:
+        """What is left of a lost node goes, and a new one comes, with some variables in its environment."""
         self._cluster.remove_node(self._nodes[index], allow_graceful=False)
-        self._nodes[index] = self._add()
+        self._nodes[index] = self._add(**variables)
 
     def workers(self) -> list[int]:
         """Processes of actors, in order of their start."""
@@ -81,8 +81,8 @@ class Nodes:
             assert time.monotonic() < deadline, f"not three nodes after {seconds} s: {ray.nodes()}"
             time.sleep(0.1)
 
-    def _add(self) -> Any:
-        return self._cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    def _add(self, **variables: str) -> Any:
+        return self._cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES, env_vars=variables)
 
     def _raylet(self, node: Any) -> int:
         return int(node.all_processes["raylet"][0].process.pid)

@@ -37,6 +37,8 @@ def warm_up() -> None:
 
     import ray_merge.cli
     import ray_merge.engines
+    import ray_merge.work.learn_worker
+    import ray_merge.work.stage_worker
     import ray_merge.work.worker  # noqa: F401
     from ray_merge.storage.s3 import _tables
 
@@ -68,9 +70,9 @@ class Driver:
         os.kill(self.pid, number)
 
     def alive_after(self, seconds: float) -> bool:
-        """Wait so long from its start; True when it runs still."""
-        with contextlib.suppress(InterruptedError):
-            time.sleep(max(0.0, self.started + seconds - time.monotonic()))
+        """Wait so long from its start, or until it has ended; True when it runs still."""
+        while (left := self.started + seconds - time.monotonic()) > 0 and self.is_alive():
+            time.sleep(min(left, 0.01))
         return self.is_alive()
 
     def is_alive(self) -> bool:

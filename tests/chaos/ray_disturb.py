@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from processes import Ended
 from scenarios import Scenario
 
@@ -21,6 +23,13 @@ from random_faults import RandomFaults
 
 if TYPE_CHECKING:
     from ray_lane import RayLane
+
+MEMORY_ROOM = 3 << 30
+"""Bytes between the memory that is taken before a run and where a node's monitor begins to kill: the two workers
+take half of them, another process the rest."""
+
+MARGIN = 256 << 20
+"""Bytes that the other process leaves until it is told to fill the memory, and takes too much then."""
 
 
 @dataclass
@@ -157,12 +166,64 @@ def kill_server(stage: Stage) -> list[Ended]:
     return [stage.run_with(away)]
 
 
+def run_out_of_memory(stage: Stage) -> list[Ended]:
+    """Another process fills the machine's memory until the monitor of one node has killed a worker there."""
+    rng, nodes, index = stage.rng, stage.lane.nodes, stage.rng.randrange(2)
+    reference, _ = stage.lane.references[stage.scenario.recipe]
+    memory = psutil.virtual_memory()
+    limit = memory.total - memory.available + MEMORY_ROOM
+    threshold = f"{limit / memory.total:.4f}"
+    nodes.replace(index, RAY_memory_usage_threshold=threshold, RAY_memory_monitor_refresh_ms="50")
+    nodes.wait_for_all()
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "neighbour.py"),
+        str(limit - MARGIN),
+        str(2 * MARGIN),
+    ]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    lost = LostToMemory()
+
+    def fill(ended: Event) -> None:
+        # Early: a kill takes 0.3 s, and a run without state no more than 2 s from its first object.
+        stage.wait_for_objects(rng.randrange(1, reference.n_state or 3), ended)
+        stage.notes["in mid-run"] = not ended.is_set()
+        other.stdin.write(b"\n")
+        other.stdin.flush()
+        while not ended.is_set() and not lost.seen:
+            time.sleep(0.01)
+        other.kill()
+        other.wait()
+
+    logger = logging.getLogger("ray_merge")
+    logger.addHandler(lost)
+    end = stage.run_with(fill)
+    logger.removeHandler(lost)
+    stage.notes["workers killed for memory"] = len(lost.seen)
+    nodes.replace(index)
+    return [end]
+
+
+class LostToMemory(logging.Handler):
+    """Keeps what a run says of workers that Ray's memory monitor killed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "OutOfMemoryError" in record.getMessage():
+            self.seen.append(record.getMessage())
+
+
 DISTURB: dict[str, Callable[[Stage], list[Ended]]] = {
     "ray-kill-worker": kill_worker,
     "ray-kill-raylet": lose_node,
     "ray-preempted-node": lose_node,
     "ray-kill-driver": kill_driver,
     "ray-kill-server": kill_server,
+    "ray-out-of-memory": run_out_of_memory,
 }
 
 

@@ -1,7 +1,7 @@
 """Runs seeded scenarios of faults; prints each with its seed, and counts by kind.
 
     python tests/chaos/run.py [--minutes 20] [--seed 0] [--count N] [--engine local|ray|both] [--kinds KIND ...]
-                              [--numbers N ...] [--lanes 4] [--report FILE]
+                              [--recipes RECIPE ...] [--numbers N ...] [--lanes 3] [--report FILE] [--list]
 
 After each scenario: every object that is there has the bytes of an undisturbed run or is marked as unfinished, a
 manifest stands for a complete merge, the exit code is one of 0, 1, 2 and tells the truth; one undisturbed rerun then
@@ -25,8 +25,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent))
 from processes import warm_up
+from recipes import FURTHER
 from runner import play_all
-from scenarios import LOCAL_COUNTS, RAY_COUNTS, Scenario, catalogue
+from scenarios import Scenario, catalogue
 from world import make_world
 
 from s3_server import find_weed, run_server
@@ -67,7 +68,9 @@ class Report:
         """By engine and kind: how many were played and passed, and how their first drivers ended."""
         rows: dict[str, Counter[str]] = {}
         for verdict in self.verdicts:
-            row = rows.setdefault(f"{verdict['engine']} {verdict['scenario']['kind']}", Counter())
+            kind, recipe = verdict["scenario"]["kind"], verdict["scenario"]["recipe"]
+            words = f"{verdict['engine']} {kind}" + (f" {recipe}" if recipe in FURTHER else "")
+            row = rows.setdefault(words, Counter())
             row["played"] += 1
             row["passed"] += bool(verdict["passed"])
             row[f"exit {verdict['ends'][0]['code']}"] += 1
@@ -76,12 +79,13 @@ class Report:
 
 
 def chosen(given: argparse.Namespace) -> list[Scenario]:
-    counts = {"local": LOCAL_COUNTS, "ray": RAY_COUNTS, "both": {**LOCAL_COUNTS, **RAY_COUNTS}}[given.engine]
+    scenarios = catalogue(given.seed, given.engine)
     if os.geteuid() != 0:
-        counts = {kind: count for kind, count in counts.items() if kind != "disk-full"}  # mount needs root
-    scenarios = catalogue(given.seed, counts)
+        scenarios = [s for s in scenarios if s.kind != "disk-full"]  # mount needs root
     if given.kinds:
         scenarios = [s for s in scenarios if any(fnmatch.fnmatch(s.kind, kind) for kind in given.kinds)]
+    if given.recipes:
+        scenarios = [s for s in scenarios if s.recipe in given.recipes]
     if given.numbers:
         scenarios = [s for s in scenarios if s.number in given.numbers]
     return scenarios[: given.count]
@@ -94,6 +98,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=None)
     parser.add_argument("--engine", choices=["local", "ray", "both"], default="both")
     parser.add_argument("--kinds", nargs="*", help="names or globs")
+    parser.add_argument("--recipes", nargs="*", help="those of these recipes")
     parser.add_argument("--numbers", nargs="*", type=int, help="single scenarios of the catalogue")
     parser.add_argument("--lanes", type=int, default=3)
     parser.add_argument("--report", type=Path, default=None)

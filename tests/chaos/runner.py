@@ -20,6 +20,7 @@ from pathlib import Path
 from disturb import OwnServer, Stage, disturb, scratch
 from judge import Verdict, judge_disturbed, judge_rerun
 from processes import start_driver
+from recipes import settings_of
 from scenarios import Scenario
 from world import Reference, World, make_world
 
@@ -50,7 +51,8 @@ class Lane:
             with scratch(self.folder / name) as folder:
                 output = self.output(name, store, folder)
                 path = _write_recipe(self.world, recipe, store, output, folder)
-                end = start_driver(path, folder / "cache", folder / "log", self.environment).wait()
+                cache, before = folder / "cache", settings_of(recipe)
+                end = start_driver(path, cache, folder / "log", self.environment, before).wait()
                 assert end.code == 0, (folder / "log").read_text()[-3000:]
                 self.references[key] = Reference.of(self.world.objects(output), output), end.seconds
         return self.references[key]
@@ -71,6 +73,7 @@ class Lane:
                 output,
                 seconds,
                 len(reference.files) + len(reference.receipts),
+                reference.n_state,
                 partial(self.world.count, output),
                 self.environment,
                 self.own,
@@ -80,7 +83,7 @@ class Lane:
             judge_disturbed(verdict, ends, self.world.objects(output), output, reference)
             for take_away in stage.limits:
                 take_away()
-            again = start_driver(path, stage.cache, folder / "again.log", self.environment).wait()
+            again = stage.start("again", environment=self.environment).wait()
             judge_rerun(verdict, again, self.world.objects(output), output, reference)
             if verdict.problems:
                 _keep_logs(folder, self.folder.parent / "failed" / name)

@@ -7,22 +7,36 @@ import json
 import pytest
 from judge import Verdict, judge_disturbed, judge_rerun
 from processes import Ended
-from scenarios import LOCAL_COUNTS, RAY_COUNTS, Scenario, catalogue
-from world import Reference
+from recipes import FURTHER
+from scenarios import Scenario, catalogue
+from world import TIMELINE, Reference
+
+from ray_merge.drive.timeline import timeline_table
+from ray_merge.spec import Receipt
 
 OUT = "s3://b/out"
 RECEIPT = "m/ray_merge/receipts/shard.json"
+STATE = ".ray_merge/moments/1.safetensors"
 
 
 def proof(sha256: str = "aa") -> bytes:
     return json.dumps({"name": "shard", "sha256": sha256}).encode()
 
 
+def timeline(name: str = "shard", began: float = 1000.0) -> bytes:
+    receipt = Receipt(
+        merge_id="a" * 64, name=name, n_bytes=7, sha256="aa", tensors=1, unit="u", began=began, seconds={"read": 1.0}
+    )  # fmt: skip
+    return timeline_table({name: receipt}, {})
+
+
 WHOLE = {
     "m/shard": b"weights",
     RECEIPT: proof(),
     "m/ray_merge/recipe.yaml": f"output: {OUT}".encode(),
+    f"m/{TIMELINE}": timeline(),
     "m/ray_merge/MANIFEST.json": b"{}",
+    STATE: b"sums",
 }
 REFERENCE = Reference.of(WHOLE, OUT)
 FAULT = Scenario(0, "fault-lose", "sums", "s3", 0.1, "x")
@@ -38,13 +52,24 @@ def problems(objects: dict[str, bytes], code: int | None = 1, last: str = "ray-m
     return verdict.problems
 
 
-def test_a_whole_result_passes_under_another_output():
-    moved = {**WHOLE, "m/ray_merge/recipe.yaml": b"output: s3://b/other"}
+def test_a_whole_result_passes_under_another_output_at_another_time():
+    moved = {
+        **WHOLE,
+        "m/ray_merge/recipe.yaml": b"output: s3://b/other",
+        f"m/{TIMELINE}": timeline(began=2000.0),
+    }
     assert problems(moved, code=0) == []
 
 
 @pytest.mark.parametrize(
-    "left", [{}, {".ray_merge/attempts/1/x": b"half"}, {"m/.tmp-1": b"half"}, {"m/shard": b"weights"}]
+    "left",
+    [
+        {},
+        {STATE: b"sums"},
+        {".ray_merge/attempts/1/x": b"half"},
+        {"m/.tmp-1": b"half"},
+        {"m/shard": b"weights"},
+    ],
 )
 def test_a_failed_run_may_leave_parts_that_are_right_or_marked(left):
     assert problems(left) == []
@@ -55,6 +80,11 @@ def test_a_failed_run_may_leave_parts_that_are_right_or_marked(left):
     [
         ({"m/shard": b"other"}, "other bytes"),
         ({"m/strange": b"x"}, "no undisturbed run writes it"),
+        ({STATE: b"half"}, "other bytes"),
+        ({".ray_merge/learn/1/step-000009.safetensors": b"x"}, "no undisturbed run writes it"),
+        ({f"m/{TIMELINE}": timeline("other")}, "other bytes"),
+        ({f"m/{TIMELINE}": timeline()[:90]}, "other bytes"),
+        (without(f"m/{TIMELINE}"), "a manifest without"),
         ({RECEIPT: proof()}, "which is not there"),
         ({"m/shard": b"weights", RECEIPT: proof("bb")}, "proves sha256 bb"),
         ({"m/shard": b"weights", RECEIPT: proof()[:9]}, "no whole receipt"),
@@ -112,12 +142,22 @@ def test_a_rerun_that_does_not_bring_everything_is_a_loss():
     assert verdict.corrupt  # a receipt and a manifest without the shard
 
 
+def test_a_rerun_that_does_not_bring_the_state_is_a_loss():
+    verdict = Verdict(FAULT)
+    judge_rerun(verdict, Ended(0, "", 1.0), without(STATE), OUT, REFERENCE)
+    assert verdict.problems == [f"the rerun did not bring {[STATE]}"]
+
+
 def test_the_catalogue_has_what_was_promised():
-    scenarios = catalogue(0, {**LOCAL_COUNTS, **RAY_COUNTS})
+    scenarios = catalogue(0)
     local = [scenario for scenario in scenarios if scenario.engine == "local"]
-    assert len(local) >= 440
-    assert len(scenarios) - len(local) == 60
-    assert sum(s.kind == "kill-driver-s3" for s in local) >= 40
+    assert len(local) == 492
+    assert len(scenarios) - len(local) == 62
+    assert sum(s.kind == "kill-driver-s3" for s in local) >= 50
     assert sum("kill" in s.kind for s in scenarios if s.engine == "ray") >= 10
-    assert len({s.seed for s in scenarios}) == len(scenarios) >= 500
-    assert scenarios == catalogue(0, {**LOCAL_COUNTS, **RAY_COUNTS})
+    assert {s.recipe for s in scenarios[528:]} == {*FURTHER, "sums"}
+    assert all(s.recipe not in FURTHER for s in scenarios[:528])
+    assert len({s.seed for s in scenarios}) == len(scenarios)
+    assert scenarios == catalogue(0)
+    for engine in ("local", "ray"):
+        assert {s.engine for s in catalogue(0, engine)} == {engine}

@@ -13,47 +13,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+from recipes import LARGE_VOCABULARY, recipe_of, write_rows
+
 from s3_server import BUCKET, make_client
 from zoo import llama_adapters, lora, tiny_llama
 
 MANIFEST = "ray_merge/MANIFEST.json"
 RECIPE = "ray_merge/recipe.yaml"
+TIMELINE = "ray_merge/timeline.parquet"
+INPUTS = ("base", "large", "adapters", "data")
 STATE = ".ray_merge/"
-
-PLAIN = ["a0", "a1"]
-"""Adapters without DoRA, for methods that work on factors."""
-
-RECIPES: dict[str, list[dict[str, Any]]] = {
-    "sums": [
-        {"name": "sum", "merge_method": "task_arithmetic", "parameters": {"lambda": 0.4}},
-        {"name": "dare", "merge_method": "dare_linear", "parameters": {"density": 0.5}},
-    ],
-    "ties": [
-        {"name": "ties", "merge_method": "ties", "parameters": {"scope": "tensor"}},
-        {
-            "name": "core",
-            "merge_method": "ties",
-            "parameters": {"scope": "tensor", "space": "core"},
-            "adapters": PLAIN,
-            "export": "both",
-        },
-    ],
-    "sweep": [
-        {"name": "scale", "merge_method": "task_arithmetic", "sweep": {"lambda": [0.2, 0.6]}},
-        {
-            "name": "knots",
-            "merge_method": "knots_ties",
-            "parameters": {"scope": "tensor"},
-            "adapters": PLAIN,
-            "export": "adapter",
-        },
-    ],
-    "model": [
-        {"name": "whole", "merge_method": "ties", "parameters": {"scope": "model", "density": 0.3}},
-        {"name": "emr", "merge_method": "emr", "adapters": PLAIN},
-    ],
-}
-"""Two merges or more in each; `model` selects over all sites first and writes one file for each adapter."""
+ATTEMPTS = f"{STATE}attempts/"
 
 TEMPORARY = ".tmp-"
 
@@ -63,7 +35,7 @@ class World:
     """Inputs on a disk and in a bucket.
 
     Args:
-        folder: base/ and adapters/ in it.
+        folder: INPUTS in it.
         remote: the same, s3://...
         endpoint: of the real server.
     """
@@ -73,15 +45,9 @@ class World:
     endpoint: str
 
     def recipe(self, name: str, store: str, output: str) -> dict[str, Any]:
-        """One of RECIPES over inputs in that store ("s3" or "disk")."""
+        """One of recipes.py over inputs in that store ("s3" or "disk")."""
         root = self.remote if store == "s3" else str(self.folder)
-        return {
-            "base_model": f"{root}/base",
-            "output": output,
-            "max_shard_size": "60KB",
-            "adapters": {f"a{i}": f"{root}/adapters/a{i}" for i in range(3)},
-            "merges": RECIPES[name],
-        }
+        return recipe_of(name, root, self.folder, output)
 
     def objects(self, output: str) -> dict[str, bytes]:
         """Everything below `output`, seen by another way than the code under test; temporary files too."""
@@ -97,7 +63,9 @@ class World:
     def count(self, output: str) -> int:
         """How many objects are below `output` that are not temporary."""
         if not output.startswith("s3://"):
-            paths = (str(path.relative_to(output)) for path in Path(output).rglob("*") if path.is_file())
+            # Not rglob: it fails where a folder goes while it is walked, as that of a run's attempt does.
+            found = [(Path(folder), names) for folder, _, names in os.walk(output)]
+            paths = (str((folder / name).relative_to(output)) for folder, names in found for name in names)
             return sum(not is_marked(path) for path in paths)
         return len(self._keys(_prefix(output)))
 
@@ -118,15 +86,24 @@ def _client(endpoint: str, pid: int) -> Any:
 
 
 def make_world(folder: Path, endpoint: str) -> World:
-    """Three adapters of different methods (LoRA, rsLoRA, DoRA) on a Llama of 3 layers in several files."""
+    """Three adapters of different methods (LoRA, rsLoRA, DoRA) on a Llama of 3 layers in several files.
+
+    And the same Llama with a large vocabulary, and rows of data.
+    """
+    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     tiny_llama(folder / "plain", layers=3)
-    model = AutoModelForCausalLM.from_pretrained(folder / "plain")
-    model.save_pretrained(folder / "base", max_shard_size="60KB")
-    shutil.copy(folder / "plain" / "tokenizer_config.json", folder / "base")
+    for name, vocabulary in (("base", None), ("large", LARGE_VOCABULARY)):
+        model = AutoModelForCausalLM.from_pretrained(folder / "plain")
+        if vocabulary is not None:
+            torch.manual_seed(0)  # the new rows are drawn
+            model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        model.save_pretrained(folder / name, max_shard_size="60KB")
+        shutil.copy(folder / "plain" / "tokenizer_config.json", folder / name)
+    write_rows(folder / "data")
     llama_adapters(folder / "base", folder / "adapters", 1)
     for index, options in ((1, {"use_rslora": True}), (2, {"use_dora": True})):
         base = AutoModelForCausalLM.from_pretrained(folder / "base")
@@ -139,7 +116,7 @@ def make_world(folder: Path, endpoint: str) -> World:
         )
     client = make_client(endpoint)
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.relative_to(folder).parts[0] in ("base", "adapters"):
+        if path.is_file() and path.relative_to(folder).parts[0] in INPUTS:
             client.put_object(
                 Bucket=BUCKET, Key=f"chaos-inputs/{path.relative_to(folder)}", Body=path.read_bytes()
             )
@@ -148,7 +125,7 @@ def make_world(folder: Path, endpoint: str) -> World:
 
 @dataclass(frozen=True)
 class Reference:
-    """What an undisturbed run published: sha256 by path, the output's own name left out; receipts apart."""
+    """What an undisturbed run published: sha256 by path, without what names the output or times; receipts apart."""
 
     files: Mapping[str, str]
     receipts: Mapping[str, str]
@@ -159,6 +136,11 @@ class Reference:
         files = {path: _digest(path, data, output) for path, data in objects.items() if _is_file(path)}
         receipts = {path: _proven(data) for path, data in objects.items() if "/receipts/" in path}
         return cls(files, receipts)
+
+    @property
+    def n_state(self) -> int:
+        """Objects in the store beside the merges."""
+        return sum(path.startswith(STATE) for path in self.files)
 
     def merges(self) -> list[str]:
         return [path.removesuffix(f"/{MANIFEST}") for path in self.files if path.endswith(f"/{MANIFEST}")]
@@ -209,8 +191,8 @@ class Reference:
 
 
 def is_marked(path: str) -> bool:
-    """Unfinished, and every reader can see it: state beside the merges, or a temporary name."""
-    return path.startswith(STATE) or any(part.startswith(TEMPORARY) for part in path.split("/"))
+    """Unfinished, and every reader can see it: an attempt's own folder, or a temporary name."""
+    return path.startswith(ATTEMPTS) or any(part.startswith(TEMPORARY) for part in path.split("/"))
 
 
 def _is_file(path: str) -> bool:
@@ -218,9 +200,22 @@ def _is_file(path: str) -> bool:
 
 
 def _digest(path: str, data: bytes, output: str) -> str:
+    if path.endswith(TIMELINE):
+        data = _objects_told(data)
     # recipe.yaml names the output that it was made for.
     known = data.replace(output.encode(), b"OUTPUT") if path.endswith("recipe.yaml") else data
     return hashlib.sha256(known).hexdigest()
+
+
+def _objects_told(timeline: bytes) -> bytes:
+    """What is the same in every run's table, or the bytes of what is no whole table, which equal no other's."""
+    try:
+        # Neither `read_table` nor BytesIO: they start threads, and this process forks.
+        file = pq.ParquetFile(pa.BufferReader(timeline))
+        rows = file.read(["object", "kind", "bytes"], use_threads=False).to_pylist()
+    except (pa.ArrowException, OSError, ValueError):
+        return timeline
+    return json.dumps(rows).encode()
 
 
 def _proven_object(path: str, receipt: bytes) -> str:

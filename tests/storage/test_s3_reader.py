@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 import pytest
+from botocore.awsrequest import AWSPreparedRequest
 
 from fault_proxy import Drip, Hang, Reply, Shift, fault_proxy, nth
 from ray_merge.errors import RayMergeError, RunFailed, StoreDenied, StoreError
@@ -352,3 +353,18 @@ def test_without_credentials_nothing_is_sent(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreDenied, match="was refused: Unable to locate credentials"):
         open_store("s3://bucket/x").read("a", 0, 10)
+
+
+class OldestRequest(AWSPreparedRequest):
+    """As botocore 1.36 has it, the oldest that is allowed: without a context."""
+
+    def __init__(self, method, url, headers, body, stream_output):
+        super().__init__(method, url, headers, body, stream_output)
+
+
+@on_server
+def test_a_range_is_asked_for_as_the_oldest_botocore_takes_it(url, monkeypatch):
+    monkeypatch.setattr(s3_reader, "AWSPreparedRequest", OldestRequest)
+    store = open_store(url)
+    store.put_if_absent("shard", DATA, {})
+    assert store._reader.read(store._key("shard"), 3, 8) == DATA[3:8]

@@ -114,8 +114,9 @@ def test_the_lost_answer_to_a_completion_is_found_as_already_there(faulty, clien
     assert unfinished_uploads(client, url) == []
 
 
-def test_a_part_that_gets_lost_is_sent_again(faulty):
-    proxy, store = faulty(nth(Drop(), "PUT", "partNumber=2", 1, 2))
+@pytest.mark.parametrize("fault", [Drop(), Reply(409, "OperationAborted")])
+def test_a_part_that_gets_lost_or_meets_a_conflict_is_sent_again(faulty, fault):
+    proxy, store = faulty(nth(fault, "PUT", "partNumber=2", 1, 2))
     assert store.put_if_absent("shard", DATA, {}) is True
     assert proxy.count("PUT", "partNumber=2") == 3
     assert store.read("shard") == DATA

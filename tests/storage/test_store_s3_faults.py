@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import uuid
 
 import fsspec
@@ -52,6 +53,24 @@ def test_writes_that_are_always_cut_leave_no_object(faulty):
     with pytest.raises(StoreError, match=r"writing .*/shard failed after 3 tries"):
         store.put_if_absent("shard", DATA, {})
     assert store.info("shard") is None
+
+
+@pytest.fixture
+def little_room():
+    """Files of this process end after half of DATA: a write of more does what fits, as on a disk that gets full."""
+    old, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(DATA) // 2, most))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (old, most))
+
+
+def test_a_download_that_finds_no_room_says_so_at_once(faulty, little_room, tmp_path):
+    proxy, store = faulty(lambda call: None)
+    store.put_if_absent("shard", DATA, {})
+    with pytest.raises((StoreError, OSError), match="File too large"):
+        store.download("shard", tmp_path / "copy")
+    assert proxy.count("GET", "shard") == 1
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize("fault", [Reset(), Halve(), Shift()])
