@@ -15,6 +15,9 @@ from ray_merge import logs
 if TYPE_CHECKING:
     from ray_merge.drive.events import Event
 
+BARS = {"unit": ("merging", "units"), "select": ("selecting", "shards"), "learn": ("learning", "steps")}
+"""Kind of the events that come in numbers -> name of their bar, and what is counted."""
+
 PLAIN_SECONDS = 5.0
 """Plain progress lines come at most this often; a nightly log stays readable."""
 
@@ -65,17 +68,16 @@ class Progress:
             self._show_plain(event)
 
     def _show_live(self, live: RichProgress, event: Event) -> None:
-        if event.kind not in ("unit", "learn"):
+        if not _is_one_of_many(event):
             live.console.print(_sentence(event))
             if not any((*event.units, *event.n_bytes)):  # it moves no bar
                 return
-        learns = event.kind == "learn"
-        word, amount = ("steps", event.units) if learns else ("units", event.n_bytes)
+        bar, word = BARS.get(event.kind, BARS["unit"])
+        amount = event.n_bytes if bar == "merging" else event.units
         units = f"{event.units[0]}/{event.units[1]} {word}"
-        bar = "learning" if learns else "merging"
         if bar not in self._tasks:
             self._tasks[bar] = live.add_task(bar, total=amount[1] or None, units=units)
-        text = event.text if learns else bar
+        text = bar if bar == "merging" else event.text
         live.update(
             self._tasks[bar], completed=amount[0], total=amount[1] or None, units=units, description=text
         )
@@ -88,7 +90,7 @@ class Progress:
                 now,
                 event.n_bytes[0],
             )  # the clock starts here: before it Ray and torch were starting
-        if event.kind in ("unit", "learn") and not finished and now - self._last < PLAIN_SECONDS:
+        if _is_one_of_many(event) and not finished and now - self._last < PLAIN_SECONDS:
             return
         self._last = now
         line = self._unit_line(event, now) if event.kind == "unit" else _sentence(event)
@@ -108,9 +110,15 @@ class Progress:
         return f"{line}, {human_bytes(rate)}/s{left}"
 
 
+def _is_one_of_many(event: Event) -> bool:
+    return event.kind in BARS and any(event.units)
+
+
 def _sentence(event: Event) -> str:
     if event.kind == "learn":
         return f"step {event.units[0]}/{event.units[1]} of {event.text}"
+    if event.kind == "select" and any(event.units):
+        return f"{event.text}: {event.units[0]}/{event.units[1]} shards"
     words = {"start": "starting: ", "merge": "published ", "unit": "done: ", "warning": "warning: "}
     return words.get(event.kind, "") + event.text
 

@@ -244,6 +244,8 @@ def test_a_span_is_from_the_first_begin_to_the_last_end_of_all_outputs(modules, 
         path.write_text(json.dumps({"began": began, "seconds": seconds}))
     outputs = [tmp_path / output for output in times]
     assert span(outputs) == 4.5
+    (tmp_path / "b.selecting").write_text("7.25")  # noted by the driver, before its first unit
+    assert span(outputs) == 6.25
     rounds = [Round(6.0, 3.0, 5.0, 5.0), Round(6.0, 4.0, 5.0, 8.0), Round(6.0, 3.75, 5.0, 6.25)]
     shown = "| m | 6.00 | 3.75 | 1.60 (2.00, 1.50, 1.60) | 1.60 (2.00, 1.25, 1.60) | MISSED |"
     assert row("m", rounds) == shown

@@ -142,6 +142,22 @@ def test_what_is_not_known_is_left_out(capsys):
     assert (line["level"], line["message"]) == ("warning", "warning: odd")
 
 
+def test_a_log_has_the_first_line_of_a_selection_and_the_last_of_each_round(capsys):
+    logs.set_up("json")
+    with Progress() as progress:
+        progress(Event(kind="select", text="selecting over the whole model for 2 merge(s)"))
+        for round in (1, 2):
+            for done in (1, 2, 3):
+                progress(Event(kind="select", text=f"selecting, round {round}", units=(done, 3)))
+    said = lines(capsys)
+    assert [line["message"] for line in said] == [
+        "selecting over the whole model for 2 merge(s)",
+        "selecting, round 1: 3/3 shards",
+        "selecting, round 2: 3/3 shards",
+    ]
+    assert [(line.get("done"), line.get("of")) for line in said] == [(None, None), (3, 3), (3, 3)]
+
+
 def test_text_is_what_it_was(tmp_path: Path, capsys):
     code, _, err = command(capsys, "run", str(tmp_path / "none.yaml"), "--log-format", "text")
     assert code == 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,19 +19,30 @@ SMALLEST_SINGULAR_VALUE = 1e-5
 an update whose every singular value is below it merges to zero."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class KnotsBasis:
     """[tau_1 .. tau_T] = U S [V_1 .. V_T]; R is the number of directions kept.
 
     Args:
-        U_OR: orthonormal columns.
         S_R: singular values, descending.
         coordinates: per adapter the factors (R, q_i) and (q_i, I) of S V_i.
+        reflectors: Householder vectors (O, P) and their factors (P,), the product of which is Q.
+        W_PR: U = Q W.
     """
 
-    U_OR: Tensor
     S_R: Tensor
     coordinates: tuple[tuple[Tensor, Tensor], ...]
+    reflectors: tuple[Tensor, Tensor]
+    W_PR: Tensor
+
+    @cached_property
+    def left_vectors(self) -> Tensor:
+        """U, (O, R), orthonormal columns.
+
+        Half the work of the basis, and asked for by whoever lifts coordinates, not by whoever compares them.
+        """
+        U_OR: Tensor = torch.linalg.householder_product(*self.reflectors) @ self.W_PR
+        return U_OR
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +75,15 @@ def knots_basis(
         Q_Iq, T_qR = torch.linalg.qr(A_RI.double().T)
         lefts.append(B_OR.double() @ T_qR.T)
         rights.append(Q_Iq.T)
-    Q_OP, T_PS = torch.linalg.qr(torch.cat(lefts, dim=1))
-    U_PK, s_K, Vt_KS = torch.linalg.svd(T_PS, full_matrices=False)
+    stacked_OS = torch.cat(lefts, dim=1)
+    n_directions = min(stacked_OS.shape)
+    packed_OS, tau_P = torch.geqrf(stacked_OS)  # R above the diagonal, the vectors that make up Q below it
+    U_PK, s_K, Vt_KS = torch.linalg.svd(packed_OS[:n_directions].triu(), full_matrices=False)
     keep = len(s_K) if smallest is None else int((s_K > smallest).sum())
     s_R = s_K[:keep]
     blocks = torch.split(s_R[:, None] * Vt_KS[:keep], [left.shape[1] for left in lefts], dim=1)
-    return KnotsBasis(Q_OP @ U_PK[:, :keep], s_R, tuple(zip(blocks, rights, strict=True)))
+    coordinates = tuple(zip(blocks, rights, strict=True))
+    return KnotsBasis(s_R, coordinates, (packed_OS[:, :n_directions], tau_P), U_PK[:, :keep])
 
 
 def core_basis(B: Sequence[Tensor], A: Sequence[Tensor], scales: Sequence[float]) -> CoreBasis:

@@ -38,7 +38,7 @@ class Directions:
         self.phi_shape = phi_shape(kind, site.shape, site.ranks)
         if kind == "shared":
             basis = knots_basis(site.pairs, smallest=None)
-            self._B_OP = basis.U_OR.to(site.dtype)
+            self._B_OP = basis.left_vectors.to(site.dtype)
             self._left_RS = torch.cat([left for left, _ in basis.coordinates], dim=1).to(site.dtype)
             self._right_SI = torch.cat([right for _, right in basis.coordinates]).to(site.dtype)
             widths = [left.shape[1] for left, _ in basis.coordinates]

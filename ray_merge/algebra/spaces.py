@@ -127,14 +127,14 @@ class KnotsSpace(Space):
     """S V_i, (R, I), float64."""
 
     def __init__(self, basis: KnotsBasis, dtype: torch.dtype) -> None:
-        shape = (basis.U_OR.shape[1], basis.coordinates[0][1].shape[1])
+        shape = (len(basis.S_R), basis.coordinates[0][1].shape[1])
         super().__init__(basis.coordinates, shape, _rounding_floor(basis.coordinates))
         self._basis = basis
         self._dtype = dtype
 
     def lift(self, rule: Rule) -> LowRankDelta:
         """U times the merged coordinates."""
-        return LowRankDelta(self._basis.U_OR.to(self._dtype), self.collect(rule).to(self._dtype))
+        return LowRankDelta(self._basis.left_vectors.to(self._dtype), self.collect(rule).to(self._dtype))
 
 
 class CoreSpace(Space):

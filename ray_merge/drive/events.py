@@ -10,9 +10,9 @@ class Event:
     """Progress, for whoever shows it.
 
     Args:
-        kind: "start" (totals are known), "check" (the data were looked at), "select" (thresholds are looked for),
-            "learn" (one more step of phi; units are steps), "unit" (one more done), "merge" (one more published),
-            "command" (of the user's), "warning".
+        kind: "start" (totals are known), "check" (the data were looked at), "select" (thresholds are looked for; units
+            are the shards that this round counts), "learn" (one more step of phi; units are steps), "unit" (one more
+            done), "merge" (one more published), "command" (of the user's), "warning".
         text: what happened, for a person.
         units: done and all.
         n_bytes: written and all.

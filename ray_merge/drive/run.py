@@ -233,9 +233,7 @@ def _select(context: _Context, unfinished: Sequence[_Open], pool: Pool) -> None:
         store = context.stores.open(by_name[merge.name].target.url)
         by_name[merge.name].thresholds = read_thresholds(store, merge)
     new = [merge for merge in wanted if by_name[merge.name].thresholds is None]
-    if new:
-        context.progress(Event(kind="select", text=f"selecting over the whole model for {len(new)} merge(s)"))
-    for name, thresholds in select_thresholds(context.plan, new, pool).items():
+    for name, thresholds in select_thresholds(context.plan, new, pool, context.progress).items():
         by_name[name].thresholds = thresholds
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_merge.algebra.radix import MAGNITUDE_BITS, Histogram, Prefix, narrow
+from ray_merge.drive.events import Event
 from ray_merge.errors import OutputConflict
 from ray_merge.methods.context import Thresholds
 from ray_merge.methods.registry import get, selects_over_model
@@ -67,17 +68,21 @@ class _Answer:
     n_entries: int
 
 
-def select_thresholds(plan: Plan, merges: Sequence[Merge], pool: Pool) -> dict[str, Thresholds]:
+def select_thresholds(
+    plan: Plan, merges: Sequence[Merge], pool: Pool, progress: Callable[[Event], None]
+) -> dict[str, Thresholds]:
     """The thresholds of each merge: per adapter the magnitudes of its `Method.counts` largest entries.
 
     Args:
         plan: of the run.
         merges: those that select over the whole model.
         pool: of the run's workers.
+        progress: called once before the first round, and with each shard that was counted.
     """
     if not merges:
         return {}
-    rounds = _Rounds(plan, merges, pool)
+    progress(Event(kind="select", text=f"selecting over the whole model for {len(merges)} merge(s)"))
+    rounds = _Rounds(plan, merges, pool, progress)
     series = {merge.name: _series(plan, merge, merges) for merge in merges}
     each = dict.fromkeys(one for some in series.values() for one in some)
     starts = {one: Prefix(total_bits=_bits(plan, one)) for one in each}
@@ -102,10 +107,13 @@ def select_thresholds(plan: Plan, merges: Sequence[Merge], pool: Pool) -> dict[s
 class _Rounds:
     """Asks all shards that hold a site of the merges."""
 
-    def __init__(self, plan: Plan, merges: Sequence[Merge], pool: Pool) -> None:
+    def __init__(
+        self, plan: Plan, merges: Sequence[Merge], pool: Pool, progress: Callable[[Event], None]
+    ) -> None:
         tensors = {site.tensor for merge in merges for site in plan.touched(merge)}
         self._shards = [s.index for s in plan.shards if any(tensor.name in tensors for tensor in s.tensors)]
         self._pool = pool
+        self._progress = progress
         self._count = 0
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[Question, _Answer]]:
@@ -120,7 +128,10 @@ class _Rounds:
         counts = [np.zeros(0 if q.gather else 1 << q.prefix.width, np.int64) for q in questions]
         magnitudes: list[list[NDArray[np.float64]]] = [[] for _ in questions]
         n_entries = [0] * len(questions)
-        for done in self._pool.run([Task(unit.id, unit) for unit in units]):
+        for counted, done in enumerate(self._pool.run([Task(unit.id, unit) for unit in units]), start=1):
+            self._progress(
+                Event(kind="select", text=f"selecting, round {self._count}", units=(counted, len(units)))
+            )
             for index, found in enumerate(done.value):
                 n_entries[index] += found.n_entries
                 counts[index][found.histogram.digits] += found.histogram.counts

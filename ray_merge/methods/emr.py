@@ -38,7 +38,7 @@ def emr(site: SiteFactors, p: Emr, context: Context) -> Unified:
 def _sides(site: SiteFactors, space: str) -> dict[str, Tensor]:
     if space == "core":
         return {"left": site.core.U_OP, "right": site.core.Vt_QI}
-    return {"left": site.knots.U_OR} if space == "knots" else {}
+    return {"left": site.knots.left_vectors} if space == "knots" else {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ def test_knots_coordinates_give_every_delta_back(shape, ranks):
     factors = random_factors(shape, ranks)
     basis = SiteFactors(factors).knots
     for factor, (left, right) in zip(factors, basis.coordinates, strict=True):
-        assert relative(basis.U_OR @ (left @ right), delta_of(factor)) < CLOSE
+        assert relative(basis.left_vectors @ (left @ right), delta_of(factor)) < CLOSE
 
 
 @pytest.mark.parametrize(("shape", "ranks"), SHAPES_AND_RANKS)
@@ -29,7 +29,18 @@ def test_knots_singular_values_are_those_of_the_stacked_dense_deltas(shape, rank
     kept = dense[dense > SMALLEST_SINGULAR_VALUE]
     torch.testing.assert_close(basis.S_R, kept, rtol=CLOSE, atol=0)
     eye = torch.eye(len(kept), dtype=torch.float64)
-    torch.testing.assert_close(basis.U_OR.T @ basis.U_OR, eye, rtol=0, atol=CLOSE)
+    torch.testing.assert_close(basis.left_vectors.T @ basis.left_vectors, eye, rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize(("shape", "ranks"), SHAPES_AND_RANKS)
+def test_knots_left_vectors_have_the_bits_of_a_whole_qr(shape, ranks):
+    factors = random_factors(shape, ranks)
+    basis = SiteFactors(factors).knots
+    rights = [torch.linalg.qr(A.double().T) for _, A in SiteFactors(factors).pairs]
+    lefts = [B.double() @ T.T for (B, _), (_, T) in zip(SiteFactors(factors).pairs, rights, strict=True)]
+    Q, T = torch.linalg.qr(torch.cat(lefts, dim=1))
+    left = torch.linalg.svd(T, full_matrices=False).U
+    assert torch.equal(basis.left_vectors, Q @ left[:, : len(basis.S_R)])
 
 
 def test_knots_drops_directions_at_or_below_the_absolute_bound():
@@ -42,7 +53,7 @@ def test_knots_drops_directions_at_or_below_the_absolute_bound():
 def test_knots_of_adapters_that_are_still_zero_has_no_direction():
     (factor,) = random_factors((6, 5), [2])
     basis = SiteFactors([Factor(torch.zeros_like(factor.B), factor.A)]).knots
-    assert basis.U_OR.shape == (6, 0)
+    assert basis.left_vectors.shape == (6, 0)
     assert basis.coordinates[0][0].shape[0] == 0
 
 
@@ -78,5 +89,5 @@ def test_core_left_vectors_are_singular_vectors_in_order():
 
 def test_bases_are_float64_for_bfloat16_adapters():
     site = SiteFactors(random_factors((12, 10), [2, 3], dtype=torch.bfloat16))
-    assert site.knots.U_OR.dtype == torch.float64
+    assert site.knots.left_vectors.dtype == torch.float64
     assert site.core.U_OP.dtype == torch.float64

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 import ray_merge
 from ray_merge.drive import thresholds as under_test
+from ray_merge.drive.events import Event
 from ray_merge.drive.thresholds import THRESHOLDS, read_thresholds
 from ray_merge.errors import OutputConflict
 from ray_merge.storage.commit import MANIFEST
@@ -151,6 +152,25 @@ def test_merges_share_the_counting_of_an_adapter(inputs, tmp_path, monkeypatch, 
     swept = {"name": "s", "merge_method": "ties", "sweep": {"density": [0.1, 0.2], "lambda": [0.5, 1.0]}}
     run(inputs, tmp_path, swept)
     assert asked == [3, 6]  # three adapters, then two densities of each; lambda asks for nothing
+
+
+def test_whoever_watches_hears_of_each_shard_that_was_counted(inputs, tmp_path):
+    events: list[Event] = []
+    ray_merge.run(
+        recipe(inputs, tmp_path / "out", merge(density=0.2), max_shard_size="10KB"),
+        engine="local",
+        cache_dir=tmp_path / "cache",
+        progress=events.append,
+    )
+    first, *others = [event for event in events if event.kind == "select"]
+    assert first.units == (0, 0)
+    shards = others[0].units[1]
+    assert shards > 2
+    rounds = {text: [one.units for one in others if one.text == text] for text in (e.text for e in others)}
+    assert len(rounds) >= 2
+    assert all(units == [(n + 1, shards) for n in range(shards)] for units in rounds.values())
+    kinds = [event.kind for event in events]
+    assert kinds.index("unit") > max(n for n, kind in enumerate(kinds) if kind == "select")
 
 
 def test_a_run_that_was_stopped_does_not_count_again(inputs, tmp_path, monkeypatch):
