@@ -99,10 +99,10 @@ class Marks:
         self.at.setdefault(event.kind, []).append(time.perf_counter())
 
     def of_units(self) -> float:
-        """Seconds from the event before the first unit's end to the last unit's."""
+        """Seconds from the event before the first unit's end, or the beginning of selection, to the last unit's end."""
         units = self.at["unit"]
         before = [one for marks in self.at.values() for one in marks if one < units[0]]
-        return units[-1] - max(before, default=self.began)
+        return units[-1] - min([*self.at.get("select", [])[:1], max(before, default=self.began)])
 
 
 def merge(options: argparse.Namespace, base: Path, adapters: dict[str, Path], method: str) -> float:

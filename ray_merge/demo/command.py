@@ -125,5 +125,5 @@ def _say(line: str) -> None:
 
 
 def _progress(event: Event) -> None:
-    if event.kind != "unit":
+    if event.kind not in ("unit", "select"):
         _say(("published " if event.kind == "merge" else "starting ") + event.text)
