@@ -58,7 +58,7 @@ _EMPTY = re.compile(rf"(.*/)?{re.escape(STATE_FOLDER)}(/attempts(/[0-9a-f]{{12}}
 """Folders that runs leave empty."""
 
 _OBJECT = re.compile(
-    r"(emr/)?model-[0-9]{5}-of-[0-9]{5}\.safetensors|(adapter|heads|ray_merge)/.+|emr/rescalers\.json"
+    r"(emr/)?model-[0-9]{5}-of-[0-9]{5}\.safetensors|model-head\.safetensors|(adapter|heads|ray_merge)/.+|emr/rescalers\.json"
 )
 """What a run uploads into a merge's folder, as far as it can be long enough for parts."""
 

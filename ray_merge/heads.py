@@ -25,17 +25,22 @@ def load_head(model: nn.Module, path: str | Path) -> nn.Module:
         AdapterError: the model lacks a tensor of the head, or has it in another shape.
     """
     import torch
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     own = dict(model.named_parameters())
-    head = load_file(str(path))
+    with safe_open(str(path), "pt") as file:
+        head = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        labels = (file.metadata() or {}).get("num_labels")
     for name, tensor in head.items():
         if name not in own:
             raise AdapterError(f"{path}: the model ({type(model).__name__}) has no {name}")
         if own[name].shape != tensor.shape:
+            has = getattr(getattr(model, "config", None), "num_labels", None)
+            advice = f"load it with num_labels={labels or tensor.shape[0]}"
+            if labels == str(has):  # `classifier.dense` is as wide as the model
+                advice = "it has as many labels, so the head was trained on another model"
             raise AdapterError(
-                f"{path}: {name} is {tuple(tensor.shape)}, the model has {tuple(own[name].shape)}; "
-                f"load it with num_labels={tensor.shape[0]}"
+                f"{path}: {name} is {tuple(tensor.shape)}, the model has {tuple(own[name].shape)}; {advice}"
             )
     with torch.no_grad():
         for name, tensor in head.items():

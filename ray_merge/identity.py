@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-ALGORITHM_VERSION = 3
+ALGORITHM_VERSION = 4
 """Raised whenever the same inputs would give other output bytes; it is part of every merge id."""
 
 MOMENTS_VERSION = 1

@@ -87,6 +87,13 @@ def test_an_upload_abandoned_by_kill_9_is_found_kept_while_young_and_given_up(s3
     assert ray_merge.gc(url, remove=True, older_than=0).leftovers == ()
 
 
+def test_the_upload_of_a_large_head_is_found_too(s3, url, monkeypatch):
+    put_merge(url, "m", complete=True)
+    put_killed(s3, url, monkeypatch, "m/model-head.safetensors")
+    (listed,) = ray_merge.gc(url, older_than=0).leftovers
+    assert (listed.kind, listed.path) == ("upload", "m/model-head.safetensors")
+
+
 def test_a_merge_without_a_manifest_goes_and_the_one_beside_it_stays(url):
     put_merge(url, "done", complete=True)
     put_merge(url, "dead", complete=False)

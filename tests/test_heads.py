@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,8 +16,8 @@ class Model(nn.Module):
         self.classifier = nn.Linear(4, 3)
 
 
-def saved(path, **tensors):
-    save_file({name.replace("__", "."): tensor for name, tensor in tensors.items()}, path)
+def saved(path, metadata=None, **tensors):
+    save_file({name.replace("__", "."): tensor for name, tensor in tensors.items()}, path, metadata=metadata)
     return path
 
 
@@ -53,3 +55,12 @@ def test_a_head_with_other_labels_says_how_to_load_the_model(tmp_path):
     path = saved(tmp_path / "h.safetensors", classifier__weight=torch.ones(5, 4))
     with pytest.raises(AdapterError, match=r"\(5, 4\), the model has \(3, 4\); load it with num_labels=5"):
         load_head(Model(), path)
+
+
+@pytest.mark.parametrize(("labels", "advice"), [("3", "trained on another model"), ("5", "num_labels=5")])
+def test_a_hidden_layer_of_another_width_is_no_number_of_labels(tmp_path, labels, advice):
+    model = Model()
+    model.config = SimpleNamespace(num_labels=3)
+    path = saved(tmp_path / "h.safetensors", {"num_labels": labels}, classifier__weight=torch.ones(8, 4))
+    with pytest.raises(AdapterError, match=rf"\(8, 4\), the model has \(3, 4\); .*{advice}$"):
+        load_head(model, path)

@@ -14,7 +14,13 @@ SUITE_VARIABLE = "RAY_MERGE_SUITE"
 
 
 def tiny_llama(
-    folder: Path, *, seed: int = 0, layers: int = 4, hidden: int = 32, dtype=torch.float32
+    folder: Path,
+    *,
+    seed: int = 0,
+    layers: int = 4,
+    hidden: int = 32,
+    dtype=torch.float32,
+    tied: bool = False,
 ) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,7 +32,7 @@ def tiny_llama(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 64}\n')

@@ -31,7 +31,8 @@ from ray_merge.errors import RunFailed
 from ray_merge.models.blocks import natural_key
 from ray_merge.plan import ADAPTER_OBJECT, SHARD_METADATA, OutTensor, Plan
 from ray_merge.plan.emr import RESCALERS, is_emr
-from ray_merge.plan.headed import HEAD_FILE, layout, problem_of
+from ray_merge.plan.headed import HEAD_FILE, layout
+from ray_merge.plan.labels import label_names, problem_of, saved_rows
 from ray_merge.spec import Adapter, Merge, Receipt, SiteReport, TensorEntry
 from ray_merge.storage.checkpoint import CONFIG_FILE, INDEX_FILE
 from ray_merge.storage.commit import (
@@ -220,15 +221,14 @@ def checkpoint_index(plan: Plan, merge: Merge) -> dict[str, Any]:
 def head_file(plan: Plan, adapter: Adapter, stores: Stores, cache: Path) -> bytes:
     """An adapter's heads under their runtime names, as one safetensors file with what a loader must know."""
     ordered = sorted(adapter.heads, key=lambda entry: entry.name)
-    # A head's inner layers (`classifier.dense`, `pooler.dense`) are as wide as the model, its last one is not.
-    labels = min((e.shape[0] for e in ordered if len(e.shape) == 2), default=0)
-    task = plan.recipe.adapters[adapter.name].task
+    labels = saved_rows(ordered)
+    task, config = plan.recipe.adapters[adapter.name].task, plan.base.config
     metadata = {
         "format": "pt",
         "task_type": str(adapter.config.get("task_type") or ""),
         "num_labels": str(labels),
-        "problem_type": problem_of(task, labels),
-        "id2label": json.dumps({str(index): f"LABEL_{index}" for index in range(labels)}),
+        "problem_type": problem_of(config, task, labels),
+        "id2label": json.dumps(dict(enumerate(label_names(config, labels)))),
     }
     return _heads_of(adapter, ordered, metadata, stores, cache)
 

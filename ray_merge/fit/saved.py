@@ -3,7 +3,8 @@
 They hold absolute values, whatever their names say (`trainable_tokens_delta` too):
 
     a trained bias (bias: all, lora_only)        its delta is `saved - base`, merged like any other
-    a module of modules_to_save                  takes the place of the base's; without a counterpart it is a head
+    a module of modules_to_save                  takes the place of the base's; without a counterpart it is a head,
+                                                 and of a classifier it is one too unless it is a table of embeddings
     a table that PEFT saved beside embedding     takes the base table's place before any delta; new rows need a
     LoRA, or since the vocabulary grew           new vocab_size
     trained token rows                           are written into the table
@@ -155,8 +156,9 @@ def _replace(draft: Draft, tensor: StoredTensor, disk: str, *, announced: bool) 
     module = tensor.name.rpartition(".")[0]
     table = module.rpartition(".")[2] in TABLE_NAMES or draft.names.kind(module) == "embedding"
     resized = table and tensor.entry.shape[1:] == base.shape[1:]
+    headed = draft.adapter.config.get("task_type") in HEADED_TASKS and not table
     if tensor.entry.shape != base.shape and not resized:
-        if draft.adapter.config.get("task_type") in HEADED_TASKS and announced:
+        if headed and announced:
             draft.heads.append(replace(tensor.entry, name=tensor.name))  # another number of labels: a head
             return
         _same_shape(draft, tensor, base)
@@ -172,7 +174,7 @@ def _replace(draft: Draft, tensor: StoredTensor, disk: str, *, announced: bool) 
     draft.replaced[disk] = tensor.entry
     if not announced:
         draft.tables.add(disk)
-    elif draft.adapter.config.get("task_type") in HEADED_TASKS:
+    elif headed:
         draft.heads.append(replace(tensor.entry, name=tensor.name))
 
 

@@ -83,7 +83,7 @@ def _check_classes(merge: Merge, adapters: Mapping[str, Adapter]) -> None:
         if merge.export_class not in kinds:
             raise RecipeError(
                 f"merge {merge.name!r}: export_class: {merge.export_class} is the task_type of none of its adapters; "
-                f"known: {', '.join(sorted(map(str, kinds)))}"
+                f"known: {', '.join(sorted(kind for kind in kinds if kind is not None)) or 'none'}"
             )
         own = [adapter for adapter in own if adapter.config.get("task_type") == merge.export_class]
     elif len(kinds) > 1:

@@ -82,11 +82,11 @@ def _modules(base: Checkpoint, adapter: Adapter, merge: Merge) -> tuple[str, Map
             continue
         paths = {path for path, _ in skeleton.model.named_modules()}
         if all(module in paths for module in adapter.modules.values()):
-            return name, {
-                slots[0].tensor: parameter.rpartition(".")[0]
-                for parameter, slots in skeleton.slots.items()
-                if len(slots) == 1
-            }
+            found: dict[str, str] = {}
+            for parameter, slots in skeleton.slots.items():
+                if len(slots) == 1:  # of tied names the first: the embedding, not the head
+                    found.setdefault(slots[0].tensor, parameter.rpartition(".")[0])
+            return name, found
         why = f"{name} does not have all modules of adapter {adapter.name}"
     raise RecipeError(
         f"merge {merge.name!r}: export_class: {merge.export_class}: the modules of the other adapters cannot be named "

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ray_merge.errors import RecipeError
+from ray_merge.fit.owners import is_head
+from ray_merge.plan.labels import label_names, problem_of
 from ray_merge.plan.layout import SHARD_METADATA, OutTensor
 from ray_merge.plan.padding import padding_token
 from ray_merge.plan.task_heads import adapter_type, head_rows
@@ -45,7 +47,7 @@ class Headed:
         names: disk name in the base -> in the checkpoint, where they differ.
         replaced: disk name in the base -> the tensor of the head that takes its place.
         added: tensors of the head that the base has no place for, under their runtime names, in file order.
-        n_labels: that the head gives a number for.
+        labels: names of what the head gives a number for.
         problem_type: transformers' word for what they are.
         pad_id: what config.json must name as padding; None where it does so already, or nobody knows.
     """
@@ -55,19 +57,18 @@ class Headed:
     names: Mapping[str, str]
     replaced: Mapping[str, TensorEntry]
     added: tuple[TensorEntry, ...]
-    n_labels: int
+    labels: tuple[str, ...]
     problem_type: str
     pad_id: int | None = None
 
     def laid_over(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """config.json of the checkpoint, made of the one that it would have without a head."""
-        labels = [f"LABEL_{index}" for index in range(self.n_labels)]
         found = {
             **config,
             "architectures": [self.model_class],
             "num_labels": self.n_labels,
-            "id2label": {str(index): label for index, label in enumerate(labels)},
-            "label2id": {label: index for index, label in enumerate(labels)},
+            "id2label": {str(index): label for index, label in enumerate(self.labels)},
+            "label2id": {label: index for index, label in enumerate(self.labels)},
             "problem_type": self.problem_type,
         }
         if self.pad_id is None:
@@ -90,6 +91,11 @@ class Headed:
         )
 
     @property
+    def n_labels(self) -> int:
+        """How many numbers the head gives."""
+        return len(self.labels)
+
+    @property
     def added_bytes(self) -> int:
         """Length of the file of `added`; 0 where there is none."""
         if not self.added:
@@ -101,11 +107,6 @@ class Headed:
 def layout(entries: Sequence[TensorEntry]) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of each tensor, as the writer takes them."""
     return [(entry.name, entry.dtype, entry.shape) for entry in entries]
-
-
-def problem_of(task: str | None, n_labels: int) -> str:
-    """The `problem_type` of a head in transformers' words, by the recipe's word for its task and its labels."""
-    return "regression" if task == "regression" or n_labels == 1 else "single_label_classification"
 
 
 def plan_headed(
@@ -154,7 +155,7 @@ def _headed(place: str, recipe: Recipe, base: Checkpoint, adapter: Adapter) -> t
     from ray_merge.models.skeleton import build_skeleton
 
     if not adapter.heads:
-        raise RecipeError(f"{place}: {adapter.url} saved no head (modules_to_save); {KEEPS_HEADS}")
+        raise RecipeError(f"{place}: {adapter.url} {_why_headless(adapter)}")
     kind = adapter_type(recipe, adapter)
     if kind != SEQ_CLS:
         raise RecipeError(
@@ -177,11 +178,21 @@ def _headed(place: str, recipe: Recipe, base: Checkpoint, adapter: Adapter) -> t
         names=dict(_prefixed(skeleton)),
         replaced=replaced,
         added=added,
-        n_labels=n_labels,
-        problem_type=problem_of(recipe.adapters[adapter.name].task, n_labels),
+        labels=label_names(base.config, n_labels),
+        problem_type=problem_of(base.config, recipe.adapters[adapter.name].task, n_labels),
     )
     config: Any = _check_loads(place, base, adapter, headed).model.config
-    return headed, getattr(config.get_text_config(), "pad_token_id", None) is not None
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    return headed, type(pad) is int and pad >= 0  # -1 is no token, and stands in old configs of Llama
+
+
+def _why_headless(adapter: Adapter) -> str:
+    if adapter.replaced and adapter.config.get("task_type") is None:
+        return (
+            f"names no task_type, so its {next(iter(adapter.replaced))} is a weight like any other and no head; write "
+            f"task_type: {SEQ_CLS} into its adapter_config.json, or leave heads out"
+        )
+    return f"saved no head (modules_to_save); {KEEPS_HEADS}"
 
 
 def _places(
@@ -209,12 +220,22 @@ def _places(
 
 
 def _prefixed(skeleton: Skeleton) -> Iterator[tuple[str, str]]:
-    """Disk names of the body that lack the prefix of the class -> with it."""
+    """Disk names of the body that lack the prefix of the class -> with it.
+
+    Only of modules that lack nothing else: what transformers calls otherwise by a rule of the class (Gemma 3's
+    `language_model.model`) it finds by its own name, and version 4 by no other.
+    """
     prefix = f"{skeleton.model.base_model_prefix}."
-    for parameter, slots in skeleton.slots.items():
-        for slot in slots:
-            if parameter.startswith(prefix) and not slot.tensor.startswith(prefix):
-                yield slot.tensor, prefix + slot.tensor
+    without = [
+        (parameter, slot.tensor)
+        for parameter, slots in skeleton.slots.items()
+        for slot in slots
+        if parameter.startswith(prefix) and not slot.tensor.startswith(prefix)
+    ]
+    modules = {tensor.partition(".")[0] for parameter, tensor in without if parameter == prefix + tensor}
+    for _, tensor in without:
+        if tensor.partition(".")[0] in modules:
+            yield tensor, prefix + tensor
 
 
 def _check_loads(place: str, base: Checkpoint, adapter: Adapter, headed: Headed) -> Skeleton:
@@ -246,8 +267,15 @@ def _check_loads(place: str, base: Checkpoint, adapter: Adapter, headed: Headed)
 def _check_untouched(
     place: str, merge: Merge, headed: Headed, adapters: Mapping[str, Adapter], sites: Mapping[str, Site]
 ) -> None:
-    """No update may be added to a tensor whose place the head takes."""
+    """No other adapter may change a tensor whose place the head takes, unless as a head of its own."""
     for name in merge.adapters if headed.replaced else ():
+        for tensor in adapters[name].replaced:
+            if tensor in headed.replaced and not is_head(tensor, adapters[name]):
+                raise RecipeError(
+                    f"{place} puts its own {tensor} in the base's place, where adapter {name} saved another value "
+                    f"(modules_to_save, task_type {adapters[name].config.get('task_type')}); leave {name} out of the "
+                    f"merge, or {KEEPS_HEADS}"
+                )
         for site in adapters[name].factors:
             if sites[site].tensor in headed.replaced:
                 raise RecipeError(

@@ -6,6 +6,7 @@ padding. Reads the small files of the tokenizer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,20 +31,22 @@ def padding_token(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[int | 
     """
     text = base.config.get("text_config")
     config = text if isinstance(text, Mapping) else base.config
-    sizes = {name: entry.shape for name, entry in base.tensors.items()}
-    owner = next((a for a in adapters if any(e.shape != sizes[t] for t, e in a.replaced.items())), None)
+    owner, size = _vocabulary(base, adapters, config.get("vocab_size"))
     token, number = _of_tokenizer(base, owner)
     if token is not None:
-        size = config.get("vocab_size")
-        beyond = owner is None and number is not None and type(size) is int and number >= size
-        if number is not None and not beyond:
+        if number is not None and number < size:
             return number, ""
-        what = f"{number} of {size} tokens" if beyond else "not numbered in the tokenizer's files"
+        what = "not numbered in the tokenizer's files" if number is None else f"{number} of {size} tokens"
         return None, f"the tokenizer's padding token {token!r} is {what}; {_ADVICE}"
     eos = config.get("eos_token_id")
     first = eos[0] if isinstance(eos, list) and eos else eos
     if type(first) is not int:
         return None, f"neither config.json nor the tokenizer names a padding token; {_ADVICE}"
+    if not 0 <= first < size:  # transformers does not build a table without the row that it names
+        return None, (
+            f"neither config.json nor the tokenizer names a padding token, and eos_token_id is {first} of {size} "
+            f"tokens; {_ADVICE}"
+        )
     return first, (
         f"neither config.json nor the tokenizer names a padding token, so pad_token_id is eos_token_id ({first}); pad "
         "with it"
@@ -51,6 +54,15 @@ def padding_token(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[int | 
 
 
 _ADVICE = "set model.config.pad_token_id to what you pad with: a decoder takes one row at a time without it"
+
+
+def _vocabulary(base: Checkpoint, adapters: Sequence[Adapter], said: Any) -> tuple[Adapter | None, float]:
+    """The adapter that resized the vocabulary, and how many tokens the result knows; without end if nobody says."""
+    for adapter in adapters:
+        for tensor, entry in adapter.replaced.items():
+            if entry.shape != base.tensors[tensor].shape:
+                return adapter, entry.shape[0]
+    return None, said if type(said) is int else math.inf
 
 
 def _of_tokenizer(base: Checkpoint, owner: Adapter | None) -> tuple[str | None, int | None]:

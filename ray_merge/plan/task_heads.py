@@ -164,7 +164,7 @@ def head_rows(adapter: Adapter, skeleton: Skeleton) -> int:
         for name, module in skeleton.model.named_modules()
         if isinstance(module, nn.Linear) and not name.startswith(inner)
     ]
-    saved = {entry.name: entry.shape[0] for entry in adapter.heads}
+    saved = {entry.name: entry.shape[0] for entry in adapter.heads if entry.shape}
     return saved.get(f"{layers[-1]}.weight" if layers else "", int(config.num_labels))
 
 

@@ -208,6 +208,16 @@ def test_a_head_is_saved_with_what_a_loader_must_know(tmp_path):
     assert json.loads(metadata["id2label"]) == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
 
 
+def test_a_head_with_a_hidden_layer_and_more_labels_than_its_width(tmp_path):
+    recipe = with_head(
+        tmp_path, classifier__dense__weight=torch.ones(8, 8), classifier__out_proj__weight=torch.ones(12, 8)
+    )
+    plan = plan_of(recipe)
+    written = head_file(plan, plan.adapters["a"], Stores(), tmp_path)
+    assert b'"num_labels":"12"' in written
+    assert b"LABEL_11" in written
+
+
 @pytest.mark.parametrize(("labels", "task"), [(1, None), (3, "regression")])
 def test_one_output_or_the_recipes_word_make_a_regression(tmp_path, labels, task):
     recipe = with_head(tmp_path, classifier__weight=torch.ones(labels, 8))

@@ -160,3 +160,11 @@ def test_a_dora_magnitude_is_found_at_its_site(tmp_path):
     made = fitted(tmp_path, PLAIN, magnitude)
     assert has_magnitude([made.adapters["a"]]) == ""
     assert has_magnitude(list(made.adapters.values())) == V1
+
+
+@pytest.mark.parametrize("rows", [16, 20])
+def test_tables_of_two_classifiers_are_no_heads_that_stay_apart(tmp_path, rows):
+    one, other = ({**tables(count)} for count in (16, rows))
+    settings = {"modules_to_save": ["embed_tokens", "lm_head"], "task_type": "SEQ_CLS"}
+    message = refused(tmp_path, (one, settings), (other, settings))
+    assert "both saved a value of its own for" in message

@@ -273,3 +273,16 @@ def test_heads_that_would_fill_the_driver_are_refused(tmp_path, monkeypatch):
         tmp_path, {f"{P}classifier.weight": torch.ones(4, HIDDEN)}, modules_to_save=["classifier"]
     )
     assert "128 bytes, more than 100" in message
+
+
+@pytest.mark.parametrize("rows", [16, 20])
+def test_a_table_that_a_classifier_saved_is_no_head(tmp_path, rows):
+    names = ["score", "embed_tokens", "lm_head"]
+    both = saved(**{f"{name.replace('.', '__')}": torch.ones(rows, 8) for name in (TABLE, "lm_head.weight")})
+    whole = both | saved(score__weight=torch.ones(3, 8))
+    adapter = fitted(tmp_path, whole, modules_to_save=names, task_type="SEQ_CLS")
+    assert [entry.name for entry in adapter.heads] == ["score.weight"]
+    assert sorted(adapter.replaced) == ["lm_head.weight", TABLE]
+    wide = {f"{P}{TABLE}": torch.ones(16, 4)}
+    message = refused(tmp_path, wide, modules_to_save=names, task_type="SEQ_CLS")
+    assert f"{TABLE} is (16, 4), but {TABLE} is (16, 8)" in message

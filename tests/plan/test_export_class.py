@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import (
     BertForSequenceClassification,
     BertModel,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
 )
 
@@ -89,6 +90,9 @@ def test_without_it_both_classes_and_the_ways_out_are_named(recipe):
     assert "adapter a has task_type SEQ_CLS, adapter b FEATURE_EXTRACTION" in message
     assert "write export_class: SEQ_CLS or export_class: FEATURE_EXTRACTION" in message
     assert "export_class: CAUSAL_LM is the task_type of none" in refusal(of_class(recipe, "CAUSAL_LM"))
+    config = Path(recipe["adapters"]["b"]) / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "task_type": None}))
+    assert refusal(of_class(recipe, "None")).endswith("known: SEQ_CLS")
     assert "export_class belongs to an exported adapter" in refusal(
         of_class(recipe, "SEQ_CLS", export="checkpoint")
     )
@@ -121,3 +125,27 @@ def test_a_site_that_the_class_does_not_have_is_refused(tmp_path):
     recipe["merges"][0]["export_class"] = "CAUSAL_LM"
     plan = ray_merge.plan(recipe)
     assert plan.module(plan.merges[0], "model.layers.0.self_attn.v_proj") == "model.layers.0.self_attn.v_proj"
+
+
+def test_a_tied_embedding_is_the_embedding_and_not_the_head(tmp_path):
+    base = tiny_llama(tmp_path / "base", tied=True)
+    lora(LlamaForCausalLM.from_pretrained(base), tmp_path / "a", ["q_proj"], seed=1, task_type="CAUSAL_LM")
+    write_adapter(
+        tmp_path / "b",
+        {
+            "base_model.model.model.embed_tokens.lora_embedding_A": torch.randn(2, 64),
+            "base_model.model.model.embed_tokens.lora_embedding_B": torch.randn(32, 2),
+        },
+        task_type="SEQ_CLS",
+    )
+    recipe = {
+        "base_model": str(base),
+        "output": str(tmp_path / "out"),
+        "adapters": {name: str(tmp_path / name) for name in "ab"},
+        "merges": [{"name": "m", "merge_method": "task_arithmetic", "export": "both"}],
+    }
+    out = run(of_class(recipe, "CAUSAL_LM"), tmp_path)
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), out / "adapter")
+    wanted = LlamaForCausalLM.from_pretrained(out).eval()
+    with torch.no_grad():
+        assert torch.allclose(model.merge_and_unload().eval()(IDS).logits, wanted(IDS).logits, atol=1e-4)

@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
 import ray_merge
 from ray_merge.errors import Refusal
@@ -201,3 +209,96 @@ def test_a_layer_that_neither_adapter_nor_base_holds_is_refused(tmp_path):
     assert "holds bert.pooler.dense.weight of BertForSequenceClassification; save it with the adapter" in (
         refusal(recipe)
     )
+
+
+def edit(path: Path, **changed: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+
+def test_a_base_with_as_many_labels_says_what_they_are(tmp_path):
+    recipe = make(tmp_path, "bert", labels=3)
+    names = {"0": "x", "1": "y", "2": "z"}
+    problem = "multi_label_classification"
+    edit(
+        tmp_path / "base/config.json", id2label=names, label2id={"x": 0, "y": 1, "z": 2}, problem_type=problem
+    )
+    out = run(tmp_path, recipe)
+    configs = {name: json.loads((out / name / "config.json").read_text()) for name in ("headed", "other")}
+    assert (configs["headed"]["id2label"], configs["headed"]["problem_type"]) == (names, problem)
+    assert configs["other"]["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
+    assert configs["other"]["problem_type"] == "single_label_classification"
+    with safe_open(out / "plain/heads/a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (json.loads(metadata["id2label"]), metadata["problem_type"]) == (names, problem)
+
+
+@pytest.mark.parametrize("owner", LABELS)
+def test_a_vocabulary_that_any_of_its_adapters_saved_is_that_of_the_plain_merge(tmp_path, owner):
+    recipe = make(tmp_path, "llama", tied=True)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=LABELS[owner], pad_token_id=2
+    )
+    model.resize_token_embeddings(70)
+    saved = ["embed_tokens", "score"]
+    lora(model, tmp_path / owner, ["q_proj"], seed=5, task_type="SEQ_CLS", modules_to_save=saved)
+    (tmp_path / owner / "tokenizer_config.json").write_text('{"of": "owner"}')
+    out = run(tmp_path, recipe)
+    check_equal(out, "headed", "a")
+    config = json.loads((out / "headed/config.json").read_text())
+    assert (config["vocab_size"], loaded(out / "headed")[0].model.embed_tokens.num_embeddings) == (70, 70)
+    assert (out / "headed/tokenizer_config.json").read_text() == '{"of": "owner"}'
+
+
+def test_what_another_adapter_saved_without_a_task_is_not_lost_under_the_head(tmp_path):
+    recipe = make(tmp_path, "bert", labels=2)  # so that b's head has the base's shape, and a's another
+    edit(tmp_path / "b/adapter_config.json", task_type=None)
+    words = refusal(recipe)
+    assert "puts its own classifier.bias in the base's place, where adapter b saved another value" in words
+    assert "leave b out of the merge" in words
+    words = refusal(recipe, heads="b", adapters=["b"])
+    assert f"{tmp_path / 'b'} names no task_type, so its classifier.bias is a weight like any other" in words
+
+
+def test_a_head_of_no_dimension_is_refused(tmp_path):
+    recipe = make(tmp_path, "llama")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.model.score.weight": torch.tensor(1.0)}, path)
+    assert "score.weight of" in (words := refusal(recipe))
+    assert "is (), but (2, 32) in LlamaForSequenceClassification" in words
+
+
+def test_a_padding_token_of_minus_one_is_none(tmp_path):
+    recipe = make(tmp_path, "llama")
+    edit(tmp_path / "base/config.json", pad_token_id=-1)
+    planned = ray_merge.plan(recipe)
+    assert planned.headed["headed"].pad_id == 2
+    assert any("pad_token_id is eos_token_id (2)" in warning for warning in planned.warnings)
+
+
+def test_names_that_transformers_changes_by_a_rule_of_the_class_stay(tmp_path):
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**text, **heads},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    base = tmp_path / "base"
+    Gemma3ForConditionalGeneration(config).save_pretrained(base)
+    assert any(name.startswith("language_model.model.") for name in load_file(base / "model.safetensors"))
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    lora(model, tmp_path / "a", ["q_proj"], seed=1, task_type="SEQ_CLS")
+    recipe = {
+        "base_model": str(base),
+        "output": str(tmp_path / "out"),
+        "adapters": {"a": str(tmp_path / "a")},
+    }
+    out = run(
+        tmp_path, {**recipe, "merges": [{"name": "m", "merge_method": "task_arithmetic", "heads": "a"}]}
+    )
+    # transformers 4 finds `language_model.model` and no other name, and starts afresh what it does not find.
+    assert not any("language_model" in name.removeprefix("language_model.") for name in index_of(out / "m"))
+    model, about = loaded(out / "m")
+    assert not about["missing_keys"]
+    assert model.config.num_labels == 3

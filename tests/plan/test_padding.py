@@ -52,6 +52,8 @@ def test_without_one_it_is_eos_and_that_is_said(found, config):
             "'<pad>' is not numbered in the tokenizer's files",
         ),
         ({"vocab_size": 3}, {"tokenizer_config": BY_NUMBER}, "'<pad>' is 3 of 3 tokens"),
+        ({"eos_token_id": 16}, {}, "and eos_token_id is 16 of 16 tokens"),
+        ({"eos_token_id": [-1]}, {}, "and eos_token_id is -1 of 16 tokens"),
     ],
 )
 def test_nothing_is_guessed_where_the_tokenizer_pads_with_what_nobody_knows(found, config, files, words):
@@ -69,3 +71,8 @@ def test_an_adapter_that_resized_the_vocabulary_brings_its_tokenizer(tmp_path):
     (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(about))
     plan = plan_of(recipe)
     assert padding_token(plan.base, [plan.adapters["b"], plan.adapters["a"]]) == (17, "")
+    about["added_tokens_decoder"] = {"20": {"content": "<pad>"}}
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(about))
+    number, warning = padding_token(plan.base, [plan.adapters["a"]])
+    assert number is None
+    assert "'<pad>' is 20 of 20 tokens" in warning
