@@ -12,6 +12,7 @@ import pytest
 import ray_merge
 from fault_proxy import Hang, fault_proxy, nth
 from ray_merge.storage.commit import MANIFEST, RECIPE
+from ray_merge.storage.s3_sweep import S3Sweeper
 from ray_merge.storage.store import open_store
 from ray_merge.storage.sweep import open_sweeper
 from s3_server import BUCKET, make_client
@@ -119,6 +120,30 @@ def test_ages_are_counted_by_the_servers_clock(url, monkeypatch):
     (left,) = ray_merge.gc(url, remove=True).leftovers
     assert left.kept
     assert left.age_seconds < 60
+
+
+@pytest.mark.parametrize("parts", [0, 1])
+def test_a_store_that_does_not_tell_when_an_upload_began_has_a_young_one(url, client, monkeypatch, parts):
+    begun = client.create_multipart_upload(
+        Bucket=BUCKET, Key=f"{url.removeprefix(f's3://{BUCKET}/')}/m/{SHARD}"
+    )
+    for number in range(1, parts + 1):
+        client.upload_part(
+            **{name: begun[name] for name in ("Bucket", "Key", "UploadId")}, PartNumber=number, Body=b"12345"
+        )
+    inner = S3Sweeper._pages
+
+    def without(*arguments):
+        for page in inner(*arguments):
+            for one in page.get("Uploads", ()):
+                one.pop("Initiated", None)
+            yield page
+
+    monkeypatch.setattr(S3Sweeper, "_pages", without)
+    (found,) = open_sweeper(url).uploads()
+    assert (found.path, found.parts, found.n_bytes) == (f"m/{SHARD}", parts, 5 * parts)
+    assert 0 <= found.age_seconds < 60
+    client.abort_multipart_upload(**{name: begun[name] for name in ("Bucket", "Key", "UploadId")})
 
 
 def test_thousands_of_objects_are_listed_in_pages(url, client):

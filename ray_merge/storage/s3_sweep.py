@@ -42,7 +42,7 @@ class S3Sweeper:
         return sorted(found, key=lambda entry: entry.path)
 
     def uploads(self) -> Sequence[Upload]:
-        """As old as its youngest part."""
+        """As old as its youngest part, or as its begin; not old at all where the store tells neither."""
         markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
         begun = [
             (one, _server_time(page))
@@ -67,7 +67,10 @@ class S3Sweeper:
         )  # fmt: skip
 
     def _measured(self, begun: Mapping[str, Any], now: float) -> Upload | None:
-        parts, n_bytes, age = 0, 0, _age(now, begun["Initiated"])
+        sizes: list[int] = []
+        ages = (
+            [_age(now, begun["Initiated"])] if "Initiated" in begun else []
+        )  # SeaweedFS tells it since 4.48
         call, path = (
             {"Key": begun["Key"], "UploadId": begun["UploadId"]},
             begun["Key"].removeprefix(self._prefix),
@@ -77,12 +80,12 @@ class S3Sweeper:
             if page is None:
                 return None
             for part in page.get("Parts", []):
-                parts, n_bytes = parts + 1, n_bytes + part["Size"]
-                age = min(age, _age(now, part["LastModified"]))
+                sizes.append(part["Size"])
+                ages.append(_age(now, part["LastModified"]))
             if not page.get("IsTruncated"):
                 break
             call["PartNumberMarker"] = page["NextPartNumberMarker"]
-        return Upload(path, begun["UploadId"], parts, n_bytes, age)
+        return Upload(path, begun["UploadId"], len(sizes), sum(sizes), min(ages, default=0.0))
 
     def _pages(
         self, operation: str, markers: Mapping[str, str], below: str = ""
