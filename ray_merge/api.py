@@ -17,7 +17,7 @@ from ray_merge.drive.outputs import Target
 from ray_merge.drive.result import RunResult
 from ray_merge.drive.run import Settings
 from ray_merge.drive.run import run as drive_run
-from ray_merge.drive.targets import find_targets
+from ray_merge.drive.targets import check_output, find_targets
 from ray_merge.engines import Engine, counted, memory_ceiling, unit_pools
 from ray_merge.errors import Refusal
 from ray_merge.methods.registry import METHODS, describe
@@ -57,6 +57,7 @@ def plan(
     """
     check_count("workers", workers)
     planned = _plan(recipe, output, only, memory, cache_dir)
+    check_output(planned)
     engines = Engines(workers=workers, memory=memory, cache=cache_folder(cache_dir))
     return replace(planned, moments=prepared_facts(planned, engines))
 

@@ -6,6 +6,7 @@ stderr says why, in one sentence. Commands that make things are here, those that
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import os
@@ -40,6 +41,22 @@ from ray_merge.cli_options import (
     app,
 )
 from ray_merge.errors import RayMergeError, Refusal, RunFailed, sentence
+from ray_merge.interrupts import after_imports
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ray-merge {importlib.metadata.version('ray-merge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before the command."""
 
 
 @app.command()
@@ -94,7 +111,7 @@ def run(
     as_json: JsonOption = False,
     log_format: LogFormatOption = None,
 ) -> None:
-    """Run a recipe: every merge is published once; what is complete is left alone."""
+    """Run a recipe: every merge is published once. What is complete is left alone."""
     from ray_merge import api
 
     with show_progress.Progress() as progress:
@@ -131,7 +148,7 @@ def calibrate(
     as_json: JsonOption = False,
     log_format: LogFormatOption = None,
 ) -> None:
-    """Moments of every task's inputs into the store; every later run reuses them."""
+    """Moments of every task's inputs into the store. Every later run reuses them."""
     from ray_merge import moments
 
     with show_progress.Progress() as progress:
@@ -164,7 +181,7 @@ def init(
     as_json: JsonOption = False,
     log_format: LogFormatOption = None,
 ) -> None:
-    """OSRM: adapters to fine-tune from, which the other tasks' inputs hardly reach."""
+    """OSRM: adapters to fine-tune from. The other tasks' inputs hardly reach them."""
     from ray_merge import osrm
 
     with show_progress.Progress() as progress:
@@ -208,7 +225,7 @@ def evaluate(
     as_json: JsonOption = False,
     log_format: LogFormatOption = None,
 ) -> None:
-    """Scores of the base, single adapters and complete merges on the labelled data of every task."""
+    """Scores of base, single adapters and merges on labelled data. Of merges, those that are complete."""
     from ray_merge.evaluate import evaluate as score
     from ray_merge.evaluate import unsuccessful
 
@@ -260,7 +277,7 @@ def demo(
     cache_dir: CacheOption = None,
     engine: EngineOption = "ray",
 ) -> None:
-    """Everything offline: a real small model, real adapters, several merges, scores."""
+    """Everything offline: a small model, adapters, merges, scores."""
     from ray_merge.demo.command import run_demo
 
     run_demo(output=output, cache_dir=cache_dir, engine=engine)
@@ -268,8 +285,9 @@ def demo(
 
 def main(arguments: Sequence[str] | None = None, program: typer.Typer = app) -> NoReturn:
     """Run a program, by default the command line, and exit with its code."""
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    stop = after_imports(_stop)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     sys.exit(_exit_code(list(sys.argv[1:] if arguments is None else arguments), program))
 
 

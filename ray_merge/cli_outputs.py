@@ -20,7 +20,7 @@ def verify(
     cache_dir: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Re-hash every published file and probe merged weights against base and factors."""
+    """Re-hash every published file, and probe the merged weights. The probe is against base and factors."""
     from ray_merge.verify import verify as check
 
     show.verified(check(output, cache_dir=cache_dir, probe=probe), as_json=as_json)
@@ -39,7 +39,7 @@ def collect(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What killed runs left and nobody needs: temporary files, attempts, uploads, merges without a manifest."""
+    """What killed runs left and nobody needs. Temporary files, attempts, uploads, merges without a manifest."""
     from ray_merge.gc import gc
 
     found = gc(output, remove=remove, older_than=older_than, state=state)
@@ -58,7 +58,7 @@ def inspect(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Ranks, scales, norms, effective rank of adapters; overlap and interference of pairs; what would be refused."""
+    """What adapters hold, what would be refused, how near they are. Ranks, scales, norms, effective rank; pairs."""
     from ray_merge.inspect import inspect as look
 
     found = look(adapters, base=base, cache_dir=cache_dir, allow_pickle=allow_pickle)
@@ -80,7 +80,7 @@ def report(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """One HTML file about every merge: layers, learning, scores, times, provenance."""
+    """One HTML file about all merges. Layers, learning, scores, times, provenance."""
     from ray_merge.report import report as write
 
     show_report.reported(write(output, to=to), as_json=as_json)
@@ -95,7 +95,7 @@ def status(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """How far each merge is: units, bytes, last receipt, step of learning, what is missing. Exit 1 until complete."""
+    """How far each merge is. Units, bytes, last receipt, step of learning, what is missing; exit 1 until complete."""
     from ray_merge.status import status as look
 
     found = look(output, store=store)

@@ -10,12 +10,46 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
 from ray_merge.errors import RunFailed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+WAIT_SECONDS = 0.05
+"""How long until it is asked again whether an import is over."""
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+def after_imports(stop: Handler) -> Handler:
+    """A handler that waits while the main thread imports a module, and then does what `stop` does.
+
+    An exception in the middle of an import is taken for a broken module and dropped (transformers does so), or leaves
+    half an extension module behind, on which Python crashes later (torch). Uses SIGALRM and its timer.
+
+    Args:
+        stop: may raise.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if _importing(frame):
+            signal.signal(signal.SIGALRM, lambda _, later: handle(number, later))
+            signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
+        else:
+            stop(number, frame)
+
+    return handle
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Interrupts:
@@ -27,7 +61,8 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = [signal.signal(number, self._stop) for number in SIGNALS]
+            stop = after_imports(self._stop)
+            self._before = [signal.signal(number, stop) for number in SIGNALS]
         return self
 
     def __exit__(self, *_: object) -> None:

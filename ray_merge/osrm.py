@@ -22,7 +22,7 @@ from ray_merge.plan.osrm import OsrmTask, other_tasks, plan_osrm, required_init
 from ray_merge.recipe import Calibration, Recipe
 from ray_merge.recipe.arguments import check_count
 from ray_merge.recipe.model import Init
-from ray_merge.recipe.read import read_recipe
+from ray_merge.recipe.read import read_recipe, refuse_lost
 from ray_merge.storage.cache import cache_folder
 from ray_merge.storage.digest import DigestCache
 from ray_merge.storage.store import Stores
@@ -72,6 +72,7 @@ def init_adapters(
     if output is not None:
         init = init.model_copy(update={"output": output})
         parsed = parsed.model_copy(update={"init": init})
+    refuse_lost("init.output", init.output)
     engines = Engines(
         engine=engine,
         address=address,

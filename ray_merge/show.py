@@ -186,13 +186,19 @@ def _estimate_lines(facts: Mapping[str, Any]) -> list[str]:
     rates = [f"{word} {human_bytes(given[f'{word}_bytes_per_second'])}/s" for word in ("read", "write")]
     gflops = given["flops_per_second"] / 1e9
     cluster = f"{given['workers']} worker(s), each {', '.join(rates)}, {gflops:g} GFLOP/s"
-    hours = [f"{word} {facts[f'{word}_hours']:.2g} h" for word in ("read", "arithmetic", "write")]
+    parts = [f"{word} {_duration(facts[f'{word}_hours'])}" for word in ("read", "arithmetic", "write")]
     return [
-        f"estimate  about {facts['hours']:.2g} h, most of it {facts['bound_by']} ({', '.join(hours)}): {cluster}",
+        f"estimate  about {_duration(facts['hours'])}, most of it {facts['bound_by']} ({', '.join(parts)}): {cluster}",
         f"          {human_bytes(facts['read_bytes'])} read, each worker's copy of the adapters included; "
         f"{human_bytes(facts['write_bytes'])} written; {facts['flops']:.2g} FLOP; "
         f"{human_bytes(facts['cluster_memory_bytes'])} of memory in all",
     ]
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.2g} h" if hours < 100 else f"{hours:.0f} h"
+    return f"{hours * 60:.2g} min" if hours * 60 >= 1 else f"{hours * 3600:.2g} s"
 
 
 def _saved_words(row: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ray_merge.errors import RayMergeError
 from ray_merge.models.model_class import quiet_and_offline
 from ray_merge.storage.checkpoint import Checkpoint
 
@@ -81,6 +82,8 @@ def _complete(config: Mapping[str, Any]) -> Mapping[str, Any]:
         with quiet_and_offline():
             whole = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
             values: dict[str, Any] = whole.to_dict()
+    except RayMergeError:  # a signal's
+        raise
     except Exception:  # noqa: BLE001 - configs and their validators raise whatever they like; building the model tells
         return config
     return values

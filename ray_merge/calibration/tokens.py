@@ -72,6 +72,8 @@ def load_tokenizer(base: Checkpoint, where: str, cache_dir: Path, stores: Stores
             found: Any = transformers.AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
+        except RayMergeError:  # a signal's
+            raise
         except Exception as error:  # tokenizers raise whatever they like, bare Exceptions included
             raise Refusal(
                 f"{where}: transformers {transformers.__version__} cannot load the tokenizer in {base.url} "

@@ -12,7 +12,7 @@ from ray_merge.errors import OutputConflict
 from ray_merge.plan import Plan
 from ray_merge.storage.commit import read_complete
 from ray_merge.storage.ordered import MAX_THREADS, in_order
-from ray_merge.storage.store import Stores, join
+from ray_merge.storage.store import Stores, check_no_credentials, join, open_store
 
 EARLIER_DAYS = 366
 """How far back a merge is looked for under earlier dates, on a local disk."""
@@ -39,16 +39,33 @@ def find_targets(plan: Plan, inputs: Inputs, date: str | None, stores: Stores) -
     for merge in plan.merges:
         document = merge_inputs(plan, merge, inputs)
         target = look(plan.recipe.output, merge.name, merge_id(document), document, day, stores)
-        if f"{_real(target.url)}/".startswith(f"{_real(plan.base.url)}/"):
-            # Its files would count as the base's own: other ids, and the next run would copy them.
-            raise OutputConflict(
-                f"{target.url} lies inside the base model {plan.base.url}; choose another output"
-            )
+        _refuse_in_base(target.url, plan)
         if target.url in seen:
             raise OutputConflict(f"merges {seen[target.url]!r} and {merge.name!r} both go to {target.url}")
         seen[target.url] = merge.name
         targets.append(target)
     return targets
+
+
+def check_output(plan: Plan) -> None:
+    """Refuse an output whose words alone are wrong; what lies there, `find_targets` looks at.
+
+    Raises:
+        Refusal: other fields than {date} and {id}, credentials, or a place inside the base model.
+    """
+    root = output_root(plan.recipe.output, "0" * 64)
+    if "://" in root:
+        check_no_credentials(root)
+    else:
+        root = open_store(root).url
+    for merge in plan.merges:
+        _refuse_in_base(join(root, *merge.name.split("/")), plan)
+
+
+def _refuse_in_base(url: str, plan: Plan) -> None:
+    if f"{_real(url)}/".startswith(f"{_real(plan.base.url)}/"):
+        # Its files would count as the base's own: other ids, and the next run would copy them.
+        raise OutputConflict(f"{url} lies inside the base model {plan.base.url}; choose another output")
 
 
 def _real(url: str) -> str:

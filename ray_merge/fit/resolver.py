@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ray_merge.errors import AdapterError, RayMergeError
+from ray_merge.errors import AdapterError, Refusal
 from ray_merge.models.architecture import Architecture, build_architecture, runtime_module
 from ray_merge.models.conversion import Slot
 from ray_merge.models.model_class import class_candidates
@@ -27,25 +27,25 @@ class Architectures:
 
     def __init__(self, base: Checkpoint) -> None:
         self._base = base
-        self._built: dict[str, Architecture | RayMergeError] = {}
+        self._built: dict[str, Architecture | Refusal] = {}
 
     def get(self) -> Architecture:
         """The class that the base's config means.
 
         Raises:
-            RayMergeError: transformers has no such class, or cannot build it.
+            Refusal: transformers has no such class, or cannot build it.
         """
         found = next(self.candidates("", ""))
-        if isinstance(found, RayMergeError):
+        if isinstance(found, Refusal):
             raise found
         return found
 
-    def candidates(self, class_name: str, task_type: str) -> Iterator[Architecture | RayMergeError]:
+    def candidates(self, class_name: str, task_type: str) -> Iterator[Architecture | Refusal]:
         """The classes that an adapter may have been trained in, best guess first, or why one cannot be built."""
         config = self._base.config
         try:
             names = class_candidates(config, class_name=class_name or None, task_type=task_type or None)
-        except RayMergeError as error:
+        except Refusal as error:
             yield error
             return
         for name in names or ("",):
@@ -53,7 +53,7 @@ class Architectures:
                 shapes = {tensor: entry.shape for tensor, entry in self._base.tensors.items()}
                 try:
                     self._built[name] = build_architecture(config, shapes, class_name=name or None)
-                except RayMergeError as error:
+                except Refusal as error:
                     self._built[name] = error
             yield self._built[name]
 
@@ -174,7 +174,7 @@ class Resolver:
         task = self.adapter.config.get("task_type")
         first: Architecture | None = None
         for known in self.architectures.candidates(_text(named), _text(task)):
-            if isinstance(known, RayMergeError):
+            if isinstance(known, Refusal):
                 self.no_class = self.no_class or str(known)
                 continue
             first = first or known

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any, cast
 
-from ray_merge.errors import AdapterError, CheckpointError
+from ray_merge.errors import AdapterError, CheckpointError, RayMergeError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,7 +124,7 @@ def build_model(
             with place(), skip_init(), _at_most(4 * n_tensors + 5000):
                 model: Any = model_class(own_config)
             model.tie_weights()  # version 4 does it only where it initialises
-        except (AdapterError, CheckpointError):
+        except RayMergeError:  # ours, or a signal's
             raise
         except Exception as error:  # a class, its config and its validators raise whatever they like
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ray_merge.errors import CheckpointError, NotCuttable
+from ray_merge.errors import NotCuttable, RayMergeError
 from ray_merge.models.block_list import hidden_name
 from ray_merge.models.stage_calls import Add, Alter, LocalGrad, StageInput, Watch, WeightGrad
 
@@ -119,7 +119,7 @@ class StageBlocks:
                 return call()
             except Stop:
                 return None
-            except CheckpointError:
+            except RayMergeError:  # ours, or a signal's
                 raise
             except Exception as error:
                 if running.began or self.own.start == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_merge.errors import RayMergeError, RecipeError
+from ray_merge.errors import RecipeError, Refusal
 from ray_merge.fit.ranked import distinct
 from ray_merge.spec import Adapter, Merge, Site
 from ray_merge.storage.checkpoint import Checkpoint
@@ -77,7 +77,7 @@ def _modules(base: Checkpoint, adapter: Adapter, merge: Merge) -> tuple[str, Map
     ):
         try:
             skeleton = build_skeleton(base.config, shapes, name=name)
-        except RayMergeError as error:
+        except Refusal as error:
             why = str(error)
             continue
         paths = {path for path, _ in skeleton.model.named_modules()}

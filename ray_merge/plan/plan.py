@@ -1,16 +1,13 @@
 """Recipe x headers -> what would be read, merged and written, and every refusal that headers can show.
 
-Pure: reads no weights and writes nothing. `read_inputs` is the only part that touches a store (headers and
-configs); `make_plan` is arithmetic on what it found.
+Pure: reads and writes nothing; arithmetic on the headers and configs that `inputs.py` found.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from ray_merge.errors import RecipeError
@@ -31,11 +28,8 @@ from ray_merge.plan.statistics import check_data, diagnosis_bytes
 from ray_merge.plan.vocabulary import with_vocabulary
 from ray_merge.recipe import Recipe
 from ray_merge.spec import Adapter, Layout, Merge, Site, TensorEntry
-from ray_merge.storage.adapter import Pickles, StoredAdapter, read_adapter
-from ray_merge.storage.checkpoint import Checkpoint, read_checkpoint
-from ray_merge.storage.family import Families
-from ray_merge.storage.ordered import in_order
-from ray_merge.storage.store import ObjectInfo, Store, Stores
+from ray_merge.storage.adapter import StoredAdapter
+from ray_merge.storage.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,53 +149,6 @@ class Plan:
         """Bytes of shards, and of what emr adds to them, that a whole run writes."""
         emr = sum(sum(emr_bytes(self, merge).values()) for merge in self.merges)
         return emr + sum(self.merge_bytes(merge) for merge in self.merges if merge.export != "adapter")
-
-
-def read_inputs(
-    recipe: Recipe, merges: Sequence[Merge], unpickle: Pickles = None
-) -> tuple[Checkpoint, dict[str, StoredAdapter]]:
-    """Headers and configs of the base and of every adapter that a merge uses.
-
-    Args:
-        recipe: the validated recipe.
-        merges: to be planned.
-        unpickle: converts adapter_model.bin, for adapters whose recipe allows it.
-    """
-    return read_named(recipe, {name for merge in merges for name in merge.adapters}, unpickle)
-
-
-def read_named(
-    recipe: Recipe, names: Collection[str], unpickle: Pickles = None
-) -> tuple[Checkpoint, dict[str, StoredAdapter]]:
-    """Headers and configs of the base and of the adapters called `names`, in the recipe's order."""
-    stores, families = Stores(), Families()
-    base = read_checkpoint(stores.open(recipe.base_model), dequantise=recipe.base_numerics == "dequantise")
-    chosen = {name: source for name, source in recipe.adapters.items() if name in names}
-    missing = next((name for name, source in chosen.items() if source.path is None), None)
-    if missing is not None:
-        raise RecipeError(
-            f"adapter {missing} has no path, which is needed here; give the folder of the adapter as path"
-        )
-
-    one_by_one = Lock()
-
-    def convert(store: Store, info: ObjectInfo) -> Path:
-        with one_by_one:  # a pickle is fetched whole, and takes its size in memory
-            found: Path = unpickle(store, info)
-            return found
-
-    def read(name: str) -> StoredAdapter:
-        source = chosen[name]
-        assert source.path is not None
-        return read_adapter(
-            name,
-            stores.open(source.path),
-            initial=None if source.initial is None else stores.open(source.initial),
-            unpickle=convert if unpickle is not None and source.allow_pickle else None,
-            families=families,
-        )
-
-    return base, {adapter.name: adapter for adapter in in_order(read, chosen)}
 
 
 def make_plan(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ray_merge.errors import CheckpointError, RayMergeError, RecipeError
+from ray_merge.errors import CheckpointError, RecipeError, Refusal
 from ray_merge.plan.embeddings import embedding_classes, embedding_width, misses
 from ray_merge.plan.moments import TaskData
 from ray_merge.plan.text_head import HeadFile, head_file
@@ -60,7 +60,7 @@ class Classes:
 
     def __init__(self, base: Checkpoint) -> None:
         self._base = base
-        self._built: dict[str, Skeleton | RayMergeError] = {}
+        self._built: dict[str, Skeleton | Refusal] = {}
 
     def of(self, recipe: Recipe, task: TaskData, kind: str | None = None) -> Skeleton:
         """The class that a task's adapter was trained in: with a head, and all of its modules, if there is one.
@@ -84,7 +84,7 @@ class Classes:
             task_type=kind or task_type(recipe, task),
         )
         found = [self._get(name) for name in names]
-        built = [one for one in found if not isinstance(one, RayMergeError)]
+        built = [one for one in found if not isinstance(one, Refusal)]
         modules = [module.partition("[")[0] for module in adapter.modules.values()]
 
         def fits(one: Skeleton) -> tuple[bool, bool]:
@@ -94,7 +94,7 @@ class Classes:
         if built:
             return max(built, key=fits)  # the first of the best
         raise next(
-            (one for one in found if isinstance(one, RayMergeError)),
+            (one for one in found if isinstance(one, Refusal)),
             CheckpointError(
                 f"transformers has no class for the base's model_type {self._base.config.get('model_type')!r}, so its "
                 "predictions cannot be computed; use a merge method that needs no data"
@@ -105,7 +105,7 @@ class Classes:
         """The classes that hold an adapter's sites and give one embedding of an example, with its width; best first."""
         names = embedding_classes(self._base.config, trained_in.name)
         saved = [entry.name for entry in adapter.heads]
-        found = [one for one in map(self._get, names) if not isinstance(one, RayMergeError)]
+        found = [one for one in map(self._get, names) if not isinstance(one, Refusal)]
         return [
             (one, width)
             for one in found
@@ -115,17 +115,17 @@ class Classes:
     def n_blocks(self, name: str) -> int:
         """How many stages a class can be cut into."""
         skeleton = self._get(name)
-        assert not isinstance(skeleton, RayMergeError)
+        assert not isinstance(skeleton, Refusal)
         return skeleton.blocks.count if skeleton.blocks else 1
 
-    def _get(self, name: str) -> Skeleton | RayMergeError:
+    def _get(self, name: str) -> Skeleton | Refusal:
         from ray_merge.models.skeleton import build_skeleton
 
         if name not in self._built:
             shapes = {tensor: entry.shape for tensor, entry in self._base.tensors.items()}
             try:
                 self._built[name] = build_skeleton(self._base.config, shapes, name=name)
-            except RayMergeError as error:
+            except Refusal as error:
                 self._built[name] = error
         return self._built[name]
 

@@ -1,10 +1,14 @@
+import re
+
 import pytest
 
+import ray_merge
 from ray_merge.drive.outputs import Target
 from ray_merge.drive.targets import complete_before, incomplete, is_complete
-from ray_merge.errors import OutputConflict
+from ray_merge.errors import OutputConflict, Refusal
 from ray_merge.storage.commit import MANIFEST, RECIPE, id_line, pretty_json
 from ray_merge.storage.store import Stores, open_store
+from tiny import write_recipe_files
 
 ID, OTHER = "a" * 64, "b" * 64
 
@@ -74,3 +78,19 @@ def test_a_manifest_is_looked_for_again_not_remembered(tmp_path):
     assert incomplete([target], Stores()) == [target]
     complete(tmp_path / "m")
     assert incomplete([target], Stores()) == []
+
+
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [
+        ("{base}/out", "lies inside the base model"),
+        ("out/{day}", "only {date} and {id} may stand in braces"),
+        ("s3://key:word@bucket/out", "credentials do not belong into a URL"),
+        ("", "is no URL and no path"),
+    ],
+)
+def test_a_plan_refuses_an_output_whose_words_are_wrong(tmp_path, output, why):
+    recipe = write_recipe_files(tmp_path)
+    with pytest.raises(Refusal, match=re.escape(why)):
+        ray_merge.plan(recipe, output=output.replace("{base}", recipe["base_model"]))
+    assert ray_merge.plan(recipe, output="s3://nobody-asks-this-bucket/{date}").merges

@@ -1,11 +1,16 @@
+import os
+import signal
+import sys
+
 import pytest
 import torch
 import transformers
 from fit_cases import LLAMA, UNKNOWN, P, dense, fit, inputs, pair, random, refusal
 
-from ray_merge.errors import AdapterError
+from ray_merge.errors import AdapterError, RunFailed
 from ray_merge.fit import fit_adapters
 from ray_merge.fit.resolver import example
+from ray_merge.interrupts import Interrupts
 from tiny import Q0, V1, factors, llama_tensors, write_adapter
 
 renames = pytest.mark.skipif(
@@ -87,6 +92,31 @@ def test_names_that_only_the_model_class_knows_are_resolved_through_it(tmp_path,
     assert adapter.modules == {f"language_model.{Q0}": module}
     if module.startswith("model."):
         assert adapter.names.endswith("as LlavaForConditionalGeneration of transformers loads them")
+
+
+@renames
+@pytest.mark.parametrize("function", ["_model_class", "eager", "tie_weights"])
+def test_a_signal_while_transformers_builds_the_class_is_no_class_that_cannot_be_built(tmp_path, function):
+    base = random({f"language_model.{Q0}.weight": (8, 8), "multi_modal_projector.linear_1.weight": (8, 8)})
+    module = "model.language_model.layers.0.self_attn.q_proj"
+    given = inputs(tmp_path, base, LLAVA, {"a": (pair(module, 2, 8, 8), {})})
+    sent = []
+
+    def watch(frame, event, _):
+        if event == "call" and frame.f_code.co_name == function and not sent:
+            sent.append(function)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def stopped():
+        sys.setprofile(watch)
+        try:
+            fit_adapters(*given)
+        finally:
+            sys.setprofile(None)
+
+    with Interrupts(), pytest.raises(RunFailed, match="stopped by SIGINT"):
+        stopped()
+    assert sent == [function]
 
 
 def test_a_key_mapping_renames_before_anything_is_looked_up(tmp_path):

@@ -10,7 +10,7 @@ from ray_merge.methods.cost import made
 from ray_merge.methods.registry import METHODS
 from ray_merge.plan.estimate import Cluster, estimate, exported_bytes, flops, parse_cluster, site_flops
 from ray_merge.plan.kinds import SiteKinds
-from ray_merge.show import plan_json
+from ray_merge.show import _duration, plan_json
 from ray_merge.spec import DTYPE_BYTES, needs_base
 from tiny import (
     HIDDEN,
@@ -225,8 +225,16 @@ def test_json_has_the_numbers_that_the_table_shows(plan, capsys):
     assert facts == dataclasses.asdict(estimate(plan, cluster))
     plan_table(plan, cluster)
     printed = capsys.readouterr().out
-    assert f"estimate  about {facts['hours']:.2g} h, most of it {facts['bound_by']}" in printed
+    assert f"estimate  about {facts['hours'] * 3600:.2g} s, most of it {facts['bound_by']}" in printed
     assert "3 worker(s)" in printed
+
+
+@pytest.mark.parametrize(
+    ("hours", "words"),
+    [(0, "0 s"), (1e-5, "0.036 s"), (0.01, "36 s"), (0.5, "30 min"), (1.25, "1.2 h"), (1234.5, "1234 h")],
+)
+def test_a_time_is_told_in_the_unit_that_a_person_would_take(hours, words):
+    assert _duration(hours) == words
 
 
 def test_many_names_are_shortened_in_the_table_alone(tmp_path, capsys):
