@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import yaml
 
+from ray_merge.drive.unit_time import unit_time
 from ray_merge.errors import OutputConflict, RunFailed
 from ray_merge.methods.catalogue.emr import NAME as EMR
 from ray_merge.models.blocks import natural_key
@@ -180,7 +181,8 @@ def _status(folder: _Folder, shards: int | None, steps: Mapping[str, int], now: 
     missing = () if folder.complete else (*(name for name in names or () if name not in done), MANIFEST)
     if MANIFEST in folder.files:
         missing = tuple(folder.gone)
-    ends = [receipt.began + sum(receipt.seconds.values()) for receipt in folder.receipts if receipt.began]
+    times = [unit_time(receipt) for receipt in folder.receipts]
+    ends = [told.end for told in times if told is not None and told.began]
     return MergeStatus(
         name=folder.name or ".",
         id=folder.id,

@@ -250,6 +250,8 @@ def _handler(proxy: FaultProxy, server: str) -> type[BaseHTTPRequestHandler]:
             if "content-length" not in names:
                 self.send_header("Content-Length", str(len(data)))
             self.end_headers()
+            if self.command == "HEAD":  # a body would be taken for the next answer
+                return
             cut = isinstance(fault, Shorten | Reset)
             if isinstance(fault, Drip):
                 self.drip(data, fault.seconds)

@@ -62,6 +62,14 @@ def test_an_unfinished_merge_says_which_objects_it_lacks(output, capsys):
     assert "1 of 3 merge(s) are not complete, first both" in printed.err
 
 
+@pytest.mark.parametrize("damage", [{"began": "noon"}, {"seconds": None}, {"seconds": {"read": "x"}}])
+def test_a_receipt_with_damaged_times_counts_and_tells_none(output, damage):
+    for path in (output / "m" / RECEIPTS).iterdir():
+        path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    one = by_name(output)["m"]
+    assert (one.complete, one.done, one.age_seconds) == (True, 2, None)
+
+
 def test_a_receipt_without_its_object_does_not_count(output):
     (output / "m" / MANIFEST).unlink()
     (output / "m" / "model-00001-of-00002.safetensors").unlink()

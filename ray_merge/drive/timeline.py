@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_merge.drive.unit_time import is_size, unit_time
+from ray_merge.drive.unit_time import LATEST, is_size, unit_time
 from ray_merge.plan import ADAPTER_OBJECT
 from ray_merge.plan.emr import FOLDER as EMR_FOLDER
 from ray_merge.spec import Receipt
@@ -82,7 +82,7 @@ def _row(receipt: Receipt, attempts: int | None) -> dict[str, Any]:
         "unit": _text(told.unit),
         "worker": _text(told.worker),
         "began": _milliseconds(told.began) if told.began else None,
-        "ended": _milliseconds(told.end) if told.began else None,
+        "ended": _milliseconds(told.end) if told.began and told.end < LATEST else None,
         "seconds": [(_text(phase), seconds) for phase, seconds in told.phases.items()],
         "unit_bytes_read": _count(receipt.unit_bytes.get("read")),
         "unit_bytes_decoded": _count(receipt.unit_bytes.get("decoded")),

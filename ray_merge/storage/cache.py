@@ -59,7 +59,8 @@ class NodeCache:
             info: what the plan saw of it.
 
         Raises:
-            StoreError: the object is not (or no longer) what `info` says, or could not be read.
+            StoreError: the object is not (or no longer) what `info` says, or could not be read, or `folder` takes no
+                file.
         """
         source = open_store(store) if isinstance(store, str) else store
         if source.local_root is not None:
@@ -67,13 +68,17 @@ class NodeCache:
             file = source.local_root / path
             return CachedFile(file, self._digests.sha256(file))
         folder = self._folder / _key(source.url, path, info)
-        cached = _complete(folder, info)
-        if cached is not None:
-            return cached
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "lock"):
-            # Another process may have finished while this one waited.
-            return _complete(folder, info) or _download(source, path, info, folder)
+        try:
+            cached = _complete(folder, info)
+            if cached is not None:
+                return cached
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder / "lock"):
+                # Another process may have finished while this one waited.
+                return _complete(folder, info) or _download(source, path, info, folder)
+        except OSError as error:  # many a disk finds only at fsync or rename that it is full
+            cause = f"{folder}: {error.strerror or error}; --cache-dir names another folder"
+            raise StoreError(join(source.url, path), "downloading", 1, cause) from error
 
 
 def _download(source: Store, path: str, info: ObjectInfo, folder: Path) -> CachedFile:

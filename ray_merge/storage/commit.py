@@ -41,6 +41,7 @@ from typing import Any
 
 from ray_merge.errors import OutputConflict, ShardConflict, StoreUnfit
 from ray_merge.spec import Receipt, SiteReport
+from ray_merge.storage.digest import is_sha256
 from ray_merge.storage.store import Store
 
 RECIPE = "ray_merge/recipe.yaml"
@@ -200,13 +201,19 @@ def put_receipt(store: Store, receipt: Receipt) -> Receipt:
 
 
 def read_receipt(store: Store, path: str) -> Receipt | None:
-    """A receipt from its JSON; None where it is damaged or of another version of this package."""
+    """A receipt from its JSON; None where it is damaged or of another version of this package.
+
+    What it proves has been looked at; times and bytes read may be anything, see `drive.unit_time`.
+    """
     try:
         document: dict[str, Any] = json.loads(store.read(path))
         sites = tuple(SiteReport(**site) for site in document.pop("sites"))
-        return Receipt(sites=sites, **document)
+        receipt = Receipt(sites=sites, **document)
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return None
+    texts = (receipt.name, receipt.merge_id, receipt.sha256)
+    whole = all(type(text) is str for text in texts) and type(receipt.n_bytes) is int
+    return receipt if whole and is_sha256(receipt.sha256) else None
 
 
 def sizes_of(store: Store) -> dict[str, int]:

@@ -244,6 +244,8 @@ def write_at(target: int, data: bytes, start: int) -> int:
     rest, at = memoryview(data), start
     while rest:
         written = os.pwrite(target, rest, at)
+        if not written:  # some file systems in user space answer so, for ever
+            raise OSError(errno.ENOSPC, f"nothing was written at byte {at}")
         rest, at = rest[written:], at + written
     return len(data)
 

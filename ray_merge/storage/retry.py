@@ -159,6 +159,6 @@ def final_error(error: Exception, url: str, action: str, tries: int) -> Exceptio
     own = type(error).__module__.startswith(("botocore.", "google.auth.")) and not is_transient(error)
     if error_code(error) == "NoSuchBucket" or refused or own or isinstance(error, PermissionError):
         return StoreDenied(url, action, describe(error))
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and error_code(error) != "NoSuchUpload":
         return StoreError(url, action, tries, "no such object")
     return StoreError(url, action, tries, describe(error))

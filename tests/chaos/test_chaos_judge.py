@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
-from judge import Verdict, judge_disturbed, judge_rerun
+from judge import Verdict, judge_collected, judge_disturbed, judge_rerun
 from processes import Ended
 from recipes import FURTHER
 from scenarios import Scenario, catalogue
@@ -19,8 +20,11 @@ RECEIPT = "m/ray_merge/receipts/shard.json"
 STATE = ".ray_merge/moments/1.safetensors"
 
 
-def proof(sha256: str = "aa") -> bytes:
-    return json.dumps({"name": "shard", "sha256": sha256}).encode()
+SHA256 = hashlib.sha256(b"weights").hexdigest()
+
+
+def proof(sha256: str = SHA256, **more: object) -> bytes:
+    return json.dumps({"name": "shard", "sha256": sha256, **more}).encode()
 
 
 def timeline(name: str = "shard", began: float = 1000.0) -> bytes:
@@ -39,7 +43,7 @@ WHOLE = {
     STATE: b"sums",
 }
 REFERENCE = Reference.of(WHOLE, OUT)
-FAULT = Scenario(0, "fault-lose", "sums", "s3", 0.1, "x")
+FAULT = Scenario(0, "fault-lose", "sums", "s3", 0.2, "x")
 
 
 def without(*names: str) -> dict[str, bytes]:
@@ -61,18 +65,27 @@ def test_a_whole_result_passes_under_another_output_at_another_time():
     assert problems(moved, code=0) == []
 
 
-@pytest.mark.parametrize(
-    "left",
-    [
-        {},
-        {STATE: b"sums"},
-        {".ray_merge/attempts/1/x": b"half"},
-        {"m/.tmp-1": b"half"},
-        {"m/shard": b"weights"},
-    ],
-)
-def test_a_failed_run_may_leave_parts_that_are_right_or_marked(left):
+@pytest.mark.parametrize("left", [{}, {STATE: b"sums"}, {"m/shard": b"weights"}])
+def test_a_failed_run_may_leave_parts_that_are_right(left):
     assert problems(left) == []
+
+
+MARKED = {".ray_merge/attempts/1/x": b"half", "m/.tmp-1": b"half"}
+
+
+@pytest.mark.parametrize("path", MARKED)
+@pytest.mark.parametrize("code", [-9, 1, 0])
+def test_only_a_killed_run_may_leave_what_is_unfinished(path, code):
+    objects = {**(WHOLE if code == 0 else {}), path: MARKED[path]}
+    verdict = Verdict(Scenario(0, "kill-driver-disk", "sums", "disk", 0.0, "x"))
+    judge_disturbed(verdict, [Ended(code, "ray-merge: why", 1.0)], objects, OUT, REFERENCE)
+    assert bool(verdict.left) == bool(verdict.problems) == (code != -9)
+
+
+def test_what_is_unfinished_in_a_cache_counts_like_that_in_an_output():
+    verdict = Verdict(FAULT)
+    judge_disturbed(verdict, [Ended(1, "ray-merge: why", 1.0)], {}, OUT, REFERENCE, ["scratch/attempts/1/x"])
+    assert len(verdict.left) == 1
 
 
 @pytest.mark.parametrize(
@@ -111,10 +124,29 @@ def test_an_end_that_does_not_tell_the_truth_is_a_problem(code, last, part):
     assert any(part in problem for problem in problems({"m/shard": b"weights"}, code, last))
 
 
-@pytest.mark.parametrize(("rate", "passes"), [(0.05, False), (0.1, True)])
-def test_a_run_has_to_end_well_when_few_requests_fail(rate, passes):
-    verdict = Verdict(Scenario(0, "fault-slow503", "sums", "s3", rate, "x"))
+@pytest.mark.parametrize(
+    ("kind", "rate", "passes"),
+    [
+        ("fault-slow503", 0.1, False),
+        ("fault-slow503", 0.2, True),
+        ("fault-stale", 0.3, False),
+        ("ray-fault-lose", 0.05, False),
+        ("ray-kill-worker", 0.0, False),
+        ("clock", 0.0, False),
+        ("two-drivers", 0.0, False),
+        ("kill-server", 0.0, True),
+    ],
+)
+def test_what_a_run_has_to_get_over_by_itself(kind, rate, passes):
+    verdict = Verdict(Scenario(0, kind, "sums", "s3", rate, "x"))
     judge_disturbed(verdict, [Ended(1, "ray-merge: why", 1.0)], {}, OUT, REFERENCE)
+    assert (verdict.problems == []) == passes
+
+
+@pytest.mark.parametrize(("code", "passes"), [(-9, True), (-11, False), (-6, False)])
+def test_a_killed_run_may_not_end_by_another_signal(code, passes):
+    verdict = Verdict(Scenario(0, "kill-driver-s3", "sums", "s3", 0.0, "x"))
+    judge_disturbed(verdict, [Ended(code, "", 1.0)], {}, OUT, REFERENCE)
     assert (verdict.problems == []) == passes
 
 
@@ -135,17 +167,73 @@ def test_what_gc_overtook_must_be_known_for_it(objects, gc, passes):
     assert (verdict.problems == []) == passes
 
 
-def test_a_rerun_that_does_not_bring_everything_is_a_loss():
+def rerun(after: dict[str, bytes], before: dict[str, bytes], units: int | None = None) -> Verdict:
     verdict = Verdict(FAULT)
-    judge_rerun(verdict, Ended(0, "", 1.0), without("m/shard"), OUT, REFERENCE)
+    judge_rerun(verdict, Ended(0, "", 1.0), after, OUT, REFERENCE, before, units)
+    return verdict
+
+
+def test_a_rerun_that_does_not_bring_everything_is_a_loss():
+    verdict = rerun(without("m/shard"), {})
     assert len(verdict.lost) == 1
     assert verdict.corrupt  # a receipt and a manifest without the shard
 
 
 def test_a_rerun_that_does_not_bring_the_state_is_a_loss():
+    assert rerun(without(STATE), {}).problems == [f"the rerun did not bring {[STATE]}"]
+
+
+@pytest.mark.parametrize(
+    "before", [{RECEIPT: proof(worker="host:1")}, {f"m/{TIMELINE}": timeline(began=2000.0)}], ids=str
+)
+def test_what_was_there_is_never_written_again(before):
+    assert "again" in rerun(WHOLE, {**WHOLE, **before}).corrupt[0]
+    assert rerun(WHOLE, WHOLE).problems == []
+
+
+@pytest.mark.parametrize(
+    ("before", "most"),
+    [
+        (WHOLE, 0),
+        ({}, 1),
+        (without(RECEIPT), 1),
+        (without("m/shard"), 1),
+        ({**WHOLE, RECEIPT: b"half"}, 1),
+    ],
+)
+def test_a_rerun_makes_what_is_missing_and_no_more(before, most):
+    assert [
+        any("units" in lost for lost in rerun(WHOLE, before, units).lost) for units in (most, most + 1)
+    ] == [
+        False,
+        True,
+    ]
+
+
+def test_a_rerun_may_leave_no_more_than_it_found():
+    found = {**WHOLE, "m/.tmp-1": b"half"}
+    assert rerun(found, found).problems == []
+    assert len(rerun({**found, "m/.tmp-2": b"half"}, found).left) == 1
+
+
+@pytest.mark.parametrize(
+    ("left", "after", "code", "part"),
+    [
+        (["m/shard"], WHOLE, 0, "gc neither takes nor names m/shard"),
+        ([], without("m/shard"), 0, "gc took"),
+        ([], WHOLE, 1, "gc after the rerun ended with 1"),
+    ],
+)
+def test_what_gc_does_not_find_or_takes_too_much_is_a_problem(left, after, code, part):
     verdict = Verdict(FAULT)
-    judge_rerun(verdict, Ended(0, "", 1.0), without(STATE), OUT, REFERENCE)
-    assert verdict.problems == [f"the rerun did not bring {[STATE]}"]
+    judge_collected(verdict, Ended(code, "", 1.0), left, after, OUT, REFERENCE)
+    assert any(part in problem for problem in verdict.problems)
+
+
+@pytest.mark.parametrize("change", [{RECEIPT: proof("bb")}, {"m/.tmp-1": b"half"}])
+def test_an_undisturbed_run_has_to_prove_what_is_there_and_leave_nothing(change):
+    with pytest.raises(AssertionError):
+        Reference.of({**WHOLE, **change}, OUT)
 
 
 def test_the_catalogue_has_what_was_promised():

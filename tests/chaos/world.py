@@ -60,6 +60,15 @@ class World:
             key.removeprefix(prefix): client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys
         }
 
+    def left(self, output: str) -> list[str]:
+        """What is unfinished below `output`: temporary files, files of attempts, uploads in parts."""
+        if not output.startswith("s3://"):
+            return [path for path in self.objects(output) if is_marked(path)]
+        prefix, client = _prefix(output), _client(self.endpoint, os.getpid())
+        pages = client.get_paginator("list_multipart_uploads")
+        found = pages.paginate(Bucket=BUCKET, Prefix=prefix)
+        return [one["Key"].removeprefix(prefix) for page in found for one in page.get("Uploads", ())]
+
     def count(self, output: str) -> int:
         """How many objects are below `output` that are not temporary."""
         if not output.startswith("s3://"):
@@ -132,9 +141,12 @@ class Reference:
 
     @classmethod
     def of(cls, objects: Mapping[str, bytes], output: str) -> Reference:
-        """The reference from all objects of an undisturbed run's output."""
+        """The reference from all objects of an undisturbed run's output, whose proofs have to be true."""
         files = {path: _digest(path, data, output) for path, data in objects.items() if _is_file(path)}
         receipts = {path: _proven(data) for path, data in objects.items() if "/receipts/" in path}
+        assert not (marked := [*filter(is_marked, objects)]), marked[:3]
+        for path, sha256 in receipts.items():
+            assert hashlib.sha256(objects[_proven_object(path, objects[path])]).hexdigest() == sha256, path
         return cls(files, receipts)
 
     @property
@@ -176,6 +188,14 @@ class Reference:
         """What an undisturbed run has and this does not."""
         return sorted({*self.files, *self.receipts} - set(objects))
 
+    def unproven(self, objects: Mapping[str, bytes]) -> list[str]:
+        """Receipts that are not there, or whose object is not."""
+        return [
+            path
+            for path in self.receipts
+            if path not in objects or _proven_object(path, objects[path]) not in objects
+        ]
+
     def _lacking(self, merge: str, objects: Mapping[str, bytes]) -> list[str]:
         return [p for p in (*self.files, *self.receipts) if p.startswith(f"{merge}/") and p not in objects]
 
@@ -193,6 +213,12 @@ class Reference:
 def is_marked(path: str) -> bool:
     """Unfinished, and every reader can see it: an attempt's own folder, or a temporary name."""
     return path.startswith(ATTEMPTS) or any(part.startswith(TEMPORARY) for part in path.split("/"))
+
+
+def unfinished(cache: Path) -> list[str]:
+    """Files of attempts, and temporary ones, in a node's cache folder."""
+    paths = (str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file())
+    return [path for path in paths if is_marked(path) or path.startswith("scratch/attempts/")]
 
 
 def _is_file(path: str) -> bool:
@@ -220,7 +246,10 @@ def _objects_told(timeline: bytes) -> bytes:
 
 def _proven_object(path: str, receipt: bytes) -> str:
     merge, _, _ = path.partition("/ray_merge/receipts/")
-    return f"{merge}/{json.loads(receipt)['name']}"
+    try:
+        return f"{merge}/{json.loads(receipt)['name']}"
+    except (ValueError, KeyError):  # no whole receipt
+        return ""
 
 
 def _proven(receipt: bytes) -> str:

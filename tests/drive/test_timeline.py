@@ -104,6 +104,7 @@ def test_rows_are_sorted_by_object():
         ({"began": 0.0}, ["began", "ended"]),
         ({"began": float("inf")}, ["began", "ended"]),
         ({"began": 1e300}, ["began", "ended"]),
+        ({"seconds": {"read": 9e10, "merge": 2e10}}, ["ended"]),
         ({"unit_bytes": {"read": -1, "decoded": 2.5}}, ["unit_bytes_read", "unit_bytes_decoded"]),
         ({"unit_bytes": {"read": 2**63, "decoded": True}}, ["unit_bytes_read", "unit_bytes_decoded"]),
         ({"began": "noon"}, ["unit", "worker", "began", "ended", "seconds"]),

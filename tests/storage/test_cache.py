@@ -203,3 +203,12 @@ def test_an_object_that_is_not_what_was_planned_is_refused_and_not_kept(cache, a
 def test_a_download_that_breaks_is_continued_by_its_retries(cache, adapter, watched):
     watched(nth(Drop(), "GET", "adapter_model", 1))
     assert cache.fetch(*adapter).sha256 == SHA256
+
+
+@pytest.mark.s3
+def test_a_folder_that_takes_no_file_is_named_with_what_to_do(adapter, tmp_path):
+    (tmp_path / "cache").write_bytes(b"")  # as a full disk, which many find only at fsync or rename
+    with pytest.raises(
+        StoreError, match=rf"adapter_model.*{tmp_path}/cache.*--cache-dir names another folder"
+    ):
+        NodeCache(tmp_path / "cache").fetch(*adapter)

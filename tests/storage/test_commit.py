@@ -192,6 +192,26 @@ def test_a_damaged_receipt_does_not_count(store, content):
     assert read_receipts(store, ID) == {}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": 5},
+        {"name": ["x"]},
+        {"n_bytes": "4"},
+        {"n_bytes": 1.0},
+        {"sha256": None},
+        {"sha256": "00"},
+        {"merge_id": None},
+    ],
+)
+def test_a_receipt_that_proves_nothing_is_a_damaged_one(store, change):
+    path = receipt_path("model-1.safetensors")
+    store.put_if_absent("model-1.safetensors", b"x", {})
+    store.put_if_absent(path, pretty_json(asdict(receipt()) | {"n_bytes": 1} | change), {})
+    assert read_receipt(store, path) is None
+    assert read_receipts(store, ID) == {}
+
+
 def test_a_receipt_under_the_name_of_another_object_does_not_count(store):
     commit_bytes(store, "model-1.safetensors", b"data", ID)
     store.put_if_absent(receipt_path("model-2.safetensors"), pretty_json(asdict(receipt())), {})

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ray_merge.errors import StoreDenied, StoreError, StoreUnfit
+from ray_merge.storage.local import write_at
 from ray_merge.storage.store import open_store
 
 
@@ -249,3 +250,9 @@ def test_a_report_is_not_written_through_a_link_that_leads_out(store, tmp_path):
     with pytest.raises(StoreDenied, match="leads out of"):
         store.replace("ray_merge/evaluation.json", b"{}")
     assert [*(tmp_path / "elsewhere").iterdir()] == []
+
+
+def test_a_write_of_nothing_is_not_repeated_for_ever(monkeypatch):
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+    with pytest.raises(OSError, match="nothing was written at byte 7"):
+        write_at(0, b"bytes", 7)

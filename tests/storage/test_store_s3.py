@@ -130,6 +130,33 @@ def test_an_upload_that_fails_leaves_no_object_and_no_parts(faulty, client, url)
     assert unfinished_uploads(client, url) == []
 
 
+def test_the_clean_up_of_a_failed_upload_is_tried_again(faulty, client, url):
+    turns = nth(Reply(503, "SlowDown"), "DELETE", "uploadId=", 1, 2)
+    _, store = faulty(
+        lambda call: Reply(403, "AccessDenied") if "partNumber=2" in call.target else turns(call)
+    )
+    with pytest.raises(StoreDenied):
+        store.put_if_absent("shard", DATA, {})
+    assert unfinished_uploads(client, url) == []
+
+
+def test_a_clean_up_that_was_done_already_is_no_warning(faulty, caplog):
+    turns = nth(Reply(404, "NoSuchUpload"), "DELETE", "uploadId=")
+    _, store = faulty(
+        lambda call: Reply(403, "AccessDenied") if "partNumber=2" in call.target else turns(call)
+    )
+    with pytest.raises(StoreDenied):
+        store.put_if_absent("shard", DATA, {})
+    assert "stay behind" not in caplog.text
+
+
+@pytest.mark.parametrize("place", [("PUT", "partNumber=2"), ("POST", "uploadId=")])
+def test_an_upload_that_another_gave_up_is_named(faulty, place):
+    _, store = faulty(nth(Reply(404, "NoSuchUpload"), *place))
+    with pytest.raises(StoreError, match="404 NoSuchUpload"):
+        store.put_if_absent("shard", DATA, {})
+
+
 def test_when_the_clean_up_fails_too_the_first_error_is_the_one_that_is_told(faulty, caplog):
     def broken(call):
         return (

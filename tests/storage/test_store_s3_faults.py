@@ -10,7 +10,7 @@ import pytest
 
 from fault_proxy import CutRequest, Halve, Reply, Reset, Shift, Stale, fault_proxy, nth
 from random_faults import KINDS, RandomFaults
-from ray_merge.errors import StoreError
+from ray_merge.errors import StoreDenied, StoreError
 from ray_merge.storage import s3 as s3_module
 from ray_merge.storage.retry import Backoff
 from ray_merge.storage.s3 import open_s3
@@ -78,6 +78,14 @@ def test_half_an_answer_is_never_taken_for_the_whole(faulty, fault):
     _, store = faulty(nth(fault, "GET", "shard", 1, 2))
     store.put_if_absent("shard", DATA, {})
     assert store.read("shard", 5, 90_005) == DATA[5:90_005]
+
+
+def test_a_look_up_that_is_refused_is_not_asked_again(faulty):
+    proxy, store = faulty(nth(Reply(403, "AccessDenied"), "HEAD", "shard"))
+    with pytest.raises(StoreDenied, match="403"):
+        store.info("shard")
+    assert proxy.count("HEAD", "shard") == 1
+    assert [*store.list()] == []  # the answer had no body that would have been taken for this one
 
 
 def test_a_replacement_is_tried_as_often_as_every_other_request(faulty):
