@@ -143,7 +143,9 @@ def _make_adapters(
         if not (target := folder / "adapters" / task.name).is_dir()
     ]
     if jobs:
-        progress(f"training {len(jobs)} adapters on the CPU, {crew.hands(len(jobs))} at a time")
+        progress(
+            f"training {len(jobs)} adapters on the CPU, {crew.hands(len(jobs))} at a time, a minute or two each"
+        )
     for job in crew.train_all(jobs):
         note = json.loads((job.target / crew.SCORE_FILE).read_text())
         progress(f"adapter {job.task.name}: {note['metric']} {note['test']:.3f}, {note['seconds']:.0f} s")

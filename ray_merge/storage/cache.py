@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_merge.errors import StoreError
+from ray_merge.errors import Refusal, StoreError
 from ray_merge.storage.digest import DigestCache, is_sha256, read_json_texts, sha256_file, write_json
 from ray_merge.storage.store import TEMPORARY_PREFIX, ObjectInfo, Store, join, open_store
 
@@ -31,8 +31,18 @@ def default_cache_dir() -> Path:
 
 
 def cache_folder(given: str | Path | None) -> Path:
-    """The node's cache folder as an absolute path: the given one, or the default."""
-    return Path(default_cache_dir() if given is None else given).expanduser().absolute()
+    """The node's cache folder as an absolute path: the given one, or the default.
+
+    Raises:
+        Refusal: this user cannot make it or write into it.
+    """
+    folder = Path(default_cache_dir() if given is None else given).expanduser().absolute()
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    writable = os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK, effective_ids=True)
+    if not writable:
+        why = "may not be written to" if os.path.isdir(there) else "is no folder"
+        raise Refusal(f"{folder} cannot be the cache folder: {there} {why}; --cache-dir names another one")
+    return folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from fault_proxy import Drop, Hang, fault_proxy, nth
-from ray_merge.errors import StoreError
-from ray_merge.storage.cache import NodeCache
+from ray_merge.errors import Refusal, StoreError
+from ray_merge.storage.cache import NodeCache, cache_folder
 from ray_merge.storage.store import open_store
 from s3_server import BUCKET, make_client
 
@@ -212,3 +213,31 @@ def test_a_folder_that_takes_no_file_is_named_with_what_to_do(adapter, tmp_path)
         StoreError, match=rf"adapter_model.*{tmp_path}/cache.*--cache-dir names another folder"
     ):
         NodeCache(tmp_path / "cache").fetch(*adapter)
+
+
+def test_a_cache_folder_that_does_not_exist_yet_is_made_by_whoever_writes(tmp_path):
+    assert cache_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("below", ["", "cache"])
+def test_a_cache_folder_that_cannot_be_one_is_refused(tmp_path, below):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(Refusal, match=r"file is no folder; --cache-dir"):
+        cache_folder(tmp_path / "file" / below)
+
+
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_cache_folder_without_the_right_to_write_is_refused(below):
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:  # tmp_path lies in a folder that other users cannot look into
+        closed = Path(name)
+        closed.chmod(0o555)
+        try:
+            if user == 0:  # root may write anywhere
+                os.seteuid(65534)
+            with pytest.raises(Refusal, match=r" may not be written to; --cache-dir"):
+                cache_folder(closed / below)
+        finally:
+            os.seteuid(user)
+            closed.chmod(0o755)
