@@ -143,6 +143,16 @@ def test_what_a_run_has_to_get_over_by_itself(kind, rate, passes):
     assert (verdict.problems == []) == passes
 
 
+@pytest.mark.parametrize(
+    ("kind", "code", "passes"), [("clock", 2, True), ("clock", 1, False), ("two-drivers", 2, False)]
+)
+def test_only_a_wrong_clock_may_be_refused_for_its_time(kind, code, passes):
+    verdict = Verdict(Scenario(0, kind, "sums", "s3", 0.0, "x"))
+    said = "ray-merge: listing s3://b was refused: (403 RequestTimeTooSkewed); check the URL"
+    judge_disturbed(verdict, [Ended(code, said, 1.0)], {}, OUT, REFERENCE)
+    assert (verdict.problems == []) == passes
+
+
 @pytest.mark.parametrize(("code", "passes"), [(-9, True), (-11, False), (-6, False)])
 def test_a_killed_run_may_not_end_by_another_signal(code, passes):
     verdict = Verdict(Scenario(0, "kill-driver-s3", "sums", "s3", 0.0, "x"))
