@@ -9,6 +9,7 @@ stop.name                      # "SIGTERM"; empty when nobody asked
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -29,13 +30,15 @@ def after_imports(stop: Handler) -> Handler:
 
     An exception in the middle of an import is taken for a broken module and dropped (transformers does so), or leaves
     half an extension module behind, on which Python crashes later (torch). Uses SIGALRM and its timer.
+    Imports in whose course this is called do not count: a script may run from one.
 
     Args:
         stop: may raise.
     """
+    around = _imports(sys._getframe())
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if _importing(frame):
+        if _imports(frame) > around:
             signal.signal(signal.SIGALRM, lambda _, later: handle(number, later))
             signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
         else:
@@ -44,12 +47,13 @@ def after_imports(stop: Handler) -> Handler:
     return handle
 
 
-def _importing(frame: FrameType | None) -> bool:
+def _imports(frame: FrameType | None) -> int:
+    """How many frames of Python's import system lie on the stack."""
+    count = 0
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
+        count += frame.f_code.co_filename.startswith("<frozen importlib")
         frame = frame.f_back
-    return False
+    return count
 
 
 class Interrupts:

@@ -52,6 +52,21 @@ def test_a_signal_in_the_middle_of_an_import_waits_for_its_end(tmp_path, monkeyp
     assert asked.name == "SIGINT"
 
 
+def test_a_script_that_runs_from_an_import_is_stopped_at_once(tmp_path, monkeypatch):
+    (tmp_path / "script_part.py").write_text(
+        "import os, signal, time\n"
+        "from ray_merge.interrupts import Interrupts\n"
+        "with Interrupts():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(10)\n"
+        "    open(__file__ + '.end', 'w').close()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(RunFailed, match="stopped by SIGTERM"):
+        importlib.import_module("script_part")
+    assert not list(tmp_path.glob("*.end"))
+
+
 def test_the_command_line_stops_where_a_heavy_library_is_being_imported():
     """Ctrl-C while torch comes in: exit 1 and one sentence, no traceback, and the signal is not lost."""
     program = (
